@@ -1,0 +1,80 @@
+"""Cheaper self-supervised pretraining of Vision Transformers.
+
+Wrap a backbone in one line and train it on shortened sequences:
+``seqcompress.compress(backbone, seqcompress.Strategy(token_dropout=0.5, patch_size=32))``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from seqcompress import schedules
+    from seqcompress.budget import Budget
+    from seqcompress.compression import compress, get_strategy, is_compressed, restore, set_strategy
+    from seqcompress.cost import num_tokens, relative_cost
+    from seqcompress.learning_rate import PolynomialDecayLR
+    from seqcompress.rehearsal import Rehearsal, rehearse
+    from seqcompress.schedules import Constant, Cosine, Linear, Schedule, Stepwise
+    from seqcompress.sequence_scheduler import SequenceScheduler
+    from seqcompress.strategy import Strategy
+
+__all__ = [
+    "Budget",
+    "Constant",
+    "Cosine",
+    "Linear",
+    "PolynomialDecayLR",
+    "Rehearsal",
+    "Schedule",
+    "SequenceScheduler",
+    "Stepwise",
+    "Strategy",
+    "compress",
+    "get_strategy",
+    "is_compressed",
+    "num_tokens",
+    "rehearse",
+    "relative_cost",
+    "restore",
+    "schedules",
+    "set_strategy",
+]
+
+# Imported on first use: Lightning imports this package at the start of every Trainer (the entry points of its
+# callbacks), and must not pay for timm where nothing is compressed.
+_MODULES = {
+    "Budget": "budget",
+    "Constant": "schedules",
+    "Cosine": "schedules",
+    "Linear": "schedules",
+    "PolynomialDecayLR": "learning_rate",
+    "Rehearsal": "rehearsal",
+    "Schedule": "schedules",
+    "SequenceScheduler": "sequence_scheduler",
+    "Stepwise": "schedules",
+    "Strategy": "strategy",
+    "compress": "compression",
+    "get_strategy": "compression",
+    "is_compressed": "compression",
+    "num_tokens": "cost",
+    "rehearse": "rehearsal",
+    "relative_cost": "cost",
+    "restore": "compression",
+    "set_strategy": "compression",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "schedules":
+        return importlib.import_module("seqcompress.schedules")
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"seqcompress.{_MODULES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

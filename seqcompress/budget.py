@@ -1,0 +1,103 @@
+"""What training really cost, in the unit that runs are compared by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from seqcompress.compression import compressed_embeds
+from seqcompress.compressors import CompressedPatchEmbed
+from seqcompress.cost import encoder_flops, num_tokens
+from seqcompress.families import find_encoder
+from seqcompress.strategy import Strategy
+
+__all__ = ["Budget"]
+
+
+class Budget:
+    """Counts what was really spent on the encoders, in units.
+
+    One unit is one forward pass of the uncompressed encoder on one view of the size it was built for. A view
+    that passes forward only (a teacher's) costs its relative cost, one that passes forward and backward three
+    times that. Each forward in train mode counts with the tokens it really had; evaluation does not count.
+    Backward passes' re-runs under gradient checkpointing do not count either.
+
+    Args:
+        model_or_models: compressed encoders, or modules that contain them. To count a plain run, use
+            ``compress(model, Strategy())``, which never changes anything.
+
+    Raises:
+        ValueError: there is no compressed encoder.
+
+    Example:
+        >>> import timm, torch
+        >>> from seqcompress import Strategy, compress
+        >>> vit = compress(timm.create_model("vit_tiny_patch16_224"), Strategy())
+        >>> budget = Budget(vit)
+        >>> _ = vit.train()(torch.zeros(2, 3, 224, 224))
+        >>> budget.units
+        6.0
+    """
+
+    def __init__(self, model_or_models: nn.Module | Iterable[nn.Module]) -> None:
+        models = [model_or_models] if isinstance(model_or_models, nn.Module) else list(model_or_models)
+        self._embeds = compressed_embeds(*models)
+        if not self._embeds:
+            raise ValueError("model_or_models must be compressed first, with compress(model, ...), got plain modules")
+        self._costs: dict[tuple[int, int], float] = {}
+        self._earlier = 0.0
+        self.reset()
+
+    @property
+    def units(self) -> float:
+        """Units spent since this budget was made, reset or loaded."""
+        return self._earlier + self._counted() - self._offset
+
+    @property
+    def millions(self) -> float:
+        """The same in millions of units, the "M" of the paper."""
+        return self.units / 1e6
+
+    def reset(self) -> None:
+        """Start again from zero."""
+        self._earlier, self._offset = 0.0, self._counted()
+
+    def state_dict(self) -> dict[str, float]:
+        """What a checkpoint must keep."""
+        return {"units": self.units}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on counting from a saved state.
+
+        Raises:
+            ValueError: the state is not a budget's; nothing has been changed.
+        """
+        units = state.get("units") if isinstance(state, Mapping) else None
+        if isinstance(units, bool) or not isinstance(units, (int, float)) or not 0 <= units < float("inf"):
+            raise ValueError(f"state must be a Budget's: 'units' must be a number of at least 0, got {state!r}")
+        self.reset()
+        self._earlier = float(units)
+
+    def __str__(self) -> str:
+        return f"{self.millions:.3g} M"
+
+    def __repr__(self) -> str:
+        return f"Budget(units={self.units:.6g})"
+
+    def _counted(self) -> float:
+        total = 0.0
+        for number, embed in enumerate(self._embeds):
+            for forward, calls in embed.tally.items():
+                weight = 3 if forward.graph else 1
+                total += calls * forward.view[0] * weight * self._cost(number, embed, forward.tokens)
+        return total
+
+    def _cost(self, number: int, embed: CompressedPatchEmbed, tokens: int) -> float:
+        if (number, tokens) not in self._costs:
+            family, encoder = find_encoder(embed.encoder)
+            full = num_tokens(encoder, Strategy(), family.image_size(encoder))
+            flops = (encoder_flops(family, encoder, length) for length in (tokens, full))
+            self._costs[number, tokens] = next(flops) / next(flops)
+        return self._costs[number, tokens]

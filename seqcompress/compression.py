@@ -1,0 +1,201 @@
+"""The verbs: compress a model, look at or change its strategy, restore it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from torch import nn
+
+from seqcompress.compressors import CompressedPatchEmbed
+from seqcompress.compressors.patch_embed import Compression, When
+from seqcompress.families import Family, find_encoder
+from seqcompress.presets import DEFAULT, PRESETS, double_patch
+from seqcompress.schedules import Constant, Schedule
+from seqcompress.strategy import Strategy
+
+__all__ = ["compress", "get_strategy", "is_compressed", "restore", "set_strategy"]
+
+Plan = Strategy | Schedule | str | os.PathLike[str]
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def compress(
+    model: Model,
+    plan: Plan | None = None,
+    *,
+    teacher: nn.Module | None = None,
+    when: When = "grad",
+    token_dropout: float | None = None,
+    patch_size: int | None = None,
+) -> Model:
+    """Shorten a ViT's sequences during training, in place.
+
+    Parameters keep their identity and ``state_dict()`` its keys and values; in eval mode the model is the
+    plain one, bit for bit. A model that is compressed already is planned anew.
+
+    Args:
+        model: the encoder: a timm ``VisionTransformer`` or what wraps one (DDP, ``torch.compile``, Lightly's
+            ``MaskedVisionTransformerTIMM``).
+        plan: a [Strategy][seqcompress.Strategy]; a [Schedule][seqcompress.schedules.Schedule], to be
+            advanced by a [SequenceScheduler][seqcompress.SequenceScheduler]; the name of a preset
+            ("default", "gentle", "strong"); or the path of a schedule file. Without plan and keywords: "default".
+        teacher: the momentum encoder. Patch scaling then goes to both encoders and token dropout to ``model``
+            only: asymmetric dropout and symmetric scaling, as in the paper.
+        when: "grad" compresses only forwards in train mode that build a graph, "train" every forward in train
+            mode. A ``teacher``, which builds none, is always treated as "train".
+        token_dropout: short form of ``plan=Strategy(token_dropout, patch_size)``.
+        patch_size: likewise.
+
+    Returns:
+        ``model``, the same object.
+
+    Raises:
+        TypeError: a model that is not supported (the message lists what is), or an argument of a wrong type.
+        ValueError: an argument out of range, or a plan that does not suit the model.
+        FileNotFoundError: ``plan`` names neither a preset nor a file.
+        In each case, nothing has been changed.
+
+    Example:
+        >>> import timm, seqcompress
+        >>> backbone = timm.create_model("vit_small_patch16_224", num_classes=0)
+        >>> _ = seqcompress.compress(backbone, token_dropout=0.5, patch_size=32)
+        >>> seqcompress.get_strategy(backbone)
+        Strategy(token_dropout=0.5, patch_size=32)
+    """
+    if when not in get_args(When):
+        raise ValueError(f"when must be 'grad' or 'train', got {when!r}")
+    found = {"model": find_encoder(model)}
+    if teacher is not None:
+        found["teacher"] = find_encoder(teacher, "teacher")
+        if found["teacher"][1] is found["model"][1]:
+            raise ValueError("teacher must be another model than model, got the same one")
+    if token_dropout is not None or patch_size is not None:
+        if plan is not None:
+            raise ValueError(f"plan excludes token_dropout and patch_size, got plan={plan!r} as well")
+        plan = Strategy(0.0 if token_dropout is None else token_dropout, patch_size)
+    schedule = resolve_plan(plan, *found["model"])
+    for name, (family, encoder) in found.items():
+        _check(family, encoder, schedule, name)
+
+    compression = Compression(schedule, schedule(0.0))
+    encoders = [encoder for _, encoder in found.values()]
+    for embed in compressed_embeds(*encoders):
+        for partner in embed.partners():
+            if partner.encoder not in encoders:
+                restore(partner.encoder)
+    for name, (family, encoder) in found.items():
+        is_student = name == "model"
+        embeds = compressed_embeds(encoder)
+        if embeds:
+            embed = embeds[0]
+            embed.compression, embed.drops_tokens = compression, is_student
+            embed.when = when if is_student else "train"
+        else:
+            family.attach(encoder, compression, drops_tokens=is_student, when=when if is_student else "train")
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Undo [compress][seqcompress.compress] completely, for all encoders that were compressed together.
+
+    A model that is not compressed is left as it is. ``model`` may contain the encoders at any depth.
+    """
+    for embed in compressed_embeds(_module(model)):
+        for partner in embed.partners():
+            family, encoder = find_encoder(partner.encoder)
+            family.detach(encoder)
+            partner.release()
+    return model
+
+
+def is_compressed(model: nn.Module) -> bool:
+    """Whether ``model`` is, or contains, an encoder that [compress][seqcompress.compress] has wrapped."""
+    return bool(compressed_embeds(_module(model)))
+
+
+def get_strategy(model: nn.Module) -> Strategy:
+    """The strategy in force. A teacher's has no token dropout.
+
+    Raises:
+        ValueError: the model is not compressed, or contains encoders that were compressed separately.
+    """
+    embeds = _one_compression(model)
+    return next((embed for embed in embeds if embed.drops_tokens), embeds[0]).strategy
+
+
+def set_strategy(model: nn.Module, strategy: Strategy) -> None:
+    """Change the strategy, for all encoders that were compressed together.
+
+    Raises:
+        TypeError: ``strategy`` is not a Strategy.
+        ValueError: the model is not compressed, or the strategy does not suit it.
+    """
+    if not isinstance(strategy, Strategy):
+        raise TypeError(f"strategy must be a Strategy, got {strategy!r}")
+    embeds = _one_compression(model)
+    check_plan(embeds, Constant(strategy))
+    embeds[0].compression.strategy = strategy
+
+
+def resolve_plan(plan: Plan | None, family: Family, encoder: nn.Module) -> Schedule:
+    """Whatever a user may pass as a plan, as a schedule for this encoder."""
+    if isinstance(plan, Schedule):
+        return plan
+    if isinstance(plan, Strategy):
+        return Constant(plan)
+    if plan is None:
+        plan = DEFAULT
+    if isinstance(plan, str) and plan in PRESETS:
+        small, side = min(family.patch_size(encoder)), min(family.image_size(encoder))
+        return PRESETS[plan](double_patch(small, side))
+    if isinstance(plan, (str, os.PathLike)):
+        if isinstance(plan, str) and not plan.endswith(".json") and not Path(plan).exists():
+            raise FileNotFoundError(
+                f"plan must be one of {', '.join(map(repr, PRESETS))} or a schedule file, got {plan!r}"
+            )
+        return Schedule.from_json(Path(plan))
+    raise TypeError(f"plan must be a Strategy, a Schedule, a preset's name or a schedule file, got {plan!r}")
+
+
+def check_plan(embeds: list[CompressedPatchEmbed], schedule: Schedule) -> None:
+    """Raise ValueError unless the schedule suits every one of these encoders."""
+    for embed in embeds:
+        family, encoder = find_encoder(embed.encoder)
+        _check(family, encoder, schedule, "model" if embed.drops_tokens else "teacher")
+
+
+def compressed_embeds(*models: nn.Module) -> list[CompressedPatchEmbed]:
+    """All compressed patch embeddings in these models, each once."""
+    found = (module for model in models for module in model.modules() if isinstance(module, CompressedPatchEmbed))
+    return list(dict.fromkeys(found))
+
+
+def _one_compression(model: nn.Module) -> list[CompressedPatchEmbed]:
+    embeds = compressed_embeds(_module(model))
+    if not embeds:
+        raise ValueError(
+            f"model must be compressed first, with compress(model, ...), got a plain {type(model).__name__}"
+        )
+    if any(embed.compression is not embeds[0].compression for embed in embeds):
+        raise ValueError(
+            f"model must hold encoders of one compress() call, got {len(embeds)} that were compressed apart"
+        )
+    return embeds
+
+
+def _check(family: Family, encoder: nn.Module, schedule: Schedule, name: str) -> None:
+    strategies = schedule.strategies()
+    if name == "teacher":
+        strategies = tuple(strategy.without_dropout() for strategy in strategies)
+    try:
+        family.check(encoder, strategies)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _module(model: Any) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {model!r}")
+    return model

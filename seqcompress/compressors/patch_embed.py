@@ -1,0 +1,282 @@
+"""Both compressors as one module around a ViT's patch embedding.
+
+Prefix tokens and positions do not depend on the image. So a compressed forward lets the model do what it
+always does between its patch embedding and its first block, but once, on a single blank view: what comes out
+is its prefix tokens and its positions, whatever kind they are. Those are joined with the patches that are
+really embedded (few, and perhaps larger) just before position dropout, or before the first block.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+from weakref import WeakSet
+
+import torch
+import torch.nn.functional as F
+from timm.layers import PatchEmbed, resample_abs_pos_embed
+from timm.layers.format import Format, nchw_to
+from torch import Tensor, nn
+
+from seqcompress.compressors.patch_scaling import fit_to_grid, grid_size, resample_patches, resize_pinv
+from seqcompress.compressors.token_dropout import SubsetStream, num_kept, random_subset
+from seqcompress.schedules import Schedule
+from seqcompress.strategy import Strategy
+
+__all__ = ["Compression", "CompressedPatchEmbed", "When"]
+
+When = Literal["grad", "train"]
+Size = tuple[int, int]
+
+
+@dataclass(eq=False)
+class Compression:
+    """What the encoders that were compressed together share: one plan, one strategy, one random stream."""
+
+    plan: Schedule
+    strategy: Strategy
+    stream: SubsetStream = field(default_factory=SubsetStream)
+
+
+class Forward(NamedTuple):
+    """One kind of training forward, for the tally."""
+
+    view: tuple[int, ...]  # (B, C, H, W)
+    tokens: int  # a view, prefix tokens included
+    graph: bool  # whether a backward pass follows
+
+
+class _Selection(NamedTuple):
+    """What one compressed forward does with its views."""
+
+    grid: Size
+    patch: Size
+    kept: Tensor | None  # (B, K), or None for all patches
+    rows: Tensor | None
+    columns: Tensor | None
+
+
+class _Pending(NamedTuple):
+    """Embedded patches on their way to where positions are known."""
+
+    tokens: Tensor  # (B, K, D)
+    grid: Size
+    kept: Tensor | None
+
+
+class CompressedPatchEmbed(nn.Module):
+    """A patch embedding that can drop tokens and scale patches; otherwise the one it wraps.
+
+    Parameters, buffers, children and hooks are those of the wrapped embedding, under their own names, so that
+    nothing changes in a state dict or for an optimizer. Attributes are read from and written to it too.
+
+    Args:
+        embed: the patch embedding to wrap.
+        encoder: the model it belongs to; must have ``num_prefix_tokens``.
+        compression: strategy and random stream, shared by all encoders compressed together.
+        drops_tokens: False for a teacher, which only scales patches.
+        when: "grad" compresses forwards in train mode that build a graph, "train" all in train mode.
+    """
+
+    _OWN = frozenset({"embed", "encoder", "compression", "drops_tokens", "when", "tally", "training", "_pending"})
+
+    def __init__(
+        self, embed: nn.Module, encoder: nn.Module, compression: Compression, *, drops_tokens: bool, when: When
+    ) -> None:
+        super().__init__()
+        for name, registry in vars(embed).items():
+            if name in vars(self) and isinstance(registry, dict):
+                vars(self)[name] = registry
+        # Not registered as children: neither may add a name to the state dict.
+        vars(self).update(
+            embed=embed,
+            encoder=encoder,
+            compression=compression,
+            drops_tokens=drops_tokens,
+            when=when,
+            tally=Counter(),
+            training=embed.training,
+            _pending=None,
+        )
+        _live.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _live.add(self)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "embed" not in vars(self):  # not set up yet: copy and pickle ask early
+                raise
+            return getattr(vars(self)["embed"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._OWN:
+            vars(self)[name] = value
+        else:
+            setattr(self.embed, name, value)
+
+    def train(self, mode: bool = True) -> CompressedPatchEmbed:
+        self.embed.training = mode
+        super().train(mode)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"strategy={self.strategy}, when={self.when}, teacher={not self.drops_tokens}"
+
+    @property
+    def strategy(self) -> Strategy:
+        """The strategy as it concerns this encoder: without dropout for a teacher."""
+        strategy = self.compression.strategy
+        return strategy if self.drops_tokens else strategy.without_dropout()
+
+    def partners(self) -> list[CompressedPatchEmbed]:
+        """All embeddings that share this one's compression, itself included."""
+        return [other for other in _live if other.compression is self.compression]
+
+    def release(self) -> None:
+        """Take leave of the partners: the encoder has its plain patch embedding back."""
+        _live.discard(self)
+
+    def forward(self, views: Tensor) -> Tensor:
+        """Embed views (B, C, H, W); compressed forwards return a blank and keep the patches for ``join``."""
+        selection = self._select(views)
+        if selection is None:
+            return self.embed.forward(views)
+        vars(self)["_pending"] = _Pending(self._embed_patches(views, selection), selection.grid, selection.kept)
+        return self._blank(views)
+
+    def join(self, blank: Tensor) -> Tensor:
+        """Replace the model's tokens of the blank view by those of the views that were embedded.
+
+        Args:
+            blank: prefix tokens and positions as the model made them for one blank view, (1, P + N, D).
+
+        Returns:
+            Tokens of shape (B, P + K, D), prefix tokens first; ``blank`` itself if nothing is waiting.
+        """
+        pending = self._pending
+        if pending is None:
+            return blank
+        vars(self)["_pending"] = None
+        prefix, grid = self.encoder.num_prefix_tokens, self.embed.grid_size
+        if blank.shape[0] != 1 or blank.shape[1] != prefix + grid[0] * grid[1]:
+            raise RuntimeError(
+                f"a compressed encoder expected its {prefix} prefix and {grid[0] * grid[1]} patch positions between "
+                f"patch embedding and first block, got tokens of shape {tuple(blank.shape)}: masked tokens "
+                "(mask, idx_mask, idx_keep) cannot be combined with compression"
+            )
+        blank = resample_abs_pos_embed(
+            blank, new_size=list(pending.grid), old_size=list(grid), num_prefix_tokens=prefix
+        )
+        positions = blank[:, prefix:]
+        if pending.kept is not None:
+            positions = F.embedding(pending.kept, positions[0])  # (B, K, D)
+        tokens = pending.tokens + positions
+        if not prefix:
+            return tokens
+        return torch.cat((blank[:, :prefix].expand(len(tokens), -1, -1), tokens), dim=1)
+
+    # Python-side decisions: random seeds, counters. Not for the compiler.
+    @torch.compiler.disable
+    def _select(self, views: Tensor) -> _Selection | None:
+        vars(self)["_pending"] = None
+        if not self.training:
+            return None
+        graph = _builds_graph(views, self.encoder)
+        strategy = self.strategy if graph or self.when == "train" else Strategy()
+        base, view = self.embed.patch_size, (views.shape[2], views.shape[3])
+        patch = base if strategy.patch_size is None else (strategy.patch_size, strategy.patch_size)
+        grid = grid_size(view, patch)
+        patches = grid[0] * grid[1]
+        kept = num_kept(patches, strategy.token_dropout)
+        prefix: int = self.encoder.num_prefix_tokens
+        if not _in_backward():
+            self.tally[Forward(tuple(views.shape), prefix + kept, graph)] += 1
+        # A model of fixed input size gets views of other sizes here: a schedule that ends at the base
+        # strategy must not end in an error.
+        foreign = view != self.embed.img_size and self.embed.strict_img_size and (graph or self.when == "train")
+        if patch == base and kept == patches and not foreign:
+            return None
+        subset = None
+        if kept < patches:
+            seed = self.compression.stream.next_seed()
+            subset = random_subset(len(views), patches, kept, seed=seed, device=views.device)
+        rows, columns = (
+            None if side == base_side else resize_pinv(base_side, side, views.dtype, views.device)
+            for side, base_side in zip(patch, base, strict=True)
+        )
+        return _Selection(grid, patch, subset, rows, columns)
+
+    def _embed_patches(self, views: Tensor, selection: _Selection) -> Tensor:
+        if not embeds_patches(self.embed):
+            return self._embed_then_drop(views, selection)
+        grid, patch = selection.grid, selection.patch
+        views = fit_to_grid(views, grid, patch)
+        pixels = views.unflatten(3, (grid[1], patch[1])).unflatten(2, (grid[0], patch[0]))
+        pixels = pixels.permute(0, 2, 4, 1, 3, 5)  # (B, gh, gw, C, h, w)
+        if selection.kept is None:
+            pixels = pixels.flatten(1, 2)  # (B, N, C, h, w)
+        else:
+            sample = torch.arange(len(views), device=views.device).unsqueeze(1)
+            pixels = pixels[sample, selection.kept // grid[1], selection.kept % grid[1]]  # (B, K, C, h, w)
+        kernel = self.embed.proj.weight  # (D, C, h0, w0)
+        if selection.rows is not None or selection.columns is not None:
+            pixels = resample_patches(pixels, selection.rows, selection.columns)  # (B, K, C, w0, h0)
+            kernel = kernel.transpose(2, 3)
+        tokens = F.linear(pixels.flatten(2), kernel.flatten(1), self.embed.proj.bias)  # (B, K, D)
+        return self.embed.norm(tokens)
+
+    def _embed_then_drop(self, views: Tensor, selection: _Selection) -> Tensor:
+        """For embeddings that are more than one projection, such as a convolutional stem."""
+        tokens = self.embed.forward(views)
+        if not self.embed.flatten:
+            tokens = tokens.flatten(1, 2) if self.embed.output_fmt == Format.NHWC else tokens
+        if selection.kept is None:
+            return tokens
+        return tokens.gather(1, selection.kept.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+    def _blank(self, views: Tensor) -> Tensor:
+        """The embedding of one view of the model's own size, all zero, in the format the model expects."""
+        pending: _Pending = self._pending
+        height, width = self.embed.grid_size
+        blank = pending.tokens.new_zeros(1, pending.tokens.shape[-1], height, width)
+        if self.embed.flatten:
+            return blank.flatten(2).transpose(1, 2)  # (1, N, D)
+        return nchw_to(blank, self.embed.output_fmt)
+
+
+_live: WeakSet[CompressedPatchEmbed] = WeakSet()
+
+
+def embeds_patches(embed: nn.Module) -> bool:
+    """Whether ``embed`` is one linear map of each patch on its own, so that patches can be chosen and scaled."""
+    proj = getattr(embed, "proj", None)
+    return (
+        isinstance(embed, PatchEmbed)
+        and type(embed).forward is PatchEmbed.forward
+        and isinstance(proj, nn.Conv2d)
+        and proj.kernel_size == proj.stride == tuple(embed.patch_size)
+        and proj.padding == (0, 0)
+        and proj.dilation == (1, 1)
+        and proj.groups == 1
+    )
+
+
+def _builds_graph(views: Tensor, encoder: nn.Module) -> bool:
+    """Whether this forward will be differentiated.
+
+    The first pass of reentrant gradient checkpointing runs without grad, but its input requires grad; that of
+    a teacher does not.
+    """
+    if views.requires_grad:
+        return True
+    return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in encoder.parameters())
+
+
+def _in_backward() -> bool:
+    """Whether gradient checkpointing is running this forward again."""
+    return torch._C._current_graph_task_id() != -1

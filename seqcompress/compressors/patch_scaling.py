@@ -1,0 +1,83 @@
+"""Flexible patch scaling: the same patch embedding at another patch size.
+
+Source: Beyer et al., "FlexiViT: One Model for All Patch Sizes", CVPR 2023 (arXiv 2212.08013). FlexiViT
+resamples the kernel w by the pseudo-inverse of the resize matrix B (PI-resize): w' = (B^T)^+ w. Since
+x^T w' = (B^+ x)^T w, resampling each patch of the view with B^+ and using w as it is gives the same tokens,
+the same gradient for w, and costs a fraction: B^+ is separable, and the view needs no gradient.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["fit_to_grid", "grid_size", "resample_patches", "resize_pinv"]
+
+Size = tuple[int, int]
+
+
+def grid_size(view: Size, patch: Size) -> Size:
+    """Patches along each side of a view: ``max(1, round(side / patch))``, with Python's ``round``.
+
+    Args:
+        view: height and width of the view, in pixels.
+        patch: height and width of a patch, in pixels.
+
+    Raises:
+        ValueError: the patch is larger than a side of the view.
+    """
+    if patch[0] > view[0] or patch[1] > view[1]:
+        raise ValueError(
+            f"patch_size must not be larger than a side of the view, "
+            f"got patch_size {_shape(patch)} for a view of {_shape(view)} px"
+        )
+    return max(1, round(view[0] / patch[0])), max(1, round(view[1] / patch[1]))
+
+
+def fit_to_grid(views: Tensor, grid: Size, patch: Size) -> Tensor:
+    """Resize views (B, C, H, W) to exactly ``grid`` patches; unchanged where they already are."""
+    size = (grid[0] * patch[0], grid[1] * patch[1])
+    if views.shape[-2:] == size:
+        return views
+    return F.interpolate(views, size=size, mode="bicubic", antialias=True, align_corners=False)
+
+
+@lru_cache(maxsize=64)
+def resize_pinv(base: int, scaled: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """B^+ along one side, of shape (base, scaled): takes ``scaled`` pixels back to ``base`` pixels.
+
+    B is the bicubic antialiased resize base -> scaled, the one that ``timm.layers`` uses.
+    """
+    # Cached for good, so never an inference tensor, whoever asks first.
+    with torch.inference_mode(False):
+        pixels = torch.eye(base, dtype=torch.float64).reshape(base, 1, base, 1)
+        resized = F.interpolate(pixels, size=(scaled, 1), mode="bicubic", antialias=True, align_corners=False)
+        resize = resized.reshape(base, scaled).T  # (scaled, base)
+        return torch.linalg.pinv(resize).to(dtype=dtype, device=device)
+
+
+def resample_patches(patches: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+    """Apply B^+ to patches, along their height and along their width.
+
+    Args:
+        patches: pixels of shape (..., h, w).
+        rows: matrix of shape (h0, h), or None to leave the height as it is.
+        columns: matrix of shape (w0, w), or None to leave the width as it is.
+
+    Returns:
+        Pixels of shape (..., w0, h0). The two sides are swapped: one transposition of the patches is saved,
+        and the caller transposes the (much smaller) kernel instead.
+    """
+    # Linear algebra on pixels, not on features: half precision from autocast would only blur them.
+    with torch.autocast(patches.device.type, enabled=False):
+        if columns is not None:
+            patches = patches @ columns.T  # (..., h, w0)
+        patches = patches.transpose(-1, -2)  # (..., w0, h)
+        return patches if rows is None else patches @ rows.T  # (..., w0, h0)
+
+
+def _shape(size: Size) -> str:
+    return f"{size[0]} x {size[1]}"

@@ -1,0 +1,56 @@
+"""What the core must know of one kind of ViT."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from seqcompress.compressors import CompressedPatchEmbed
+from seqcompress.compressors.patch_embed import Compression, When
+from seqcompress.strategy import Strategy
+
+
+class Family(ABC):
+    """One kind of ViT: how to recognise it, and where the compressors take their place in it.
+
+    ``supports`` is its entry in the list that an unsupported model is answered with.
+    """
+
+    supports: ClassVar[str]
+
+    @abstractmethod
+    def matches(self, model: nn.Module) -> bool:
+        """Whether ``model`` is of this family."""
+
+    @abstractmethod
+    def check(self, encoder: nn.Module, strategies: Iterable[Strategy]) -> None:
+        """Raise ValueError, saying why, if the encoder cannot be compressed in one of these ways."""
+
+    @abstractmethod
+    def attach(
+        self, encoder: nn.Module, compression: Compression, *, drops_tokens: bool, when: When
+    ) -> CompressedPatchEmbed:
+        """Put the compressors in place."""
+
+    @abstractmethod
+    def detach(self, encoder: nn.Module) -> None:
+        """Take them out again, leaving nothing behind."""
+
+    @abstractmethod
+    def patch_size(self, encoder: nn.Module) -> tuple[int, int]:
+        """Height and width of the encoder's own patches, in pixels."""
+
+    @abstractmethod
+    def image_size(self, encoder: nn.Module) -> tuple[int, int]:
+        """Height and width of the views the encoder was built for, in pixels."""
+
+    @abstractmethod
+    def num_prefix_tokens(self, encoder: nn.Module) -> int:
+        """Class, distillation and register tokens."""
+
+    @abstractmethod
+    def after_embedding(self, encoder: nn.Module, tokens: Tensor) -> Tensor:
+        """Run the encoder on tokens (B, T, D) that are already embedded: blocks, pooling, head."""

@@ -1,0 +1,102 @@
+"""Everything that timm builds from its ``VisionTransformer`` class, and subclasses of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import timm
+import torch
+from packaging.version import Version
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from seqcompress.compressors import CompressedPatchEmbed
+from seqcompress.compressors.patch_embed import Compression, When, embeds_patches
+from seqcompress.compressors.patch_scaling import grid_size
+from seqcompress.families import Family, register
+from seqcompress.strategy import Strategy
+
+_OLDEST_TIMM = "1.0.9"
+
+if Version(timm.__version__) < Version(_OLDEST_TIMM):
+    raise ImportError(f"timm {timm.__version__} is not supported; supported: timm >= {_OLDEST_TIMM}")
+
+
+class _Join:
+    """Forward pre-hook at which embedded patches meet their positions. Holds no closure: it can be copied."""
+
+    def __init__(self, embed: CompressedPatchEmbed) -> None:
+        self.embed = embed
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (self.embed.join(args[0]), *args[1:])
+
+
+@register
+class TimmVisionTransformer(Family):
+    """Class token or none, registers, distillation token, any pooling, pre-norm, any kind of positions."""
+
+    supports = "timm.models.vision_transformer.VisionTransformer and its subclasses (vit_*, deit*, flexivit_*, ...)"
+
+    def matches(self, model: nn.Module) -> bool:
+        return isinstance(model, VisionTransformer)
+
+    def check(self, encoder: nn.Module, strategies: Iterable[Strategy]) -> None:
+        rate = getattr(encoder.patch_drop, "prob", None)
+        if rate is not None:
+            raise ValueError(
+                f"the model drops tokens by itself (patch_drop_rate={rate}), which would add to token_dropout: "
+                "create it with patch_drop_rate=0"
+            )
+        for strategy in strategies:
+            size = strategy.patch_size
+            if size is None or (size, size) == self.patch_size(encoder):
+                continue
+            grid_size(self.image_size(encoder), (size, size))
+            embed = _plain_embed(encoder)
+            if not embeds_patches(embed):
+                raise ValueError(
+                    f"patch_size must be None for a model whose patch embedding is a {type(embed).__name__}, "
+                    f"got {size}: only a plain PatchEmbed can be scaled"
+                )
+
+    def attach(
+        self, encoder: nn.Module, compression: Compression, *, drops_tokens: bool, when: When
+    ) -> CompressedPatchEmbed:
+        embed = CompressedPatchEmbed(_plain_embed(encoder), encoder, compression, drops_tokens=drops_tokens, when=when)
+        encoder.patch_embed = embed
+        # Models without positions skip pos_drop; hosts that call the parts themselves may skip either.
+        for place in _join_places(encoder):
+            place.register_forward_pre_hook(_Join(embed))
+        return embed
+
+    def detach(self, encoder: nn.Module) -> None:
+        encoder.patch_embed = _plain_embed(encoder)
+        for place in _join_places(encoder):
+            for key in [key for key, hook in place._forward_pre_hooks.items() if isinstance(hook, _Join)]:
+                del place._forward_pre_hooks[key]
+
+    def patch_size(self, encoder: nn.Module) -> tuple[int, int]:
+        height, width = encoder.patch_embed.patch_size
+        return int(height), int(width)
+
+    def image_size(self, encoder: nn.Module) -> tuple[int, int]:
+        height, width = encoder.patch_embed.img_size
+        return int(height), int(width)
+
+    def num_prefix_tokens(self, encoder: nn.Module) -> int:
+        return int(encoder.num_prefix_tokens)
+
+    def after_embedding(self, encoder: nn.Module, tokens: Tensor) -> Tensor:
+        tokens = encoder.norm(encoder.blocks(encoder.norm_pre(tokens)))
+        features: Tensor | tuple[Tensor, ...] = encoder.forward_head(tokens)
+        return features if isinstance(features, Tensor) else torch.stack(features)
+
+
+def _plain_embed(encoder: nn.Module) -> nn.Module:
+    embed: nn.Module = encoder.patch_embed
+    return embed.embed if isinstance(embed, CompressedPatchEmbed) else embed
+
+
+def _join_places(encoder: nn.Module) -> tuple[nn.Module, nn.Module]:
+    return encoder.pos_drop, encoder.norm_pre

@@ -1,0 +1,28 @@
+"""Modules that merely wrap a ViT: what is inside them gets compressed."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from seqcompress.families import register_wrapper
+
+
+@register_wrapper
+def distributed(model: nn.Module) -> nn.Module | None:
+    """``DistributedDataParallel(vit)``."""
+    return model.module if isinstance(model, DistributedDataParallel) else None
+
+
+@register_wrapper
+def compiled(model: nn.Module) -> nn.Module | None:
+    """``torch.compile(vit)``."""
+    inner = vars(model).get("_modules", {}).get("_orig_mod")
+    return inner if isinstance(inner, nn.Module) else None
+
+
+@register_wrapper
+def lightly_masked(model: nn.Module) -> nn.Module | None:
+    """Lightly's ``MaskedVisionTransformerTIMM(vit)``, known by its name: the core imports no framework."""
+    names = {(kind.__module__.partition(".")[0], kind.__name__) for kind in type(model).__mro__}
+    return model.vit if ("lightly", "MaskedVisionTransformerTIMM") in names else None

@@ -1,0 +1,84 @@
+"""The paper's polynomial decay of the learning rate, as a torch scheduler."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+__all__ = ["PolynomialDecayLR"]
+
+
+class PolynomialDecayLR(LRScheduler):
+    """``lr(t) = lr0 * (1 - t) ** power``, after a linear warm-up.
+
+    t is the share of the budget that is spent. With sequences of one length throughout, that is the share of
+    the steps; with a schedule, pass its ``budget_share``. Source: Lin et al., NeurIPS 2024 (arXiv 2410.22364),
+    with ``power=2``.
+
+    Args:
+        optimizer: its learning rates are the peaks lr0.
+        total_steps: number of steps of the whole run, warm-up included, at least 1.
+        power: exponent of the decay, above 0.
+        warmup_steps: steps over which the rate rises linearly to its peak; less than ``total_steps``.
+        share: maps a number of steps done to the share of the budget spent, such as
+            ``SequenceScheduler.budget_share``. Not saved with the state.
+        last_epoch: as in every torch scheduler.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> import torch
+        >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        >>> scheduler = PolynomialDecayLR(optimizer, total_steps=10)
+        >>> for _ in range(5):
+        ...     optimizer.step()
+        ...     scheduler.step()
+        >>> scheduler.get_last_lr()
+        [0.25]
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        total_steps: int,
+        *,
+        power: float = 2.0,
+        warmup_steps: int = 0,
+        share: Callable[[int], float] | None = None,
+        last_epoch: int = -1,
+    ) -> None:
+        if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
+            raise ValueError(f"total_steps must be a whole number of at least 1, got {total_steps!r}")
+        if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int) or not 0 <= warmup_steps < total_steps:
+            raise ValueError(f"warmup_steps must be a whole number in [0, total_steps), got {warmup_steps!r}")
+        if isinstance(power, bool) or not isinstance(power, numbers.Real) or not 0 < power < math.inf:
+            raise ValueError(f"power must be a finite number above 0, got {power!r}")
+        if share is not None and not callable(share):
+            raise ValueError(f"share must be a function of the number of steps, got {share!r}")
+        self.total_steps, self.warmup_steps, self.power = total_steps, warmup_steps, float(power)
+        self._share = share
+        super().__init__(optimizer, last_epoch)
+
+    def get_lr(self) -> list[float]:
+        """The learning rate of each parameter group after ``last_epoch`` steps."""
+        factor = self._factor(self.last_epoch)
+        return [base * factor for base in self.base_lrs]
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in every torch scheduler, without the function ``share``."""
+        return {name: value for name, value in super().state_dict().items() if name != "_share"}
+
+    def _factor(self, step: int) -> float:
+        if step < self.warmup_steps:
+            return (step + 1) / (self.warmup_steps + 1)
+        begin, now = self._spent(self.warmup_steps), self._spent(min(step, self.total_steps))
+        return float((1.0 - (now - begin) / (1.0 - begin)) ** self.power)
+
+    def _spent(self, step: int) -> float:
+        return step / self.total_steps if self._share is None else self._share(step)

@@ -1,0 +1,50 @@
+"""Plans for those who choose none: schedules made for a model's own patch and view size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from seqcompress.schedules import Schedule, Stepwise
+from seqcompress.strategy import Strategy
+
+__all__ = ["DEFAULT", "PRESETS", "double_patch"]
+
+
+def double_patch(patch: int, side: int) -> int:
+    """A patch size near twice the model's own: one that divides the view if there is one close by.
+
+    Args:
+        patch: the model's patch size, in pixels.
+        side: side of the view, in pixels.
+
+    Example:
+        >>> double_patch(16, 224), double_patch(4, 28), double_patch(8, 8)
+        (32, 7, 8)
+    """
+    fitting = [
+        size for size in range(patch + 1, side // 2 + 1) if side % size == 0 and 1.4 * patch < size < 2.8 * patch
+    ]
+    return min(fitting, key=lambda size: abs(size - 2 * patch), default=min(2 * patch, side))
+
+
+def _default(large: int) -> Schedule:
+    return Stepwise(
+        {
+            0.0: Strategy(0.5, large),
+            0.5: Strategy(0.0, large),
+            0.75: Strategy(0.5),
+            0.95: Strategy(),
+        }
+    )
+
+
+def _gentle(large: int) -> Schedule:
+    return Stepwise({0.0: Strategy(0.0, large), 0.25: Strategy(0.5), 0.75: Strategy()})
+
+
+def _strong(large: int) -> Schedule:
+    return Stepwise({0.0: Strategy(0.5, large), 0.9: Strategy(0.0, large)})
+
+
+DEFAULT = "default"
+PRESETS: dict[str, Callable[[int], Schedule]] = {DEFAULT: _default, "gentle": _gentle, "strong": _strong}
