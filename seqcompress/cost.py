@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from seqcompress.compressors.patch_scaling import grid_size
 from seqcompress.compressors.token_dropout import num_kept
 from seqcompress.families import Family, find_encoder
+from seqcompress.families.family import Encoder
 from seqcompress.strategy import Strategy
 
 __all__ = ["encoder_flops", "num_tokens", "relative_cost"]
@@ -62,7 +63,7 @@ def relative_cost(model: nn.Module, strategy: Strategy, image_size: int | tuple[
     return encoder_flops(family, encoder, compressed) / encoder_flops(family, encoder, full)
 
 
-def encoder_flops(family: Family, encoder: nn.Module, tokens: int) -> int:
+def encoder_flops(family: Family, encoder: Encoder, tokens: int) -> int:
     """FLOPs of one view's forward with ``tokens`` tokens: embedding, blocks, pooling and head.
 
     Counted by torch's FLOP counter on a run without data (meta device), so it holds for any kind of block.
@@ -73,7 +74,7 @@ def encoder_flops(family: Family, encoder: nn.Module, tokens: int) -> int:
     return 2 * patches * kernel * encoder.embed_dim + _flops_after_embedding(family, encoder, tokens)
 
 
-def _flops_after_embedding(family: Family, encoder: nn.Module, tokens: int) -> int:
+def _flops_after_embedding(family: Family, encoder: Encoder, tokens: int) -> int:
     class AfterEmbedding(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -7,6 +7,7 @@ import numbers
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -61,11 +62,13 @@ class PolynomialDecayLR(LRScheduler):
             raise ValueError(f"power must be a finite number above 0, got {power!r}")
         if share is not None and not callable(share):
             raise ValueError(f"share must be a function of the number of steps, got {share!r}")
-        self.total_steps, self.warmup_steps, self.power = total_steps, warmup_steps, float(power)
-        self._share = share
+        self.total_steps: int = total_steps
+        self.warmup_steps: int = warmup_steps
+        self.power: float = float(power)
+        self._share: Callable[[int], float] | None = share
         super().__init__(optimizer, last_epoch)
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[float | Tensor]:
         """The learning rate of each parameter group after ``last_epoch`` steps."""
         factor = self._factor(self.last_epoch)
         return [base * factor for base in self.base_lrs]

@@ -311,6 +311,7 @@ def _check_strategy(value: Any, name: str) -> None:
 def _checked_progress(value: Any, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number in [0, 1], got {value!r}")
-    if not 0 <= value <= 1:
+    number: Any = value
+    if not 0 <= number <= 1:
         raise ValueError(f"{name} must be in [0, 1], got {value!r}")
-    return float(value)
+    return float(number)

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
 from torch import distributed as dist
+from torch import nn
 
 from seqcompress.compression import Plan, check_plan, compressed_embeds, resolve_plan
 from seqcompress.compressors import CompressedPatchEmbed
@@ -61,17 +61,16 @@ class SequenceScheduler:
         if not self._embeds:
             raise ValueError("model_or_models must be compressed first, with compress(model, ...), got plain modules")
         total_steps = _checked_count(total_steps, "total_steps", at_least=1)
-        if schedule is None:
-            plans = {embed.compression.plan for embed in self._embeds}
-            if len(plans) > 1:
-                raise ValueError(f"schedule must be given for encoders that were compressed with {len(plans)} plans")
-            schedule = plans.pop()
-        else:
-            schedule = resolve_plan(schedule, *find_encoder(self._embeds[0].encoder))
-            check_plan(self._embeds, schedule)
-        self._group: dist.ProcessGroup | None = None
+        plans = {embed.compression.plan for embed in self._embeds}
+        if schedule is not None:
+            plans = {resolve_plan(schedule, *find_encoder(self._embeds[0].encoder))}
+        if len(plans) > 1:
+            raise ValueError(f"schedule must be given for encoders that were compressed with {len(plans)} plans")
+        (plan,) = plans
+        check_plan(self._embeds, plan)
+        self._group: Any = None
         self._seed = torch.initial_seed()
-        self._apply(schedule, total_steps, last_step=0)
+        self._apply(plan, total_steps, last_step=0)
 
     @property
     def embeds(self) -> tuple[CompressedPatchEmbed, ...]:
@@ -177,8 +176,7 @@ class SequenceScheduler:
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return step
         if self._group is None:
-            on_cpu = "gloo" in str(dist.get_backend_config())
-            self._group = dist.group.WORLD if on_cpu else dist.new_group(backend="gloo")
+            self._group = dist.new_group(backend="gloo")
         agreed = torch.tensor([step])
         dist.broadcast(agreed, src=0, group=self._group)
         return int(agreed.item())

@@ -100,9 +100,11 @@ class Strategy:
 def _checked_dropout(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"token_dropout must be a number in [0, 1), got {value!r}")
-    if not 0 <= value < 1 or float(value) == 1.0:
+    number: Any = value
+    # Checked before and after: a fraction may be below 1 and its nearest float not.
+    if not 0 <= number < 1 or float(number) == 1.0:
         raise ValueError(f"token_dropout must be in [0, 1), got {value!r}")
-    return float(value) + 0.0  # turns -0.0 into 0.0
+    return float(number) + 0.0  # turns -0.0 into 0.0
 
 
 def _checked_patch_size(value: Any) -> int:

@@ -15,8 +15,9 @@ from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
-from timm.layers import PatchEmbed, resample_abs_pos_embed
 from timm.layers.format import Format, nchw_to
+from timm.layers.patch_embed import PatchEmbed
+from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from seqcompress.compressors.patch_scaling import fit_to_grid, grid_size, resample_patches, resize_pinv
@@ -24,7 +25,7 @@ from seqcompress.compressors.token_dropout import SubsetStream, num_kept, random
 from seqcompress.schedules import Schedule
 from seqcompress.strategy import Strategy
 
-__all__ = ["Compression", "CompressedPatchEmbed", "When"]
+__all__ = ["CompressedPatchEmbed", "Compression", "When"]
 
 When = Literal["grad", "train"]
 Size = tuple[int, int]
@@ -79,6 +80,14 @@ class CompressedPatchEmbed(nn.Module):
         when: "grad" compresses forwards in train mode that build a graph, "train" all in train mode.
     """
 
+    embed: Any
+    encoder: Any
+    compression: Compression
+    drops_tokens: bool
+    when: When
+    tally: Counter[Forward]
+    _pending: _Pending | None
+
     _OWN = frozenset({"embed", "encoder", "compression", "drops_tokens", "when", "tally", "training", "_pending"})
 
     def __init__(
@@ -102,7 +111,7 @@ class CompressedPatchEmbed(nn.Module):
         _live.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         _live.add(self)
 
     def __getattr__(self, name: str) -> Any:
@@ -146,8 +155,9 @@ class CompressedPatchEmbed(nn.Module):
         selection = self._select(views)
         if selection is None:
             return self.embed.forward(views)
-        vars(self)["_pending"] = _Pending(self._embed_patches(views, selection), selection.grid, selection.kept)
-        return self._blank(views)
+        tokens = self._embed_patches(views, selection)
+        self._pending = _Pending(tokens, selection.grid, selection.kept)
+        return self._blank(tokens)
 
     def join(self, blank: Tensor) -> Tensor:
         """Replace the model's tokens of the blank view by those of the views that were embedded.
@@ -161,7 +171,7 @@ class CompressedPatchEmbed(nn.Module):
         pending = self._pending
         if pending is None:
             return blank
-        vars(self)["_pending"] = None
+        self._pending = None
         prefix, grid = self.encoder.num_prefix_tokens, self.embed.grid_size
         if blank.shape[0] != 1 or blank.shape[1] != prefix + grid[0] * grid[1]:
             raise RuntimeError(
@@ -181,9 +191,9 @@ class CompressedPatchEmbed(nn.Module):
         return torch.cat((blank[:, :prefix].expand(len(tokens), -1, -1), tokens), dim=1)
 
     # Python-side decisions: random seeds, counters. Not for the compiler.
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _select(self, views: Tensor) -> _Selection | None:
-        vars(self)["_pending"] = None
+        self._pending = None
         if not self.training:
             return None
         graph = _builds_graph(views, self.encoder)
@@ -216,7 +226,7 @@ class CompressedPatchEmbed(nn.Module):
             return self._embed_then_drop(views, selection)
         grid, patch = selection.grid, selection.patch
         views = fit_to_grid(views, grid, patch)
-        pixels = views.unflatten(3, (grid[1], patch[1])).unflatten(2, (grid[0], patch[0]))
+        pixels = views.view(*views.shape[:2], grid[0], patch[0], grid[1], patch[1])
         pixels = pixels.permute(0, 2, 4, 1, 3, 5)  # (B, gh, gw, C, h, w)
         if selection.kept is None:
             pixels = pixels.flatten(1, 2)  # (B, N, C, h, w)
@@ -239,11 +249,10 @@ class CompressedPatchEmbed(nn.Module):
             return tokens
         return tokens.gather(1, selection.kept.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
-    def _blank(self, views: Tensor) -> Tensor:
+    def _blank(self, tokens: Tensor) -> Tensor:
         """The embedding of one view of the model's own size, all zero, in the format the model expects."""
-        pending: _Pending = self._pending
         height, width = self.embed.grid_size
-        blank = pending.tokens.new_zeros(1, pending.tokens.shape[-1], height, width)
+        blank = tokens.new_zeros(1, tokens.shape[-1], height, width)
         if self.embed.flatten:
             return blank.flatten(2).transpose(1, 2)  # (1, N, D)
         return nchw_to(blank, self.embed.output_fmt)

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from seqcompress.families.family import Family
+from seqcompress.families.family import Encoder, Family
 
 __all__ = ["Family", "find_encoder", "is_encoder", "register", "register_wrapper", "supported"]
 
@@ -45,7 +45,7 @@ def is_encoder(model: object) -> bool:
     return isinstance(model, nn.Module) and _find(model) is not None
 
 
-def find_encoder(model: object, name: str = "model") -> tuple[Family, nn.Module]:
+def find_encoder(model: object, name: str = "model") -> tuple[Family, Encoder]:
     """The family of a model, and the ViT itself where ``model`` wraps one.
 
     Raises:
@@ -57,7 +57,7 @@ def find_encoder(model: object, name: str = "model") -> tuple[Family, nn.Module]
     return found
 
 
-def _find(model: nn.Module) -> tuple[Family, nn.Module] | None:
+def _find(model: nn.Module) -> tuple[Family, Encoder] | None:
     for unwrap in _wrappers:
         inner = unwrap(model)
         if inner is not None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 from torch import Tensor, nn
 
 from seqcompress.compressors import CompressedPatchEmbed
 from seqcompress.compressors.patch_embed import Compression, When
 from seqcompress.strategy import Strategy
+
+Encoder: TypeAlias = Any
+"""A ViT. Which attributes it has is for its family to know, and for no type checker."""
 
 
 class Family(ABC):
@@ -26,31 +29,31 @@ class Family(ABC):
         """Whether ``model`` is of this family."""
 
     @abstractmethod
-    def check(self, encoder: nn.Module, strategies: Iterable[Strategy]) -> None:
+    def check(self, encoder: Encoder, strategies: Iterable[Strategy]) -> None:
         """Raise ValueError, saying why, if the encoder cannot be compressed in one of these ways."""
 
     @abstractmethod
     def attach(
-        self, encoder: nn.Module, compression: Compression, *, drops_tokens: bool, when: When
+        self, encoder: Encoder, compression: Compression, *, drops_tokens: bool, when: When
     ) -> CompressedPatchEmbed:
         """Put the compressors in place."""
 
     @abstractmethod
-    def detach(self, encoder: nn.Module) -> None:
+    def detach(self, encoder: Encoder) -> None:
         """Take them out again, leaving nothing behind."""
 
     @abstractmethod
-    def patch_size(self, encoder: nn.Module) -> tuple[int, int]:
+    def patch_size(self, encoder: Encoder) -> tuple[int, int]:
         """Height and width of the encoder's own patches, in pixels."""
 
     @abstractmethod
-    def image_size(self, encoder: nn.Module) -> tuple[int, int]:
+    def image_size(self, encoder: Encoder) -> tuple[int, int]:
         """Height and width of the views the encoder was built for, in pixels."""
 
     @abstractmethod
-    def num_prefix_tokens(self, encoder: nn.Module) -> int:
+    def num_prefix_tokens(self, encoder: Encoder) -> int:
         """Class, distillation and register tokens."""
 
     @abstractmethod
-    def after_embedding(self, encoder: nn.Module, tokens: Tensor) -> Tensor:
+    def after_embedding(self, encoder: Encoder, tokens: Tensor) -> Tensor:
         """Run the encoder on tokens (B, T, D) that are already embedded: blocks, pooling, head."""

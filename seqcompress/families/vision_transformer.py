@@ -14,6 +14,7 @@ from seqcompress.compressors import CompressedPatchEmbed
 from seqcompress.compressors.patch_embed import Compression, When, embeds_patches
 from seqcompress.compressors.patch_scaling import grid_size
 from seqcompress.families import Family, register
+from seqcompress.families.family import Encoder
 from seqcompress.strategy import Strategy
 
 _OLDEST_TIMM = "1.0.9"
@@ -41,7 +42,7 @@ class TimmVisionTransformer(Family):
     def matches(self, model: nn.Module) -> bool:
         return isinstance(model, VisionTransformer)
 
-    def check(self, encoder: nn.Module, strategies: Iterable[Strategy]) -> None:
+    def check(self, encoder: Encoder, strategies: Iterable[Strategy]) -> None:
         rate = getattr(encoder.patch_drop, "prob", None)
         if rate is not None:
             raise ValueError(
@@ -61,7 +62,7 @@ class TimmVisionTransformer(Family):
                 )
 
     def attach(
-        self, encoder: nn.Module, compression: Compression, *, drops_tokens: bool, when: When
+        self, encoder: Encoder, compression: Compression, *, drops_tokens: bool, when: When
     ) -> CompressedPatchEmbed:
         embed = CompressedPatchEmbed(_plain_embed(encoder), encoder, compression, drops_tokens=drops_tokens, when=when)
         encoder.patch_embed = embed
@@ -70,33 +71,33 @@ class TimmVisionTransformer(Family):
             place.register_forward_pre_hook(_Join(embed))
         return embed
 
-    def detach(self, encoder: nn.Module) -> None:
+    def detach(self, encoder: Encoder) -> None:
         encoder.patch_embed = _plain_embed(encoder)
         for place in _join_places(encoder):
             for key in [key for key, hook in place._forward_pre_hooks.items() if isinstance(hook, _Join)]:
                 del place._forward_pre_hooks[key]
 
-    def patch_size(self, encoder: nn.Module) -> tuple[int, int]:
+    def patch_size(self, encoder: Encoder) -> tuple[int, int]:
         height, width = encoder.patch_embed.patch_size
         return int(height), int(width)
 
-    def image_size(self, encoder: nn.Module) -> tuple[int, int]:
+    def image_size(self, encoder: Encoder) -> tuple[int, int]:
         height, width = encoder.patch_embed.img_size
         return int(height), int(width)
 
-    def num_prefix_tokens(self, encoder: nn.Module) -> int:
+    def num_prefix_tokens(self, encoder: Encoder) -> int:
         return int(encoder.num_prefix_tokens)
 
-    def after_embedding(self, encoder: nn.Module, tokens: Tensor) -> Tensor:
+    def after_embedding(self, encoder: Encoder, tokens: Tensor) -> Tensor:
         tokens = encoder.norm(encoder.blocks(encoder.norm_pre(tokens)))
         features: Tensor | tuple[Tensor, ...] = encoder.forward_head(tokens)
         return features if isinstance(features, Tensor) else torch.stack(features)
 
 
-def _plain_embed(encoder: nn.Module) -> nn.Module:
-    embed: nn.Module = encoder.patch_embed
+def _plain_embed(encoder: Encoder) -> nn.Module:
+    embed = encoder.patch_embed
     return embed.embed if isinstance(embed, CompressedPatchEmbed) else embed
 
 
-def _join_places(encoder: nn.Module) -> tuple[nn.Module, nn.Module]:
+def _join_places(encoder: Encoder) -> tuple[nn.Module, nn.Module]:
     return encoder.pos_drop, encoder.norm_pre

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -25,4 +27,7 @@ def compiled(model: nn.Module) -> nn.Module | None:
 def lightly_masked(model: nn.Module) -> nn.Module | None:
     """Lightly's ``MaskedVisionTransformerTIMM(vit)``, known by its name: the core imports no framework."""
     names = {(kind.__module__.partition(".")[0], kind.__name__) for kind in type(model).__mro__}
-    return model.vit if ("lightly", "MaskedVisionTransformerTIMM") in names else None
+    if ("lightly", "MaskedVisionTransformerTIMM") not in names:
+        return None
+    vit: Any = model.vit
+    return vit
