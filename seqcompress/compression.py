@@ -54,7 +54,7 @@ def compress(
     Raises:
         TypeError: a model that is not supported (the message lists what is), or an argument of a wrong type.
         ValueError: an argument out of range, or a plan that does not suit the model.
-        FileNotFoundError: ``plan`` names neither a preset nor a file.
+        FileNotFoundError: ``plan`` is the path of a schedule file that does not exist.
         In each case, nothing has been changed.
 
     Example:
@@ -150,12 +150,10 @@ def resolve_plan(plan: Plan | None, family: Family, encoder: nn.Module) -> Sched
     if isinstance(plan, str) and plan in PRESETS:
         small, side = min(family.patch_size(encoder)), min(family.image_size(encoder))
         return PRESETS[plan](double_patch(small, side))
-    if isinstance(plan, (str, os.PathLike)):
-        if isinstance(plan, str) and not plan.endswith(".json") and not Path(plan).exists():
-            raise FileNotFoundError(
-                f"plan must be one of {', '.join(map(repr, PRESETS))} or a schedule file, got {plan!r}"
-            )
+    if isinstance(plan, os.PathLike) or (isinstance(plan, str) and (plan.endswith(".json") or Path(plan).is_file())):
         return Schedule.from_json(Path(plan))
+    if isinstance(plan, str):
+        raise ValueError(f"plan must be one of {', '.join(map(repr, PRESETS))} or a schedule file, got {plan!r}")
     raise TypeError(f"plan must be a Strategy, a Schedule, a preset's name or a schedule file, got {plan!r}")
 
 

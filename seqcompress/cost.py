@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +95,14 @@ def _flops_after_embedding(family: Family, encoder: Encoder, tokens: int) -> int
 
 
 def _checked_size(image_size: int | tuple[int, int]) -> tuple[int, int]:
-    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    if len(size) != 2 or any(isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in size):
-        raise ValueError(f"image_size must be one or two positive whole numbers of pixels, got {image_size!r}")
-    return size[0], size[1]
+    problem = f"image_size must be one or two whole numbers of pixels, at least 1, got {image_size!r}"
+    try:
+        height, width = image_size if isinstance(image_size, (tuple, list)) else (image_size, image_size)
+        size = (operator.index(height), operator.index(width))
+    except TypeError:
+        raise TypeError(problem) from None
+    except ValueError:  # a tuple of another length
+        raise ValueError(problem) from None
+    if min(size) < 1:
+        raise ValueError(problem)
+    return size

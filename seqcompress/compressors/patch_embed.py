@@ -110,6 +110,10 @@ class CompressedPatchEmbed(nn.Module):
         )
         _live.add(self)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A forward that failed halfway leaves its patches waiting; a copy has no use for them.
+        return {**vars(self), "_pending": None}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         _live.add(self)

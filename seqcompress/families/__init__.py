@@ -18,7 +18,7 @@ from seqcompress.families.family import Encoder, Family
 __all__ = ["Family", "find_encoder", "is_encoder", "register", "register_wrapper", "supported"]
 
 _families: list[Family] = []
-_wrappers: list[Callable[[nn.Module], nn.Module | None]] = []
+_wrappers: dict[str, Callable[[nn.Module], nn.Module | None]] = {}
 _FamilyType = TypeVar("_FamilyType", bound=type[Family])
 _Wrapper = TypeVar("_Wrapper", bound=Callable[[nn.Module], "nn.Module | None"])
 
@@ -29,15 +29,19 @@ def register(family: _FamilyType) -> _FamilyType:
     return family
 
 
-def register_wrapper(unwrap: _Wrapper) -> _Wrapper:
-    """Function decorator: ``unwrap`` returns the model inside a wrapper that it knows, else None."""
-    _wrappers.append(unwrap)
-    return unwrap
+def register_wrapper(name: str) -> Callable[[_Wrapper], _Wrapper]:
+    """Function decorator: the function returns the model inside a wrapper that it knows, else None."""
+
+    def decorate(unwrap: _Wrapper) -> _Wrapper:
+        _wrappers[name] = unwrap
+        return unwrap
+
+    return decorate
 
 
 def supported() -> str:
     """What can be compressed, as a list for people."""
-    return "; ".join(family.supports for family in _families)
+    return "; ".join([*(family.supports for family in _families), f"and one inside {' or '.join(_wrappers)}"])
 
 
 def is_encoder(model: object) -> bool:
@@ -58,7 +62,7 @@ def find_encoder(model: object, name: str = "model") -> tuple[Family, Encoder]:
 
 
 def _find(model: nn.Module) -> tuple[Family, Encoder] | None:
-    for unwrap in _wrappers:
+    for unwrap in _wrappers.values():
         inner = unwrap(model)
         if inner is not None:
             return _find(inner)

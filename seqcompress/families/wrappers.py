@@ -10,20 +10,20 @@ from torch.nn.parallel import DistributedDataParallel
 from seqcompress.families import register_wrapper
 
 
-@register_wrapper
+@register_wrapper("DistributedDataParallel")
 def distributed(model: nn.Module) -> nn.Module | None:
     """``DistributedDataParallel(vit)``."""
     return model.module if isinstance(model, DistributedDataParallel) else None
 
 
-@register_wrapper
+@register_wrapper("torch.compile")
 def compiled(model: nn.Module) -> nn.Module | None:
     """``torch.compile(vit)``."""
     inner = vars(model).get("_modules", {}).get("_orig_mod")
     return inner if isinstance(inner, nn.Module) else None
 
 
-@register_wrapper
+@register_wrapper("Lightly's MaskedVisionTransformerTIMM")
 def lightly_masked(model: nn.Module) -> nn.Module | None:
     """Lightly's ``MaskedVisionTransformerTIMM(vit)``, known by its name: the core imports no framework."""
     names = {(kind.__module__.partition(".")[0], kind.__name__) for kind in type(model).__mro__}
