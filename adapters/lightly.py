@@ -68,30 +68,29 @@ def accelerate(
         if reference is not None
     }
     taken = [find_encoder(encoder)[1] for encoder in roles.values()]
-    others = {name: encoder for name, encoder in encoders.items() if find_encoder(encoder)[1] not in taken}
+    others = {name: encoder for name, encoder in encoders.items() if encoder not in taken}
     roles.update(_recognised(others, roles, module))
     compress(roles["student"], plan, teacher=roles.get("teacher"))
     return module
 
 
 def _encoders(module: nn.Module) -> dict[str, nn.Module]:
-    """The encoders in a module by name, each once, and none that is a part of another."""
-    if is_encoder(module):
-        return {"": module}
-    found: dict[str, nn.Module] = {}
+    """The ViTs in a module, each once, by the name of what holds or wraps them first."""
+    names: dict[nn.Module, str] = {}
     for name, child in module.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer in found)
-        if not inside and is_encoder(child):
-            found[name] = child
-    return found
+        if is_encoder(child):
+            names.setdefault(find_encoder(child)[1], name)
+    return {name: encoder for encoder, name in names.items()}
 
 
 def _recognised(others: dict[str, nn.Module], roles: dict[str, nn.Module], module: nn.Module) -> dict[str, nn.Module]:
     """The roles that are still open, given to the encoders that are still without one."""
     names = ", ".join(repr(name) for name in others)
     if "student" not in roles and not others:
+        besides = " besides its teacher" if roles else ""
         raise ValueError(
-            f"module must hold a supported ViT, found none in {type(module).__name__}. Supported: {supported()}."
+            f"module must hold a supported ViT{besides}, found none in {type(module).__name__}. "
+            f"Supported: {supported()}."
         )
     if len(roles) == 2 or not others:
         return {}

@@ -39,12 +39,15 @@ class SequenceCompression:
     """What the callbacks of both Lightning packages have in common: all but their base class.
 
     At every batch the strategy is the schedule's at ``global_step / estimated_stepping_batches``, which is the
-    same on every rank. Logged after every batch, to whatever logger there is and to the progress bar:
-    ``seqcompress/token_dropout``, ``seqcompress/patch_size`` (pixels), ``seqcompress/tokens`` (student's
-    tokens in a view of the size the encoder was built for) and ``seqcompress/budget`` (millions of units).
+    same on every rank; under manual optimization it is the share of the batches that is done.
 
-    On a device with memory of its own, the very first batch is run at the schedule's most expensive strategy:
-    a run that will not fit stops there and not at three quarters.
+    Logged after every batch, to whatever logger there is: ``seqcompress/token_dropout``,
+    ``seqcompress/patch_size`` (pixels), ``seqcompress/tokens`` (the student's, in a view of the size the encoder
+    was built for) and ``seqcompress/budget`` (millions of units, all ranks together). The progress bar shows them
+    as ``drop``, ``patch``, ``tokens`` and ``budget``.
+
+    On a device with memory of its own, the second step is run at the schedule's most expensive strategy, as soon
+    as the optimizer has its state: a run that will not fit stops there and not at three quarters.
     """
 
     def __init__(self) -> None:
@@ -52,10 +55,13 @@ class SequenceCompression:
         self._scheduler: SequenceScheduler | None = None
         self._budget: Budget | None = None
         self._loaded: dict[str, Any] = {}
+        self._to_rehearse: Strategy | None = None
         self._rehearsing: Strategy | None = None
+        self._ranks = 1
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Find the compressed encoders and take up the schedule where it stood."""
+        self._forget()  # an interrupted fit may have left something
         if not _is_compressed(pl_module):
             return
         from seqcompress.budget import Budget
@@ -63,21 +69,24 @@ class SequenceCompression:
 
         self._scheduler = SequenceScheduler(pl_module, total_steps=_total_steps(trainer))
         self._budget = Budget(pl_module)
+        self._ranks = trainer.world_size
         if self._loaded:
             self._scheduler.load_state_dict({**self._scheduler.state_dict(), "seed": self._loaded["seed"]})
-            self._budget.load_state_dict(self._loaded["budget"])
-        self._scheduler.step(trainer.global_step)
+            self._budget.load_state_dict({"units": self._loaded["units"] / self._ranks})
+        self._scheduler.step(_steps_done(trainer, pl_module))
         if pl_module.device.type != "cpu" and not self._loaded:
             longest = self._scheduler.most_expensive()
-            self._rehearsing = None if longest == self._scheduler.strategy else longest
+            self._to_rehearse = None if longest == self._scheduler.strategy else longest
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Put the strategy of this step in force."""
         if self._scheduler is None:
             return
-        if self._scheduler.last_step != trainer.global_step:
-            self._scheduler.step(trainer.global_step)
-        if self._rehearsing is not None:
+        step = _steps_done(trainer, pl_module, batch_idx)
+        if self._scheduler.last_step != step:
+            self._scheduler.step(step)
+        if self._to_rehearse is not None and step > 0:
+            self._rehearsing, self._to_rehearse = self._to_rehearse, None
             self._scheduler.use(self._rehearsing)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -92,14 +101,15 @@ class SequenceCompression:
         family, encoder = find_encoder(student.encoder)
         strategy = get_strategy(encoder)
         values = {
-            "seqcompress/token_dropout": strategy.token_dropout,
-            "seqcompress/patch_size": float(strategy.patch_size or min(family.patch_size(encoder))),
-            "seqcompress/tokens": float(num_tokens(encoder, strategy, family.image_size(encoder))),
-            "seqcompress/budget": self._budget.millions,
+            ("token_dropout", "drop"): strategy.token_dropout,
+            ("patch_size", "patch"): float(strategy.patch_size or min(family.patch_size(encoder))),
+            ("tokens", "tokens"): float(num_tokens(encoder, strategy, family.image_size(encoder))),
+            ("budget", "budget"): self._budget.millions * self._ranks,
         }
-        for name, value in values.items():
-            shown = name in ("seqcompress/tokens", "seqcompress/budget")
-            pl_module.log(name, value, on_step=True, on_epoch=False, prog_bar=shown, batch_size=1)
+        for (name, short), value in values.items():
+            pl_module.log(f"seqcompress/{name}", value, on_step=True, on_epoch=False, batch_size=1)
+            # A terminal is narrow: the progress bar would cut a longer name, and then there is no number.
+            pl_module.log(short, value, on_step=True, on_epoch=False, batch_size=1, prog_bar=True, logger=False)
         if self._rehearsing is not None:
             from seqcompress.rehearsal import Rehearsal, memory_use
 
@@ -119,15 +129,18 @@ class SequenceCompression:
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Let go of the model; the strategy stays where the schedule left it."""
         if self._scheduler is not None:
-            self._scheduler.step(trainer.global_step)
+            self._scheduler.step(_steps_done(trainer, pl_module))
             self._loaded = self.state_dict()
-        self._scheduler = self._budget = self._rehearsing = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._scheduler = self._budget = self._to_rehearse = self._rehearsing = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Seed of the random subsets and budget spent. The step is the Trainer's own."""
+        """Seed of the random subsets and units spent by all ranks. The step is the Trainer's own."""
         if self._scheduler is None or self._budget is None:
             return self._loaded
-        return {"seed": self._scheduler.state_dict()["seed"], "budget": self._budget.state_dict()}
+        return {"seed": self._scheduler.state_dict()["seed"], "units": self._budget.units * self._ranks}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until training starts."""
@@ -144,7 +157,18 @@ def _is_compressed(module: Any) -> bool:
 
 
 def _total_steps(trainer: Any) -> int:
-    total = trainer.estimated_stepping_batches
-    if total == float("inf"):
-        raise ValueError("a schedule needs to know how long training is: set max_epochs or max_steps of the Trainer")
-    return max(1, int(total))
+    total = trainer.estimated_stepping_batches  # infinite without a limit, -1 for a loader without a length
+    if not 0 < total < float("inf"):
+        raise ValueError(
+            "a schedule needs to know how long training is: set max_epochs or max_steps of the Trainer "
+            f"(max_steps for a loader without a length), got max_epochs={trainer.max_epochs}, "
+            f"max_steps={trainer.max_steps}"
+        )
+    return int(total)
+
+
+def _steps_done(trainer: Any, pl_module: Any, batch_idx: int = 0) -> int:
+    if pl_module.automatic_optimization or trainer.max_steps != -1:
+        return trainer.global_step
+    # Manual optimization may step its optimizers several times in a batch, or once in several batches.
+    return trainer.current_epoch * trainer.num_training_batches + batch_idx

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from seqcompress.compression import compressed_embeds
+from seqcompress.compression import compressed_embeds_of
 from seqcompress.compressors import CompressedPatchEmbed
 from seqcompress.cost import encoder_flops, num_tokens
 from seqcompress.families import find_encoder
@@ -41,11 +41,8 @@ class Budget:
         6.0
     """
 
-    def __init__(self, model_or_models: nn.Module | Iterable[nn.Module]) -> None:
-        models = [model_or_models] if isinstance(model_or_models, nn.Module) else list(model_or_models)
-        self._embeds = compressed_embeds(*models)
-        if not self._embeds:
-            raise ValueError("model_or_models must be compressed first, with compress(model, ...), got plain modules")
+    def __init__(self, model_or_models: nn.Module | Sequence[nn.Module]) -> None:
+        self._embeds = compressed_embeds_of(model_or_models)
         self._costs: dict[tuple[int, int], float] = {}
         self._earlier = 0.0
         self.reset()

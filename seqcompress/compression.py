@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, cast, get_args
 
 from torch import nn
 
@@ -168,6 +169,17 @@ def compressed_embeds(*models: nn.Module) -> list[CompressedPatchEmbed]:
     """All compressed patch embeddings in these models, each once."""
     found = (module for model in models for module in model.modules() if isinstance(module, CompressedPatchEmbed))
     return list(dict.fromkeys(found))
+
+
+def compressed_embeds_of(model_or_models: nn.Module | Sequence[nn.Module]) -> list[CompressedPatchEmbed]:
+    """The same for one model or several, of which at least one must be compressed."""
+    models = model_or_models if isinstance(model_or_models, (list, tuple)) else [model_or_models]
+    if not models or not all(isinstance(model, nn.Module) for model in models):
+        raise TypeError(f"model_or_models must be one or several torch.nn.Module, got {model_or_models!r}")
+    embeds = compressed_embeds(*cast(list[nn.Module], models))
+    if not embeds:
+        raise ValueError("model_or_models must be compressed first, with compress(model, ...), got plain modules")
+    return embeds
 
 
 def _one_compression(model: nn.Module) -> list[CompressedPatchEmbed]:

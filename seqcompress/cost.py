@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import operator
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -89,9 +92,23 @@ def _flops_after_embedding(family: Family, encoder: Encoder, tokens: int) -> int
     dtype = next(encoder.parameters()).dtype
     blank = torch.empty(1, tokens, encoder.embed_dim, device="meta", dtype=dtype)
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), counter:
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), _without_hooks(encoder), counter:
         torch.func.functional_call(module, weights, (blank,))
     return int(counter.get_total_flops())
+
+
+@contextmanager
+def _without_hooks(encoder: Encoder) -> Iterator[None]:
+    """Keep the user's forward hooks away from tokens that have no data."""
+    names = ("_forward_hooks", "_forward_pre_hooks")
+    kept = [(module, name, vars(module)[name]) for module in encoder.modules() for name in names]
+    try:
+        for module, name, _ in kept:
+            vars(module)[name] = OrderedDict()
+        yield
+    finally:
+        for module, name, hooks in kept:
+            vars(module)[name] = hooks
 
 
 def _checked_size(image_size: int | tuple[int, int]) -> tuple[int, int]:
@@ -103,6 +120,8 @@ def _checked_size(image_size: int | tuple[int, int]) -> tuple[int, int]:
         raise TypeError(problem) from None
     except ValueError:  # a tuple of another length
         raise ValueError(problem) from None
+    if isinstance(height, bool) or isinstance(width, bool):
+        raise TypeError(problem)
     if min(size) < 1:
         raise ValueError(problem)
     return size

@@ -160,7 +160,7 @@ class _Ramp(Schedule):
             return self.end if progress else self.start
         share = self._share(progress)
         dropout = (1.0 - share) * self.start.token_dropout + share * self.end.token_dropout
-        return Strategy(dropout, self.start.patch_size if share < 0.5 else self.end.patch_size)
+        return Strategy(dropout, self.start.patch_size if progress < 0.5 else self.end.patch_size)
 
     def strategies(self) -> tuple[Strategy, ...]:
         halfway = 0.5 * (self.start.token_dropout + self.end.token_dropout)
@@ -265,12 +265,14 @@ def _parsed_json(text: str, origin: str) -> Any:
         if len(content) != len(pairs):
             names = [name for name, _ in pairs]
             repeated = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"{origin}: field {repeated!r} is there twice")
+            raise _FieldError(repeated, "is there twice")
         return content
 
     try:
         return json.loads(text, object_pairs_hook=without_repeats)
-    except json.JSONDecodeError as error:
+    except _FieldError as error:
+        raise ValueError(f"{origin}: {error}") from None
+    except ValueError as error:  # malformed, or a number of thousands of digits
         raise ValueError(f"{origin} is not valid JSON: {error}") from None
     except RecursionError:
         raise ValueError(f"{origin} is not valid JSON: it is nested too deeply") from None

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import distributed as dist
 from torch import nn
 
-from seqcompress.compression import Plan, check_plan, compressed_embeds, resolve_plan
+from seqcompress.compression import Plan, check_plan, compressed_embeds_of, resolve_plan
 from seqcompress.compressors import CompressedPatchEmbed
 from seqcompress.cost import num_tokens, relative_cost
 from seqcompress.families import find_encoder
@@ -54,12 +54,9 @@ class SequenceScheduler:
     """
 
     def __init__(
-        self, model_or_models: nn.Module | Iterable[nn.Module], schedule: Plan | None = None, *, total_steps: int
+        self, model_or_models: nn.Module | Sequence[nn.Module], schedule: Plan | None = None, *, total_steps: int
     ) -> None:
-        models = [model_or_models] if isinstance(model_or_models, nn.Module) else list(model_or_models)
-        self._embeds = compressed_embeds(*models)
-        if not self._embeds:
-            raise ValueError("model_or_models must be compressed first, with compress(model, ...), got plain modules")
+        self._embeds = compressed_embeds_of(model_or_models)
         total_steps = _checked_count(total_steps, "total_steps", at_least=1)
         plans = {embed.compression.plan for embed in self._embeds}
         if schedule is not None:
@@ -155,10 +152,12 @@ class SequenceScheduler:
             if name not in state:
                 raise ValueError(f"state must have the field {name!r}, got {sorted(state)}")
         try:
+            if not isinstance(state["schedule"], str):
+                raise TypeError(f"schedule must be a schedule's JSON text, got {state['schedule']!r}")
             schedule = Schedule.from_json(state["schedule"])
             total_steps = _checked_count(state["total_steps"], "total_steps", at_least=1)
             last_step = _checked_count(state["last_step"], "last_step", at_least=0)
-            seed = operator.index(state["seed"])
+            seed = _checked_count(state["seed"], "seed", at_least=0)
             check_plan(self._embeds, schedule)
         except (TypeError, ValueError, OSError) as error:
             raise ValueError(f"state is not a SequenceScheduler's: {error}") from None

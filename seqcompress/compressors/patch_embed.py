@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 from weakref import WeakSet
 
 import torch
@@ -20,8 +20,8 @@ from timm.layers.patch_embed import PatchEmbed
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from seqcompress.compressors.patch_scaling import fit_to_grid, grid_size, resample_patches, resize_pinv
-from seqcompress.compressors.token_dropout import SubsetStream, num_kept, random_subset
+from seqcompress.compressors.patch_scaling import fit_to_grid, grid_size, resample_patches, resample_views, resize_pinv
+from seqcompress.compressors.token_dropout import SubsetStream, gather_patches, num_kept, random_subset, rows_of_patches
 from seqcompress.schedules import Schedule
 from seqcompress.strategy import Strategy
 
@@ -54,6 +54,7 @@ class _Selection(NamedTuple):
     grid: Size
     patch: Size
     kept: Tensor | None  # (B, K), or None for all patches
+    patch_rows: Tensor | None  # where each patch's pixels are, (N, C * h)
     rows: Tensor | None
     columns: Tensor | None
 
@@ -87,8 +88,11 @@ class CompressedPatchEmbed(nn.Module):
     when: When
     tally: Counter[Forward]
     _pending: _Pending | None
+    _joined: int | None
 
-    _OWN = frozenset({"embed", "encoder", "compression", "drops_tokens", "when", "tally", "training", "_pending"})
+    _OWN = frozenset(
+        {"embed", "encoder", "compression", "drops_tokens", "when", "tally", "training", "_pending", "_joined"}
+    )
 
     def __init__(
         self, embed: nn.Module, encoder: nn.Module, compression: Compression, *, drops_tokens: bool, when: When
@@ -107,12 +111,13 @@ class CompressedPatchEmbed(nn.Module):
             tally=Counter(),
             training=embed.training,
             _pending=None,
+            _joined=None,
         )
         _live.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
         # A forward that failed halfway leaves its patches waiting; a copy has no use for them.
-        return {**vars(self), "_pending": None}
+        return {**vars(self), "_pending": None, "_joined": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -156,12 +161,7 @@ class CompressedPatchEmbed(nn.Module):
 
     def forward(self, views: Tensor) -> Tensor:
         """Embed views (B, C, H, W); compressed forwards return a blank and keep the patches for ``join``."""
-        selection = self._select(views)
-        if selection is None:
-            return self.embed.forward(views)
-        tokens = self._embed_patches(views, selection)
-        self._pending = _Pending(tokens, selection.grid, selection.kept)
-        return self._blank(tokens)
+        return self._forward_in_training(views) if self.training else self.embed.forward(views)
 
     def join(self, blank: Tensor) -> Tensor:
         """Replace the model's tokens of the blank view by those of the views that were embedded.
@@ -171,38 +171,51 @@ class CompressedPatchEmbed(nn.Module):
 
         Returns:
             Tokens of shape (B, P + K, D), prefix tokens first; ``blank`` itself if nothing is waiting.
+
+        Raises:
+            RuntimeError: the model changed the sequence on its own, by masking for instance.
         """
-        pending = self._pending
+        return self._join_in_training(blank) if self.training else blank
+
+    # Random seeds, counters, tensors that wait between two modules: left out of compiled graphs. The blocks, where
+    # the time goes, are compiled once for each length, or once for all lengths.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _forward_in_training(self, views: Tensor) -> Tensor:
+        self._pending = self._joined = None  # what a forward that failed halfway may have left
+        selection = self._select(views)
+        if selection is None:
+            return self.embed.forward(views)
+        tokens = self._embed_patches(views, selection)
+        self._pending = _Pending(tokens, selection.grid, selection.kept)
+        return self._blank(tokens)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _join_in_training(self, blank: Tensor) -> Tensor:
+        pending, self._pending = self._pending, None
         if pending is None:
+            joined, self._joined = self._joined, None
+            if joined is not None and blank.shape[1] != joined:
+                raise RuntimeError(_changed(blank, f"the {joined} tokens that were kept"))
             return blank
-        self._pending = None
         prefix, grid = self.encoder.num_prefix_tokens, self.embed.grid_size
         if blank.shape[0] != 1 or blank.shape[1] != prefix + grid[0] * grid[1]:
-            raise RuntimeError(
-                f"a compressed encoder expected its {prefix} prefix and {grid[0] * grid[1]} patch positions between "
-                f"patch embedding and first block, got tokens of shape {tuple(blank.shape)}: masked tokens "
-                "(mask, idx_mask, idx_keep) cannot be combined with compression"
-            )
-        blank = resample_abs_pos_embed(
-            blank, new_size=list(pending.grid), old_size=list(grid), num_prefix_tokens=prefix
+            raise RuntimeError(_changed(blank, f"{prefix} prefix tokens and {grid[0] * grid[1]} positions"))
+        before, positions = blank.split((prefix, grid[0] * grid[1]), dim=1)
+        positions = resample_abs_pos_embed(
+            positions, new_size=list(pending.grid), old_size=list(grid), num_prefix_tokens=0
         )
-        positions = blank[:, prefix:]
         if pending.kept is not None:
             positions = F.embedding(pending.kept, positions[0])  # (B, K, D)
         tokens = pending.tokens + positions
-        if not prefix:
-            return tokens
-        return torch.cat((blank[:, :prefix].expand(len(tokens), -1, -1), tokens), dim=1)
+        if prefix:
+            tokens = torch.cat((before.expand(len(tokens), -1, -1), tokens), dim=1)
+        self._joined = tokens.shape[1]
+        return tokens
 
-    # Python-side decisions: random seeds, counters. Not for the compiler.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _select(self, views: Tensor) -> _Selection | None:
-        self._pending = None
-        if not self.training:
-            return None
         graph = _builds_graph(views, self.encoder)
         strategy = self.strategy if graph or self.when == "train" else Strategy()
-        base, view = self.embed.patch_size, (views.shape[2], views.shape[3])
+        base, view = patch_size(self.embed), (views.shape[2], views.shape[3])
         patch = base if strategy.patch_size is None else (strategy.patch_size, strategy.patch_size)
         grid = grid_size(view, patch)
         patches = grid[0] * grid[1]
@@ -215,33 +228,32 @@ class CompressedPatchEmbed(nn.Module):
         foreign = view != self.embed.img_size and self.embed.strict_img_size and (graph or self.when == "train")
         if patch == base and kept == patches and not foreign:
             return None
-        subset = None
+        subset = patch_rows = None
         if kept < patches:
             seed = self.compression.stream.next_seed()
             subset = random_subset(len(views), patches, kept, seed=seed, device=views.device)
+            patch_rows = rows_of_patches(views.shape[1], grid, patch, views.device)
         rows, columns = (
             None if side == base_side else resize_pinv(base_side, side, views.dtype, views.device)
             for side, base_side in zip(patch, base, strict=True)
         )
-        return _Selection(grid, patch, subset, rows, columns)
+        return _Selection(grid, patch, subset, patch_rows, rows, columns)
 
     def _embed_patches(self, views: Tensor, selection: _Selection) -> Tensor:
         if not embeds_patches(self.embed):
             return self._embed_then_drop(views, selection)
-        grid, patch = selection.grid, selection.patch
+        grid, patch, kept, patch_rows, rows, columns = selection
         views = fit_to_grid(views, grid, patch)
-        pixels = views.view(*views.shape[:2], grid[0], patch[0], grid[1], patch[1])
-        pixels = pixels.permute(0, 2, 4, 1, 3, 5)  # (B, gh, gw, C, h, w)
-        if selection.kept is None:
-            pixels = pixels.flatten(1, 2)  # (B, N, C, h, w)
+        if kept is None or patch_rows is None:
+            views = resample_views(views, grid, rows, columns)
+            tokens = self.embed.proj(views).flatten(2).transpose(1, 2)  # (B, N, D)
         else:
-            sample = torch.arange(len(views), device=views.device).unsqueeze(1)
-            pixels = pixels[sample, selection.kept // grid[1], selection.kept % grid[1]]  # (B, K, C, h, w)
-        kernel = self.embed.proj.weight  # (D, C, h0, w0)
-        if selection.rows is not None or selection.columns is not None:
-            pixels = resample_patches(pixels, selection.rows, selection.columns)  # (B, K, C, w0, h0)
-            kernel = kernel.transpose(2, 3)
-        tokens = F.linear(pixels.flatten(2), kernel.flatten(1), self.embed.proj.bias)  # (B, K, D)
+            pixels = gather_patches(views, kept, patch_rows, patch)  # (B, K, C, h, w)
+            kernel = self.embed.proj.weight  # (D, C, h0, w0)
+            if rows is not None or columns is not None:
+                pixels = resample_patches(pixels, rows, columns)  # (B, K, C, w0, h0)
+                kernel = kernel.transpose(2, 3)
+            tokens = F.linear(pixels.flatten(2), kernel.flatten(1), self.embed.proj.bias)  # (B, K, D)
         return self.embed.norm(tokens)
 
     def _embed_then_drop(self, views: Tensor, selection: _Selection) -> Tensor:
@@ -276,6 +288,19 @@ def embeds_patches(embed: nn.Module) -> bool:
         and proj.padding == (0, 0)
         and proj.dilation == (1, 1)
         and proj.groups == 1
+    )
+
+
+def patch_size(embed: nn.Module) -> Size:
+    """Height and width in pixels of what becomes one token; for a convolutional stem, its whole stride."""
+    height, width = cast(Any, embed).feat_ratio(as_scalar=False)
+    return int(height), int(width)
+
+
+def _changed(tokens: Tensor, expected: str) -> str:
+    return (
+        f"a compressed encoder expected {expected} between its patch embedding and its first block, got tokens of "
+        f"shape {tuple(tokens.shape)}: masked tokens (mask, idx_mask, idx_keep) cannot be combined with compression"
     )
 
 

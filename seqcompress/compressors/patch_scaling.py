@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["fit_to_grid", "grid_size", "resample_patches", "resize_pinv"]
+__all__ = ["fit_to_grid", "grid_size", "resample_patches", "resample_views", "resize_pinv"]
 
 Size = tuple[int, int]
 
@@ -42,7 +42,10 @@ def fit_to_grid(views: Tensor, grid: Size, patch: Size) -> Tensor:
     size = (grid[0] * patch[0], grid[1] * patch[1])
     if views.shape[-2:] == size:
         return views
-    return F.interpolate(views, size=size, mode="bicubic", antialias=True, align_corners=False)
+    # Interpolation knows no half precision.
+    exact = views.to(torch.promote_types(views.dtype, torch.float32))
+    resized = F.interpolate(exact, size=size, mode="bicubic", antialias=True, align_corners=False)
+    return resized.to(views.dtype)
 
 
 @lru_cache(maxsize=64)
@@ -53,14 +56,34 @@ def resize_pinv(base: int, scaled: int, dtype: torch.dtype, device: torch.device
     """
     # Cached for good, so never an inference tensor, whoever asks first.
     with torch.inference_mode(False):
-        pixels = torch.eye(base, dtype=torch.float64).reshape(base, 1, base, 1)
-        resized = F.interpolate(pixels, size=(scaled, 1), mode="bicubic", antialias=True, align_corners=False)
-        resize = resized.reshape(base, scaled).T  # (scaled, base)
+        # Each column of the identity is one pixel of a patch; resizing the height only gives B.
+        pixels = torch.eye(base, dtype=torch.float64)[None, None]  # (1, 1, base, base)
+        resize = F.interpolate(pixels, size=(scaled, base), mode="bicubic", antialias=True, align_corners=False)[0, 0]
         return torch.linalg.pinv(resize).to(dtype=dtype, device=device)
 
 
+def resample_views(views: Tensor, grid: Size, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+    """Apply B^+ to every patch of views, along its height and along its width.
+
+    Args:
+        views: pixels of shape (B, C, gh * h, gw * w).
+        grid: patches along each side, gh and gw.
+        rows: matrix of shape (h0, h), or None to leave the height as it is.
+        columns: matrix of shape (w0, w), or None to leave the width as it is.
+
+    Returns:
+        Pixels of shape (B, C, gh * h0, gw * w0).
+    """
+    with _full_precision(views):
+        if rows is not None:
+            views = (rows @ views.unflatten(2, (grid[0], -1))).flatten(2, 3)  # (B, C, gh * h0, gw * w)
+        if columns is not None:
+            views = (views.unflatten(3, (grid[1], -1)) @ columns.T).flatten(3)  # (B, C, gh * h0, gw * w0)
+    return views
+
+
 def resample_patches(patches: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
-    """Apply B^+ to patches, along their height and along their width.
+    """Apply B^+ to single patches, along their height and along their width.
 
     Args:
         patches: pixels of shape (..., h, w).
@@ -71,12 +94,16 @@ def resample_patches(patches: Tensor, rows: Tensor | None, columns: Tensor | Non
         Pixels of shape (..., w0, h0). The two sides are swapped: one transposition of the patches is saved,
         and the caller transposes the (much smaller) kernel instead.
     """
-    # Linear algebra on pixels, not on features: half precision from autocast would only blur them.
-    with torch.autocast(patches.device.type, enabled=False):
+    with _full_precision(patches):
         if columns is not None:
             patches = patches @ columns.T  # (..., h, w0)
         patches = patches.transpose(-1, -2)  # (..., w0, h)
         return patches if rows is None else patches @ rows.T  # (..., w0, h0)
+
+
+def _full_precision(pixels: Tensor) -> torch.autocast:
+    """Linear algebra on pixels, not on features: autocast would only blur them."""
+    return torch.autocast(pixels.device.type, enabled=False)
 
 
 def _shape(size: Size) -> str:

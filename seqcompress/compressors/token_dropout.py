@@ -7,11 +7,13 @@ stay, so the subset is drawn before anything is embedded and only the kept patch
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["SubsetStream", "num_kept", "random_subset"]
+__all__ = ["SubsetStream", "gather_patches", "num_kept", "random_subset", "rows_of_patches"]
 
 
 def num_kept(num_patches: int, token_dropout: float) -> int:
@@ -35,6 +37,35 @@ def random_subset(batch: int, num_patches: int, kept: int, *, seed: int, device:
     generator = torch.Generator(device).manual_seed(seed)
     scores = torch.rand(batch, num_patches, generator=generator, device=device)  # (B, N)
     return scores.topk(kept, dim=1, sorted=False).indices  # (B, K)
+
+
+def gather_patches(views: Tensor, kept: Tensor, patch_rows: Tensor, patch: tuple[int, int]) -> Tensor:
+    """Read only the kept patches from views.
+
+    Args:
+        views: pixels of shape (B, C, gh * h, gw * w).
+        kept: indices of patches, counted row by row, of shape (B, K).
+        patch_rows: which rows each patch consists of, from ``rows_of_patches``.
+        patch: height h and width w of a patch, in pixels.
+
+    Returns:
+        Pixels of shape (B, K, C, h, w).
+    """
+    batch, channels = views.shape[:2]
+    # A row of a patch is w pixels that lie side by side: selecting such rows copies whole pieces of memory.
+    rows = views.reshape(batch, -1, patch[1])  # (B, C * gh * h * gw, w)
+    index = F.embedding(kept, patch_rows)  # (B, K, C * h)
+    index = index + torch.arange(0, batch * rows.shape[1], rows.shape[1], device=views.device).view(-1, 1, 1)
+    return rows.flatten(0, 1).index_select(0, index.flatten()).view(*kept.shape, channels, *patch)
+
+
+@lru_cache(maxsize=64)
+def rows_of_patches(channels: int, grid: tuple[int, int], patch: tuple[int, int], device: torch.device) -> Tensor:
+    """For each patch of a view, which of its rows of w pixels it consists of: (N, C * h)."""
+    with torch.inference_mode(False):  # cached for good, so never an inference tensor, whoever asks first
+        rows = torch.arange(channels * grid[0] * patch[0] * grid[1], device=device)
+        rows = rows.view(channels, grid[0], patch[0], grid[1]).permute(1, 3, 0, 2)  # (gh, gw, C, h)
+        return rows.reshape(grid[0] * grid[1], -1)
 
 
 class SubsetStream:

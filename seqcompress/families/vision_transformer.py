@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from seqcompress.compressors import CompressedPatchEmbed
-from seqcompress.compressors.patch_embed import Compression, When, embeds_patches
+from seqcompress.compressors.patch_embed import Compression, When, embeds_patches, patch_size
 from seqcompress.compressors.patch_scaling import grid_size
 from seqcompress.families import Family, register
 from seqcompress.families.family import Encoder
@@ -78,8 +78,7 @@ class TimmVisionTransformer(Family):
                 del place._forward_pre_hooks[key]
 
     def patch_size(self, encoder: Encoder) -> tuple[int, int]:
-        height, width = encoder.patch_embed.patch_size
-        return int(height), int(width)
+        return patch_size(_plain_embed(encoder))
 
     def image_size(self, encoder: Encoder) -> tuple[int, int]:
         height, width = encoder.patch_embed.img_size

@@ -1,0 +1,79 @@
+"""Small models and the ways in which the tests look into them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+torch.set_num_threads(1)
+settings.register_profile("suite", max_examples=50, deadline=None, derandomize=True)
+settings.load_profile("suite")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_vit() -> Callable[..., VisionTransformer]:
+    """Builds a ViT of 16 patches, 8 px each, with one class token; keywords as for timm's class."""
+    return _tiny_vit
+
+
+@pytest.fixture(scope="session")
+def first_tokens() -> Callable[[nn.Module, Tensor], Tensor]:
+    """Runs a model on views and returns the tokens that reached the first block of the ViT in it."""
+    return _first_tokens
+
+
+@pytest.fixture(scope="session")
+def patches_among() -> Callable[[Tensor, Tensor], Tensor]:
+    """Finds tokens (B, K, D) among all tokens (B, N, D): their indices, (B, K). Fails if one is not there."""
+    return _patches_among
+
+
+@pytest.fixture(scope="session")
+def gradients() -> Callable[[nn.Module], dict[str, Tensor]]:
+    """Copies of a model's gradients by parameter name."""
+    return _gradients
+
+
+def _tiny_vit(**overrides: Any) -> VisionTransformer:
+    settings: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        vit = VisionTransformer(**{**settings, "num_classes": 0, "class_token": True, **overrides})
+        with torch.no_grad():
+            for name, parameter in vit.named_parameters():
+                if name in ("pos_embed", "cls_token", "reg_token", "patch_embed.proj.bias"):
+                    parameter.normal_()  # timm begins with almost nothing: differences would not show
+    return vit
+
+
+def _first_tokens(model: nn.Module, views: Tensor) -> Tensor:
+    vit = next(module for module in model.modules() if isinstance(module, VisionTransformer))
+    seen: list[Tensor] = []
+    handle = vit.blocks[0].register_forward_pre_hook(lambda block, args: seen.append(args[0]))
+    try:
+        model(views)
+    finally:
+        handle.remove()
+    (tokens,) = seen
+    return tokens
+
+
+def _patches_among(some: Tensor, every: Tensor) -> Tensor:
+    nearest = torch.cdist(some.double(), every.double(), compute_mode="donot_use_mm_for_euclid_dist").min(dim=2)
+    assert nearest.values.max() < 1e-4
+    return nearest.indices
+
+
+def _gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}

@@ -1,0 +1,128 @@
+"""A budget counts the views that really passed, in units of one uncompressed forward."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from seqcompress import Budget, Strategy, compress, relative_cost, set_strategy
+
+
+def test_forward_and_backward_is_three_units_a_view_and_forward_one(tiny_vit: Any) -> None:
+    vit, views = compress(tiny_vit(), Strategy()).train(), torch.randn(5, 3, 32, 32)
+    budget = Budget(vit)
+    assert budget.units == 0.0
+    vit(views)
+    assert budget.units == 15.0
+    with torch.no_grad():
+        vit(views)
+    assert budget.units == 20.0
+    vit.eval()(views)
+    assert budget.units == 20.0
+    assert budget.millions == pytest.approx(20e-6)
+
+
+def test_compressed_views_count_by_their_relative_cost(tiny_vit: Any) -> None:
+    vit, views = compress(tiny_vit(), Strategy()).train(), torch.randn(4, 3, 32, 32)
+    budget, expected = Budget(vit), 0.0
+    for strategy in (Strategy(0.5), Strategy(0.75, 4), Strategy(0.5), Strategy(0.0, 16), Strategy()):
+        set_strategy(vit, strategy)
+        vit(views)
+        expected += 3 * 4 * relative_cost(vit, strategy, 32)
+        assert budget.units == pytest.approx(expected)
+
+
+def test_a_step_of_moco_costs_what_counting_by_hand_gives(tiny_vit: Any) -> None:
+    student, teacher, views = tiny_vit().train(), tiny_vit().train(), torch.randn(2, 3, 32, 32)
+    compress(student, Strategy(0.5, 16), teacher=teacher)
+    budget = Budget([student, teacher])
+    for _ in range(2):
+        student(views)
+        with torch.no_grad():
+            teacher(views)
+    student_cost = relative_cost(student, Strategy(0.5, 16), 32)
+    teacher_cost = relative_cost(teacher, Strategy(0.0, 16), 32)
+    assert budget.units == pytest.approx(2 * 2 * (3 * student_cost + teacher_cost))
+    assert budget.units < 0.35 * 16
+
+
+def test_a_small_view_costs_less_than_a_unit(tiny_vit: Any) -> None:
+    vit = compress(tiny_vit(dynamic_img_size=True), Strategy()).train()
+    budget = Budget(vit)
+    vit(torch.randn(2, 3, 16, 16))
+    assert budget.units == pytest.approx(6 * relative_cost(vit, Strategy(0.0, 16), 32))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_reruns_under_gradient_checkpointing_do_not_count(reentrant: bool, tiny_vit: Any) -> None:
+    vit = compress(tiny_vit(), Strategy(0.5)).train()
+    budget = Budget(vit)
+    views = torch.randn(2, 3, 32, 32, requires_grad=True)
+    checkpoint(vit, views, use_reentrant=reentrant).sum().backward()
+    assert budget.units == pytest.approx(6 * relative_cost(vit, Strategy(0.5), 32))
+
+
+def test_two_budgets_count_on_their_own(tiny_vit: Any) -> None:
+    vit, views = compress(tiny_vit(), Strategy()).train(), torch.randn(1, 3, 32, 32)
+    run = Budget(vit)
+    vit(views)
+    epoch = Budget(nn.ModuleDict({"backbone": vit}))
+    vit(views)
+    assert (run.units, epoch.units) == (6.0, 3.0)
+    epoch.reset()
+    vit(views)
+    assert (run.units, epoch.units) == (9.0, 3.0)
+
+
+def test_a_saved_budget_goes_on(tiny_vit: Any) -> None:
+    vit, views = compress(tiny_vit(), Strategy()).train(), torch.randn(1, 3, 32, 32)
+    budget = Budget(vit)
+    vit(views)
+    state = json.loads(json.dumps(budget.state_dict()))
+    resumed = Budget(vit)
+    resumed.load_state_dict(state)
+    assert resumed.units == 3.0
+    vit(views)
+    assert (resumed.units, budget.units) == (6.0, 6.0)
+
+
+def test_it_prints_in_millions(tiny_vit: Any) -> None:
+    budget = Budget(compress(tiny_vit(), Strategy()))
+    budget.load_state_dict({"units": 1_024_000_000})
+    assert str(budget) == "1.02e+03 M"
+    budget.load_state_dict({"units": 307_200})
+    assert (str(budget), repr(budget)) == ("0.307 M", "Budget(units=307200)")
+
+
+@pytest.mark.parametrize(
+    "state",
+    [None, [], 3.0, {}, {"units": None}, {"units": "3"}, {"units": True}, {"units": -1.0},
+     {"units": float("nan")}, {"units": float("inf")}, {"millions": 1.0}],
+)  # fmt: skip
+def test_a_bad_state_is_one_error_and_changes_nothing(state: Any, tiny_vit: Any) -> None:
+    vit = compress(tiny_vit(), Strategy()).train()
+    budget = Budget(vit)
+    vit(torch.randn(1, 3, 32, 32))
+    with pytest.raises(ValueError, match="'units'") as raised:
+        budget.load_state_dict(state)
+    assert repr(state) in str(raised.value)
+    assert budget.units == 3.0
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_a_plain_model_cannot_be_counted(many: bool, tiny_vit: Any) -> None:
+    vit = tiny_vit()
+    with pytest.raises(ValueError, match="model_or_models must be compressed first"):
+        Budget([vit, vit] if many else vit)
+
+
+@pytest.mark.parametrize("models", ["vit", None, 3, [None], ["vit"]])
+def test_what_is_no_model_is_named(models: Any) -> None:
+    with pytest.raises(TypeError, match="model_or_models") as raised:
+        Budget(models)
+    assert repr(models) in str(raised.value)

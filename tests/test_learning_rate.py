@@ -1,0 +1,101 @@
+"""The paper's polynomial decay, by steps or by the share of the budget."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD
+from torch.optim.lr_scheduler import PolynomialLR
+
+from seqcompress import PolynomialDecayLR, SequenceScheduler, Stepwise, Strategy, compress
+
+
+def _optimizer(*rates: float) -> SGD:
+    return SGD([{"params": [nn.Parameter(torch.zeros(1))], "lr": rate} for rate in rates or (1.0,)])
+
+
+def _rates(scheduler: Any, steps: int) -> list[float]:
+    rates = []
+    for _ in range(steps):
+        rates.append(scheduler.get_last_lr()[0])
+        scheduler.optimizer.step()
+        scheduler.step()
+    return rates
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0, 3.0, 0.5])
+def test_it_is_torchs_polynomial_decay_when_every_step_costs_the_same(power: float) -> None:
+    ours = PolynomialDecayLR(_optimizer(0.3), total_steps=20, power=power)
+    theirs = PolynomialLR(_optimizer(0.3), total_iters=20, power=power)
+    assert _rates(ours, 25) == pytest.approx(_rates(theirs, 25), abs=1e-9)
+
+
+def test_the_power_is_two_unless_told_otherwise() -> None:
+    assert _rates(PolynomialDecayLR(_optimizer(), 4), 6) == pytest.approx([1.0, 0.5625, 0.25, 0.0625, 0.0, 0.0])
+
+
+def test_the_warm_up_rises_linearly_and_the_decay_begins_at_the_peak() -> None:
+    rates = _rates(PolynomialDecayLR(_optimizer(), total_steps=8, warmup_steps=3), 9)
+    assert rates == pytest.approx([0.25, 0.5, 0.75, 1.0, 0.64, 0.36, 0.16, 0.04, 0.0])
+
+
+def test_parameter_groups_keep_their_own_peaks() -> None:
+    optimizer = _optimizer(1.0, 0.1)
+    scheduler = PolynomialDecayLR(optimizer, total_steps=2)
+    optimizer.step()
+    scheduler.step()
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.25, 0.025])
+
+
+def test_it_follows_the_share_of_the_budget() -> None:
+    share = [0.0, 0.1, 0.2, 0.6, 1.0].__getitem__
+    rates = _rates(PolynomialDecayLR(_optimizer(), total_steps=4, share=share), 6)
+    assert rates == pytest.approx([1.0, 0.81, 0.64, 0.16, 0.0, 0.0])
+
+
+def test_it_follows_a_sequence_scheduler(tiny_vit: Any) -> None:
+    vit = compress(tiny_vit(), Stepwise({0.0: Strategy(0.5, 16), 0.5: Strategy()}))
+    scheduler = SequenceScheduler(vit, total_steps=10)
+    rates = _rates(PolynomialDecayLR(_optimizer(), 10, share=scheduler.budget_share), 11)
+    assert rates == pytest.approx([(1 - scheduler.budget_share(step)) ** 2 for step in range(11)])
+    assert rates[5] > 0.7  # by steps it would be 0.25: cheap steps hardly move it
+    assert rates[10] == 0.0
+
+
+@pytest.mark.parametrize("share", [None, lambda step: (step / 10) ** 2])
+def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(share: Any) -> None:
+    uninterrupted = _rates(PolynomialDecayLR(_optimizer(), 10, warmup_steps=2, share=share), 10)
+    optimizer = _optimizer()
+    first = PolynomialDecayLR(optimizer, 10, warmup_steps=2, share=share)
+    begin = _rates(first, 4)
+    state, optimizer_state = first.state_dict(), optimizer.state_dict()
+    assert "_share" not in state
+    assert "share" not in state
+
+    other = _optimizer()
+    resumed = PolynomialDecayLR(other, 10, warmup_steps=2, share=share)
+    other.load_state_dict(optimizer_state)
+    resumed.load_state_dict(state)
+    assert begin + _rates(resumed, 6) == pytest.approx(uninterrupted)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("total_steps", 0), ("total_steps", -3), ("total_steps", 2.5), ("total_steps", "10"), ("total_steps", True),
+        ("total_steps", None), ("warmup_steps", -1), ("warmup_steps", 10), ("warmup_steps", 1.0),
+        ("warmup_steps", None), ("warmup_steps", True), ("power", 0), ("power", -1.0), ("power", math.nan),
+        ("power", math.inf), ("power", "2"), ("power", None), ("power", True), ("share", 0.5), ("share", "budget"),
+    ],
+)  # fmt: skip
+def test_a_bad_argument_is_one_error_that_names_it_and_changes_nothing(name: str, value: Any) -> None:
+    optimizer = _optimizer(0.3)
+    with pytest.raises((ValueError, TypeError), match=f"{name} must be") as raised:
+        PolynomialDecayLR(optimizer, **{"total_steps": 10, name: value})
+    assert repr(value) in str(raised.value)
+    assert optimizer.param_groups[0]["lr"] == 0.3
+    assert "initial_lr" not in optimizer.param_groups[0]

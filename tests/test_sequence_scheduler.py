@@ -1,0 +1,267 @@
+"""The scheduler moves the strategy along a schedule, as a learning-rate scheduler moves the rate."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from seqcompress import (
+    Constant,
+    Linear,
+    SequenceScheduler,
+    Stepwise,
+    Strategy,
+    compress,
+    get_strategy,
+    relative_cost,
+    set_strategy,
+)
+
+STAGES = Stepwise({0.0: Strategy(0.5, 16), 0.25: Strategy(0.0, 16), 0.5: Strategy(0.5), 0.75: Strategy()})
+
+
+def test_it_applies_the_beginning_follows_the_schedule_and_stays_at_the_end(tiny_vit: Any) -> None:
+    vit = compress(tiny_vit(), STAGES)
+    set_strategy(vit, Strategy(0.9))
+    scheduler = SequenceScheduler(vit, total_steps=8)
+    followed = []
+    for _ in range(10):
+        assert scheduler.strategy == get_strategy(vit)
+        followed.append(get_strategy(vit))
+        scheduler.step()
+    assert followed == [STAGES(min(1.0, step / 8)) for step in range(10)]
+    assert (scheduler.last_step, scheduler.progress) == (10, 1.0)
+
+
+def test_a_ramp_ends_exactly(tiny_vit: Any) -> None:
+    vit = compress(tiny_vit(), Linear(Strategy(0.9), Strategy()))
+    scheduler = SequenceScheduler(vit, total_steps=7)
+    for _ in range(7):
+        scheduler.step()
+    assert get_strategy(vit) == Strategy()
+
+
+@pytest.mark.parametrize("plan", [STAGES, Strategy(0.5, 16), "strong"])
+def test_a_schedule_of_its_own_takes_the_place_of_the_plan(plan: Any, tiny_vit: Any) -> None:
+    vit = compress(tiny_vit(), token_dropout=0.9)
+    scheduler = SequenceScheduler(vit, plan, total_steps=4)
+    assert get_strategy(vit) == Strategy(0.5, 16)
+    assert scheduler.schedule(0.0) == Strategy(0.5, 16)
+
+
+def test_it_drives_pairs_and_several_encoders_together(tiny_vit: Any) -> None:
+    student, teacher, other = tiny_vit(), tiny_vit(), tiny_vit()
+    compress(student, STAGES, teacher=teacher)
+    compress(other, STAGES)
+    scheduler = SequenceScheduler([nn.ModuleDict({"student": student, "teacher": teacher}), other], total_steps=4)
+    assert len(scheduler.embeds) == 3
+    scheduler.step()
+    assert get_strategy(student) == get_strategy(other) == get_strategy(teacher) == Strategy(0.0, 16)
+    scheduler.step()
+    assert (get_strategy(student), get_strategy(teacher)) == (Strategy(0.5), Strategy())
+
+
+def test_step_may_be_given_as_a_number(tiny_vit: Any) -> None:
+    vit = compress(tiny_vit(), STAGES)
+    scheduler = SequenceScheduler(vit, total_steps=100)
+    for step, strategy in [(60, Strategy(0.5)), (10, Strategy(0.5, 16)), (1000, Strategy())]:
+        scheduler.step(step)
+        assert (scheduler.last_step, get_strategy(vit)) == (step, strategy)
+
+
+def test_another_strategy_can_be_put_in_force_until_the_next_step(tiny_vit: Any) -> None:
+    vit = compress(tiny_vit(), STAGES)
+    scheduler = SequenceScheduler(vit, total_steps=100)
+    scheduler.use(Strategy(0.25))
+    assert get_strategy(vit) == Strategy(0.25)
+    scheduler.step()
+    assert get_strategy(vit) == Strategy(0.5, 16)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        (STAGES, Strategy()),
+        (Constant(Strategy(0.5, 4)), Strategy(0.5, 4)),
+        (Linear(Strategy(0.5, 16), Strategy(0.0, 16)), Strategy(0.0, 16)),
+        (Linear(Strategy(), Strategy(0.5, 16)), Strategy()),
+        # halfway to 0.8 at 4 px is more than either end
+        (Linear(Strategy(0.8, 16), Strategy(0.8, 4)), Strategy(0.8, 4)),
+        (Linear(Strategy(0.0, 4), Strategy(0.9, 4)), Strategy(0.0, 4)),
+        (Linear(Strategy(0.0, 16), Strategy(0.9, 4)), Strategy(0.45, 4)),
+    ],
+)
+def test_the_most_expensive_strategy_has_the_longest_sequences(
+    schedule: Any, expected: Strategy, tiny_vit: Any
+) -> None:
+    assert SequenceScheduler(compress(tiny_vit(), schedule), total_steps=10).most_expensive() == expected
+
+
+def test_budget_share_is_the_relative_cost_added_up(tiny_vit: Any) -> None:
+    student, teacher = tiny_vit(), tiny_vit()
+    compress(student, STAGES, teacher=teacher)
+    scheduler = SequenceScheduler([student, teacher], total_steps=8)
+    costs = []
+    for step in range(8):
+        strategy = STAGES(step / 8)
+        costs.append(3 * relative_cost(student, strategy, 32) + relative_cost(teacher, strategy.without_dropout(), 32))
+    for step in range(9):
+        assert scheduler.budget_share(step) == pytest.approx(sum(costs[:step]) / sum(costs))
+    assert scheduler.budget_share(20) == 1.0
+
+
+def test_budget_share_of_a_constant_plan_is_the_share_of_steps(tiny_vit: Any) -> None:
+    scheduler = SequenceScheduler(compress(tiny_vit(), token_dropout=0.5), total_steps=5)
+    assert [scheduler.budget_share(step) for step in range(6)] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+
+
+# Checkpoints
+
+
+def test_loading_a_state_applies_it(tiny_vit: Any) -> None:
+    vit = compress(tiny_vit(), STAGES)
+    scheduler = SequenceScheduler(vit, total_steps=8)
+    for _ in range(5):
+        scheduler.step()
+    state = json.loads(json.dumps(scheduler.state_dict()))
+
+    resumed_vit = compress(tiny_vit(), token_dropout=0.1)
+    resumed = SequenceScheduler(resumed_vit, total_steps=3)
+    resumed.load_state_dict(state)
+    assert get_strategy(resumed_vit) == Strategy(0.5)
+    assert (resumed.schedule, resumed.total_steps, resumed.last_step) == (STAGES, 8, 5)
+    assert resumed.state_dict() == scheduler.state_dict()
+    resumed.step()
+    assert get_strategy(resumed_vit) == Strategy()
+
+
+def test_a_state_survives_torch_save_with_weights_only(tiny_vit: Any, tmp_path: Any) -> None:
+    scheduler = SequenceScheduler(compress(tiny_vit(), STAGES), total_steps=8)
+    torch.save(scheduler.state_dict(), tmp_path / "state.pt")
+    assert torch.load(tmp_path / "state.pt", weights_only=True) == scheduler.state_dict()
+
+
+_MISSING = object()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("schedule", _MISSING),
+        ("schedule", "{"),
+        ("schedule", None),
+        ("schedule", "nowhere.json"),
+        ("schedule", Constant(Strategy(0.0, 64)).to_json()),
+        ("schedule", Constant(Strategy(0.5)).to_json().replace("0.5", "5")),
+        ("total_steps", _MISSING),
+        ("total_steps", 0),
+        ("total_steps", 2.5),
+        ("total_steps", "8"),
+        ("total_steps", True),
+        ("last_step", _MISSING),
+        ("last_step", -1),
+        ("last_step", None),
+        ("last_step", 0.5),
+        ("seed", _MISSING),
+        ("seed", "abc"),
+        ("seed", None),
+        ("seed", 0.5),
+    ],
+)
+def test_a_bad_state_is_one_error_that_names_the_field_and_changes_nothing(
+    field: str, value: Any, tiny_vit: Any
+) -> None:
+    vit = compress(tiny_vit(), STAGES)
+    scheduler = SequenceScheduler(vit, total_steps=8)
+    scheduler.step(5)
+    before = scheduler.state_dict()
+    state = {**before, field: value}
+    if value is _MISSING:
+        del state[field]
+    with pytest.raises(ValueError, match="state") as raised:
+        scheduler.load_state_dict(state)
+    assert field in str(raised.value) or "patch_size" in str(raised.value)
+    assert scheduler.state_dict() == before
+    assert get_strategy(vit) == Strategy(0.5)
+
+
+@pytest.mark.parametrize("state", [None, 3, [], "state", {}])
+def test_what_is_no_state_is_refused(state: Any, tiny_vit: Any) -> None:
+    scheduler = SequenceScheduler(compress(tiny_vit(), STAGES), total_steps=8)
+    with pytest.raises(ValueError, match="state must"):
+        scheduler.load_state_dict(state)
+    assert scheduler.last_step == 0
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"), [(0, ValueError), (-1, ValueError), (True, ValueError), (1.5, TypeError), ("10", TypeError),
+                        (None, TypeError), (float("nan"), TypeError)]
+)  # fmt: skip
+def test_a_bad_number_of_steps_is_named_with_its_value(value: Any, kind: type[Exception], tiny_vit: Any) -> None:
+    vit = compress(tiny_vit(), STAGES)
+    set_strategy(vit, Strategy(0.25))
+    with pytest.raises(kind, match="total_steps must be a whole number") as raised:
+        SequenceScheduler(vit, total_steps=value)
+    assert repr(value) in str(raised.value)
+    assert get_strategy(vit) == Strategy(0.25)
+
+
+@pytest.mark.parametrize(("value", "kind"), [(-1, ValueError), (0.5, TypeError), ("1", TypeError), (True, ValueError)])
+def test_a_bad_step_is_named_with_its_value(value: Any, kind: type[Exception], tiny_vit: Any) -> None:
+    scheduler = SequenceScheduler(compress(tiny_vit(), STAGES), total_steps=8)
+    for call in (scheduler.step, scheduler.budget_share):
+        with pytest.raises(kind, match="step must be a whole number") as raised:
+            call(value)
+        assert repr(value) in str(raised.value)
+    assert scheduler.last_step == 0
+
+
+@pytest.mark.parametrize(
+    ("schedule", "kind", "words"),
+    [
+        (3, TypeError, "3"),
+        ("fast", (ValueError, FileNotFoundError), "'fast'"),
+        (Strategy(0.0, 64), ValueError, "patch_size .*64"),
+        (Linear(Strategy(), Strategy(0.0, 48)), ValueError, "patch_size .*48"),
+    ],
+)
+def test_a_bad_schedule_is_named_and_changes_nothing(schedule: Any, kind: Any, words: str, tiny_vit: Any) -> None:
+    vit = compress(tiny_vit(), token_dropout=0.25)
+    with pytest.raises(kind, match=words):
+        SequenceScheduler(vit, schedule, total_steps=8)
+    assert get_strategy(vit) == Strategy(0.25)
+
+
+def test_a_schedule_must_suit_every_encoder(tiny_vit: Any) -> None:
+    large, small = compress(tiny_vit(img_size=64), token_dropout=0.5), compress(tiny_vit(), token_dropout=0.5)
+    with pytest.raises(ValueError, match=r"patch_size .*64"):
+        SequenceScheduler([large, small], Constant(Strategy(0.0, 64)), total_steps=8)
+    assert get_strategy(large) == get_strategy(small) == Strategy(0.5)
+
+
+def test_encoders_of_different_plans_need_a_schedule(tiny_vit: Any) -> None:
+    models = [compress(tiny_vit(), token_dropout=0.5), compress(tiny_vit(), token_dropout=0.25)]
+    with pytest.raises(ValueError, match="schedule must be given"):
+        SequenceScheduler(models, total_steps=8)
+    assert [get_strategy(model) for model in models] == [Strategy(0.5), Strategy(0.25)]
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_plain_models_are_refused(many: bool, tiny_vit: Any) -> None:
+    vit = tiny_vit()
+    with pytest.raises(ValueError, match="model_or_models must be compressed first"):
+        SequenceScheduler([vit, vit] if many else vit, total_steps=8)
+
+
+@pytest.mark.parametrize("models", ["vit", None, 3, [None]])
+def test_what_is_no_model_is_named(models: Any) -> None:
+    with pytest.raises(TypeError, match="model_or_models") as raised:
+        SequenceScheduler(models, total_steps=8)
+    assert repr(models) in str(raised.value)
