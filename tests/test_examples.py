@@ -1,0 +1,182 @@
+"""What a user starts from must run: the script for every method, the notebooks from first cell to last."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import numpy as np
+import pytest
+from nbclient import NotebookClient
+
+from seqcompress import Strategy
+from seqcompress.schedules import Constant
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+TINY = ("--epochs", "2", "--images", "96", "--batch-size", "16", "--num-workers", "0")
+
+
+def quickstart(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(EXAMPLES / "quickstart.py"), "--output", str(folder / "output"), *arguments]
+    return subprocess.run(command, env=ONE_THREAD, cwd=folder, capture_output=True, text=True, timeout=300)
+
+
+def results(folder: Path, *arguments: str) -> tuple[dict[str, Any], str]:
+    done = quickstart(folder, *arguments)
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "output" / "results.json").read_text(encoding="utf-8")), done.stdout
+
+
+def idx_files(folder: Path, *, gzipped: bool, images: int = 40) -> None:
+    """Files as Fashion-MNIST's, with noise in them."""
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for part in ("train", "t10k"):
+        for kind, content in (
+            ("images-idx3", random.integers(0, 256, (images, 28, 28))),
+            ("labels-idx1", np.arange(images) % 10),
+        ):
+            header = b"\0\0\x08" + bytes([content.ndim]) + np.array(content.shape, dtype=">u4").tobytes()
+            data = header + content.astype(np.uint8).tobytes()
+            path = folder / f"{part}-{kind}-ubyte{'.gz' if gzipped else ''}"
+            path.write_bytes(gzip.compress(data) if gzipped else data)
+
+
+@pytest.mark.parametrize(
+    ("method", "units_per_image"),
+    # Students' views cost 3 units, teachers' 1. DINO's 16 px views are a quarter of the patches, and a little more
+    # or less of the FLOPs.
+    [("moco", 2 * 3 + 2), ("simclr", 2 * 3), ("dino", pytest.approx(2 * 3 + 2 + 4 * 3 / 4, rel=0.03))],
+)
+def test_quickstart_compares_a_plain_and_an_accelerated_run(tmp_path: Path, method: str, units_per_image: Any) -> None:
+    content, printed = results(tmp_path, *TINY, "--method", method)
+    plain, accelerated = content["runs"]["plain"], content["runs"]["accelerated"]
+
+    assert plain["curve"][-1]["units"] / (2 * 96) == units_per_image
+    assert accelerated["curve"][-1]["units"] < 0.6 * plain["curve"][-1]["units"]
+    assert accelerated["tokens_per_view"] < 0.6 * plain["tokens_per_view"]
+    for run in (plain, accelerated):
+        assert [point["epoch"] for point in run["curve"]] == [0, 1, 2]
+        for spent in ("units", "seconds"):
+            values = [point[spent] for point in run["curve"]]
+            assert values[0] == 0
+            assert values == sorted(set(values))
+        for accuracy in (run["linear_probe"], *(point["knn"] for point in run["curve"])):
+            assert 0.1 < accuracy <= 1.0
+        assert f"{run['curve'][-1]['units'] / 1e6:.4f}" in printed
+        assert f"{run['linear_probe']:.3f}" in printed
+    assert plain["curve"][0]["knn"] == accelerated["curve"][0]["knn"]
+    assert "8 x 8 pixels enlarged" in printed
+    assert (tmp_path / "output" / "accuracy_over_budget.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("folder", "gzipped"), [(".", True), ("FashionMNIST/raw", False)])
+def test_quickstart_reads_fashion_mnist_in_either_layout(tmp_path: Path, folder: str, gzipped: bool) -> None:
+    idx_files(tmp_path / "idx" / folder, gzipped=gzipped)
+    content, printed = results(
+        tmp_path, "--data", "fashion-mnist", "--data-dir", str(tmp_path / "idx"), "--plan", "strong",
+        "--epochs", "1", "--batch-size", "20", "--num-workers", "0",
+    )  # fmt: skip
+    assert content["runs"]["plain"]["tokens_per_view"] == 1 + 7 * 7
+    assert content["runs"]["plain"]["curve"][-1]["units"] == 8 * 40
+    assert "enlarged" not in printed
+
+
+def test_speedup_is_read_where_both_runs_first_have_the_same_accuracy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    from evaluation import Point, speedup_at_equal_accuracy
+
+    plain = [Point(0, 0, 0, 0.4), Point(1, 100, 10, 0.6), Point(2, 200, 20, 0.8)]
+    accelerated = [Point(0, 0, 0, 0.4), Point(1, 20, 5, 0.5), Point(2, 60, 10, 0.7), Point(3, 90, 15, 0.6)]
+    speedup = speedup_at_equal_accuracy(plain, accelerated)
+    assert speedup is not None
+    assert speedup.accuracy == 0.7
+    assert math.isclose(speedup.budget, 150 / 60)
+    assert math.isclose(speedup.wall_clock, 15 / 10)
+
+
+def test_there_is_no_speedup_where_training_reached_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    from evaluation import Point, speedup_at_equal_accuracy
+
+    better, worse = ([Point(0, 0, 0, 0.4), Point(1, 100, 10, knn)] for knn in (0.6, 0.3))
+    assert speedup_at_equal_accuracy(better, worse) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "flag"),
+    [
+        (["--data", "fashion-mnist"], "--data-dir"),
+        (["--data-dir", "."], "--data-dir"),
+        (["--data", "fashion-mnist", "--data-dir", "nowhere"], "--data-dir"),
+        (["--method", "byol"], "--method"),
+        (["--plan", "fast"], "--plan"),
+        (["--plan", "nowhere.json"], "--plan"),
+        (["--epochs", "0"], "--epochs"),
+        (["--images", "99999"], "--images"),
+        (["--batch-size", "many"], "--batch-size"),
+        (["--images", "10", "--batch-size", "16"], "--batch-size"),
+        (["--seed", "-1"], "--seed"),
+        (["--device", "abacus"], "--device"),
+    ],
+)  # fmt: skip
+def test_a_bad_argument_is_answered_with_one_error_that_names_it(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    arguments: list[str],
+    flag: str,
+) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.chdir(tmp_path)
+    import quickstart
+
+    with pytest.raises(SystemExit, match="2"):
+        quickstart.parsed(arguments)
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(errors) == 1
+    assert f"argument {flag}:" in errors[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_with_patches_larger_than_a_local_view_is_refused_before_training(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import quickstart
+
+    plan = tmp_path / "plan.json"
+    Constant(Strategy(patch_size=20)).to_json(plan)
+    chosen = ["--plan", str(plan), "--output", str(tmp_path / "output")]
+    arguments, _ = quickstart.parsed([*chosen, "--method", "moco"])
+    assert arguments.plan == str(plan)
+    with pytest.raises(SystemExit, match="2"):
+        quickstart.parsed([*chosen, "--method", "dino"])
+    assert "argument --plan: patch_size must not be larger than a side of the view" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_runs_from_first_cell_to_last(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"SEQCOMPRESS_TINY": "1", "OMP_NUM_THREADS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    notebook = nbformat.read(path, as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells), "outputs do not belong into the repository"
+
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(EXAMPLES)}}).execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    (scores,) = [output.text for output in outputs if output.get("text", "").startswith("k-NN")]
+    assert all(0.1 < float(score.split()[-1]) <= 1.0 for score in scores.strip().split(","))
+
+
+def test_there_is_a_notebook_for_each_method() -> None:
+    assert [path.stem for path in NOTEBOOKS] == ["lightly_dino", "lightly_moco", "lightly_simclr"]
