@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from seqcompress.compressors.patch_scaling import grid_size
@@ -71,11 +72,10 @@ def encoder_flops(family: Family, encoder: Encoder, tokens: int) -> int:
     """FLOPs of one view's forward with ``tokens`` tokens: embedding, blocks, pooling and head.
 
     Counted by torch's FLOP counter on a run without data (meta device), so it holds for any kind of block.
-    Resampling for patch scaling is left out; it is below 1 % of the embedding and blocks.
+    Left out: resampling for patch scaling, below 1 % of the rest, and a convolutional stem before the embedding.
     """
     patches = tokens - family.num_prefix_tokens(encoder)
-    kernel = math.prod(family.patch_size(encoder)) * encoder.in_chans
-    return 2 * patches * kernel * encoder.embed_dim + _flops_after_embedding(family, encoder, tokens)
+    return 2 * patches * encoder.patch_embed.proj.weight.numel() + _flops_after_embedding(family, encoder, tokens)
 
 
 def _flops_after_embedding(family: Family, encoder: Encoder, tokens: int) -> int:
@@ -92,7 +92,8 @@ def _flops_after_embedding(family: Family, encoder: Encoder, tokens: int) -> int
     dtype = next(encoder.parameters()).dtype
     blank = torch.empty(1, tokens, encoder.embed_dim, device="meta", dtype=dtype)
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), _without_hooks(encoder), counter:
+    plain_attention = sdpa_kernel(SDPBackend.MATH)  # fused kernels count for nothing without data, in older torch
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), _without_hooks(encoder), plain_attention, counter:
         torch.func.functional_call(module, weights, (blank,))
     return int(counter.get_total_flops())
 

@@ -17,7 +17,7 @@ from seqcompress.families import Family, register
 from seqcompress.families.family import Encoder
 from seqcompress.strategy import Strategy
 
-_OLDEST_TIMM = "1.0.9"
+_OLDEST_TIMM = "1.0.26"
 
 if Version(timm.__version__) < Version(_OLDEST_TIMM):
     raise ImportError(f"timm {timm.__version__} is not supported; supported: timm >= {_OLDEST_TIMM}")
