@@ -44,7 +44,7 @@ class SequenceCompression:
     Logged after every batch, to whatever logger there is: ``seqcompress/token_dropout``,
     ``seqcompress/patch_size`` (pixels), ``seqcompress/tokens`` (the student's, in a view of the size the encoder
     was built for) and ``seqcompress/budget`` (millions of units, all ranks together). The progress bar shows them
-    as ``drop``, ``patch``, ``tokens`` and ``budget``.
+    as ``seq_drop``, ``seq_patch``, ``seq_tokens`` and ``seq_budget``.
 
     On a device with memory of its own, the second step is run at the schedule's most expensive strategy, as soon
     as the optimizer has its state: a run that will not fit stops there and not at three quarters.
@@ -58,28 +58,21 @@ class SequenceCompression:
         self._to_rehearse: Strategy | None = None
         self._rehearsing: Strategy | None = None
         self._ranks = 1
+        self._looked = False
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Find the compressed encoders and take up the schedule where it stood."""
-        self._forget()  # an interrupted fit may have left something
-        if not _is_compressed(pl_module):
-            return
-        from seqcompress.budget import Budget
-        from seqcompress.sequence_scheduler import SequenceScheduler
+        """Forget what an interrupted fit may have left."""
+        self._forget()
 
-        self._scheduler = SequenceScheduler(pl_module, total_steps=_total_steps(trainer))
-        self._budget = Budget(pl_module)
-        self._ranks = trainer.world_size
-        if self._loaded:
-            self._scheduler.load_state_dict({**self._scheduler.state_dict(), "seed": self._loaded["seed"]})
-            self._budget.load_state_dict({"units": self._loaded["units"] / self._ranks})
-        self._scheduler.step(_steps_done(trainer, pl_module))
-        if pl_module.device.type != "cpu" and not self._loaded:
-            longest = self._scheduler.most_expensive()
-            self._to_rehearse = None if longest == self._scheduler.strategy else longest
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Look again: the module may compress or restore its encoders between epochs, or as training starts."""
+        self._looked = False
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Put the strategy of this step in force."""
+        if not self._looked:
+            self._looked = True
+            self._look(trainer, pl_module, batch_idx)
         if self._scheduler is None:
             return
         step = _steps_done(trainer, pl_module, batch_idx)
@@ -101,10 +94,10 @@ class SequenceCompression:
         family, encoder = find_encoder(student.encoder)
         strategy = get_strategy(encoder)
         values = {
-            ("token_dropout", "drop"): strategy.token_dropout,
-            ("patch_size", "patch"): float(strategy.patch_size or min(family.patch_size(encoder))),
-            ("tokens", "tokens"): float(num_tokens(encoder, strategy, family.image_size(encoder))),
-            ("budget", "budget"): self._budget.millions * self._ranks,
+            ("token_dropout", "seq_drop"): strategy.token_dropout,
+            ("patch_size", "seq_patch"): float(strategy.patch_size or min(family.patch_size(encoder))),
+            ("tokens", "seq_tokens"): float(num_tokens(encoder, strategy, family.image_size(encoder))),
+            ("budget", "seq_budget"): self._budget.millions * self._ranks,
         }
         for (name, short), value in values.items():
             pl_module.log(f"seqcompress/{name}", value, on_step=True, on_epoch=False, batch_size=1)
@@ -133,7 +126,31 @@ class SequenceCompression:
             self._loaded = self.state_dict()
         self._forget()
 
+    def _look(self, trainer: Any, pl_module: Any, batch_idx: int) -> None:
+        """Find the compressed encoders, and take up the schedule where it stands."""
+        if self._scheduler is not None and self._scheduler.is_current:
+            return
+        self._loaded = self.state_dict()
+        self._forget()
+        if not _is_compressed(pl_module):
+            return
+        from seqcompress.budget import Budget
+        from seqcompress.sequence_scheduler import SequenceScheduler
+
+        self._looked = True
+        self._scheduler = SequenceScheduler(pl_module, total_steps=_total_steps(trainer))
+        self._budget = Budget(pl_module)
+        self._ranks = trainer.world_size
+        if self._loaded:
+            self._scheduler.load_state_dict({**self._scheduler.state_dict(), "seed": self._loaded["seed"]})
+            self._budget.load_state_dict({"units": self._loaded["units"] / self._ranks})
+        self._scheduler.step(_steps_done(trainer, pl_module, batch_idx))
+        if pl_module.device.type != "cpu" and not self._loaded:
+            longest = self._scheduler.most_expensive()
+            self._to_rehearse = None if longest == self._scheduler.strategy else longest
+
     def _forget(self) -> None:
+        self._looked = False
         self._scheduler = self._budget = self._to_rehearse = self._rehearsing = None
 
     def state_dict(self) -> dict[str, Any]:

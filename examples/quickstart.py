@@ -111,6 +111,8 @@ def parsed(argv: list[str] | None = None) -> tuple[argparse.Namespace, ImageData
         data = digits() if arguments.data == "digits" else fashion_mnist(arguments.data_dir)
     except (OSError, ValueError) as error:
         parser.error(f"argument --data-dir: {error}")
+    if arguments.seed >= 2**63:
+        parser.error(f"argument --seed: must be below 2**63, got {arguments.seed}")
     if arguments.images is not None:
         if arguments.images > len(data.train_images):
             parser.error(f"argument --images: {data.name} has {len(data.train_images)}, got {arguments.images}")
@@ -148,7 +150,7 @@ def main() -> None:
         plain=pretrain("plain", Strategy(), data, arguments),
         accelerated=pretrain("accelerated", arguments.plan, data, arguments),
         note=data.note,
-        arguments={name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()},
+        arguments={name: value for name, value in vars(arguments).items() if not isinstance(value, Path)},
     )
     print("", report.table(), "", sep="\n")
     report.plot(arguments.output / "accuracy_over_budget.png")

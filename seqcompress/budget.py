@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -72,7 +73,7 @@ class Budget:
             ValueError: the state is not a budget's; nothing has been changed.
         """
         units = state.get("units") if isinstance(state, Mapping) else None
-        if isinstance(units, bool) or not isinstance(units, (int, float)) or not 0 <= units < float("inf"):
+        if isinstance(units, bool) or not isinstance(units, (int, float)) or not 0 <= units <= sys.float_info.max:
             raise ValueError(f"state must be a Budget's: 'units' must be a number of at least 0, got {state!r}")
         self.reset()
         self._earlier = float(units)

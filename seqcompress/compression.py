@@ -13,7 +13,7 @@ from seqcompress.compressors import CompressedPatchEmbed
 from seqcompress.compressors.patch_embed import Compression, When
 from seqcompress.families import Family, find_encoder
 from seqcompress.presets import DEFAULT, PRESETS, double_patch
-from seqcompress.schedules import Constant, Schedule
+from seqcompress.schedules import Constant, Schedule, is_file
 from seqcompress.strategy import Strategy
 
 __all__ = ["compress", "get_strategy", "is_compressed", "restore", "set_strategy"]
@@ -85,7 +85,7 @@ def compress(
     for embed in compressed_embeds(*encoders):
         for partner in embed.partners():
             if partner.encoder not in encoders:
-                restore(partner.encoder)
+                _detach(partner)
     for name, (family, encoder) in found.items():
         is_student = name == "model"
         embeds = compressed_embeds(encoder)
@@ -105,9 +105,7 @@ def restore(model: Model) -> Model:
     """
     for embed in compressed_embeds(_module(model)):
         for partner in embed.partners():
-            family, encoder = find_encoder(partner.encoder)
-            family.detach(encoder)
-            partner.release()
+            _detach(partner)
     return model
 
 
@@ -151,7 +149,9 @@ def resolve_plan(plan: Plan | None, family: Family, encoder: nn.Module) -> Sched
     if isinstance(plan, str) and plan in PRESETS:
         small, side = min(family.patch_size(encoder)), min(family.image_size(encoder))
         return PRESETS[plan](double_patch(small, side))
-    if isinstance(plan, os.PathLike) or (isinstance(plan, str) and (plan.endswith(".json") or Path(plan).is_file())):
+    if isinstance(plan, str) and plan.lstrip().startswith("{"):
+        raise ValueError("plan must be a schedule, not its text: pass Schedule.from_json(text)")
+    if isinstance(plan, os.PathLike) or (isinstance(plan, str) and (plan.endswith(".json") or is_file(plan))):
         return Schedule.from_json(Path(plan))
     if isinstance(plan, str):
         raise ValueError(f"plan must be one of {', '.join(map(repr, PRESETS))} or a schedule file, got {plan!r}")
@@ -176,10 +176,11 @@ def compressed_embeds_of(model_or_models: nn.Module | Sequence[nn.Module]) -> li
     models = model_or_models if isinstance(model_or_models, (list, tuple)) else [model_or_models]
     if not models or not all(isinstance(model, nn.Module) for model in models):
         raise TypeError(f"model_or_models must be one or several torch.nn.Module, got {model_or_models!r}")
-    embeds = compressed_embeds(*cast(list[nn.Module], models))
-    if not embeds:
-        raise ValueError("model_or_models must be compressed first, with compress(model, ...), got plain modules")
-    return embeds
+    for model in models:
+        if not is_compressed(model):
+            kind = type(model).__name__
+            raise ValueError(f"model_or_models must be compressed first, with compress(model, ...), got a plain {kind}")
+    return compressed_embeds(*cast(list[nn.Module], models))
 
 
 def _one_compression(model: nn.Module) -> list[CompressedPatchEmbed]:
@@ -193,6 +194,12 @@ def _one_compression(model: nn.Module) -> list[CompressedPatchEmbed]:
             f"model must hold encoders of one compress() call, got {len(embeds)} that were compressed apart"
         )
     return embeds
+
+
+def _detach(embed: CompressedPatchEmbed) -> None:
+    family, encoder = find_encoder(embed.encoder)
+    family.detach(encoder)
+    embed.release()
 
 
 def _check(family: Family, encoder: nn.Module, schedule: Schedule, name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -54,9 +55,10 @@ class PolynomialDecayLR(LRScheduler):
         share: Callable[[int], float] | None = None,
         last_epoch: int = -1,
     ) -> None:
-        if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
+        total_steps, warmup_steps = _whole(total_steps, "total_steps"), _whole(warmup_steps, "warmup_steps")
+        if total_steps < 1:
             raise ValueError(f"total_steps must be a whole number of at least 1, got {total_steps!r}")
-        if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int) or not 0 <= warmup_steps < total_steps:
+        if not 0 <= warmup_steps < total_steps:
             raise ValueError(f"warmup_steps must be a whole number in [0, total_steps), got {warmup_steps!r}")
         if isinstance(power, bool) or not isinstance(power, numbers.Real) or not 0 < power < math.inf:
             raise ValueError(f"power must be a finite number above 0, got {power!r}")
@@ -81,7 +83,16 @@ class PolynomialDecayLR(LRScheduler):
         if step < self.warmup_steps:
             return (step + 1) / (self.warmup_steps + 1)
         begin, now = self._spent(self.warmup_steps), self._spent(min(step, self.total_steps))
-        return float((1.0 - (now - begin) / (1.0 - begin)) ** self.power)
+        return float(max(0.0, 1.0 - (now - begin) / (1.0 - begin)) ** self.power)
 
     def _spent(self, step: int) -> float:
         return step / self.total_steps if self._share is None else self._share(step)
+
+
+def _whole(value: Any, name: str) -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be a whole number, got {value!r}") from None

@@ -53,9 +53,15 @@ def rehearse(scheduler: SequenceScheduler, step: Callable[[], object]) -> Rehear
         What the step needed.
 
     Raises:
+        TypeError: an argument has the wrong type.
         MemoryError: it does not fit; the message says at which strategy and what was in use.
     """
+    if not isinstance(scheduler, SequenceScheduler):
+        raise TypeError(f"scheduler must be a SequenceScheduler, got {scheduler!r}")
+    if not callable(step):
+        raise TypeError(f"step must be a function without arguments, got {step!r}")
     embed = scheduler.embeds[0]
+    before = embed.compression.strategy
     device = next(embed.parameters()).device
     strategy = scheduler.most_expensive()
     cuda = [device] if device.type == "cuda" else []
@@ -72,7 +78,7 @@ def rehearse(scheduler: SequenceScheduler, step: Callable[[], object]) -> Rehear
                 "Lower the batch size, use gradient checkpointing, or end the schedule at a stronger compression."
             ) from error
         finally:
-            scheduler.step(scheduler.last_step)
+            scheduler.use(before)
             for embed, tally in zip(scheduler.embeds, tallies, strict=True):
                 embed.tally = tally
     return Rehearsal(strategy, *memory_use(device))

@@ -84,7 +84,7 @@ class Schedule(ABC):
             origin, text = "schedule", source
         else:
             origin = f"schedule file {os.fspath(source)!r}"
-            if not Path(source).is_file():
+            if not is_file(source):
                 raise FileNotFoundError(f"{origin} does not exist")
             try:
                 text = Path(source).read_text(encoding="utf-8")
@@ -252,6 +252,14 @@ class Stepwise(Schedule):
             return cls(stages)
         except ValueError as error:
             raise _FieldError("stages", str(error)) from None
+
+
+def is_file(path: str | os.PathLike[str]) -> bool:
+    """Whether there is such a file; no, for what can be no path at all."""
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):
+        return False
 
 
 class _FieldError(ValueError):

@@ -14,7 +14,7 @@ from seqcompress.compression import Plan, check_plan, compressed_embeds_of, reso
 from seqcompress.compressors import CompressedPatchEmbed
 from seqcompress.cost import num_tokens, relative_cost
 from seqcompress.families import find_encoder
-from seqcompress.schedules import Schedule
+from seqcompress.schedules import Constant, Schedule
 from seqcompress.strategy import Strategy
 
 __all__ = ["SequenceScheduler"]
@@ -65,6 +65,7 @@ class SequenceScheduler:
             raise ValueError(f"schedule must be given for encoders that were compressed with {len(plans)} plans")
         (plan,) = plans
         check_plan(self._embeds, plan)
+        self._driven = [(embed, embed.compression) for embed in self._embeds]
         self._group: Any = None
         self._seed = torch.initial_seed()
         self._apply(plan, total_steps, last_step=0)
@@ -110,9 +111,26 @@ class SequenceScheduler:
         else:
             self._apply(self._schedule, self._total_steps, _checked_count(step, "step", at_least=0))
 
+    @property
+    def is_current(self) -> bool:
+        """Whether the encoders are still compressed as they were when this scheduler was made."""
+        return all(embed.compression is compression and embed.is_live for embed, compression in self._driven)
+
     def use(self, strategy: Strategy) -> None:
-        """Put another strategy in force, until the next step."""
-        for compression in {embed.compression for embed in self._embeds}:
+        """Put another strategy in force, until the next step.
+
+        Raises:
+            TypeError: ``strategy`` is not a Strategy.
+            ValueError: it does not suit the encoders.
+            RuntimeError: the encoders were restored or compressed anew.
+        """
+        check_plan(self._embeds, Constant(strategy))
+        self._put(strategy)
+
+    def _put(self, strategy: Strategy) -> None:
+        if not self.is_current:
+            raise RuntimeError("the encoders were restored or compressed anew: make a new SequenceScheduler")
+        for _, compression in self._driven:
             compression.strategy = strategy
 
     def most_expensive(self) -> Strategy:
@@ -165,10 +183,10 @@ class SequenceScheduler:
         self._apply(schedule, total_steps, last_step)
 
     def _apply(self, schedule: Schedule, total_steps: int, last_step: int) -> None:
+        self._put(schedule(min(1.0, last_step / total_steps)))
         self._schedule, self._total_steps, self._last_step = schedule, total_steps, last_step
-        self.use(self.strategy)
-        for embed in self._embeds:
-            embed.compression.stream.anchor(self._seed, last_step)
+        for model, compression in enumerate(dict.fromkeys(compression for _, compression in self._driven)):
+            compression.stream.anchor(self._seed, last_step, model)
 
     def _agreed(self, step: int) -> int:
         """Rank 0's step. Agreed on the CPU, so that no device has to wait."""

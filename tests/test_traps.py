@@ -6,6 +6,7 @@ import copy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -364,22 +365,22 @@ def test_lightlys_own_gradient_checkpointing_works(tiny_vit: Any, gradients: Any
 # A light import
 
 
-def test_importing_the_package_imports_nothing_heavy() -> None:
+def test_importing_the_package_imports_nothing_heavy(tmp_path: Path) -> None:
     code = (
         "import sys, seqcompress; seqcompress.Strategy(0.5); seqcompress.schedules.Constant; dir(seqcompress); "
         "heavy = {'torch', 'timm', 'numpy', 'lightning', 'pytorch_lightning', 'lightly', 'solo'}; "
         "print(*sorted(heavy & {*sys.modules}))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
 
 
-def test_compressing_imports_no_framework() -> None:
+def test_compressing_imports_no_framework(tmp_path: Path) -> None:
     code = (
         "import sys, seqcompress; from seqcompress import *; "
         "print(*sorted({'lightning', 'pytorch_lightning', 'lightly', 'solo'} & {*sys.modules}), compress.__name__)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["compress"]
 
 

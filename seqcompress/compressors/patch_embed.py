@@ -21,7 +21,14 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from seqcompress.compressors.patch_scaling import fit_to_grid, grid_size, resample_patches, resample_views, resize_pinv
-from seqcompress.compressors.token_dropout import SubsetStream, gather_patches, num_kept, random_subset, rows_of_patches
+from seqcompress.compressors.token_dropout import (
+    SubsetStream,
+    gather_patches,
+    in_backward,
+    num_kept,
+    random_subset,
+    rows_of_patches,
+)
 from seqcompress.schedules import Schedule
 from seqcompress.strategy import Strategy
 
@@ -89,9 +96,11 @@ class CompressedPatchEmbed(nn.Module):
     tally: Counter[Forward]
     _pending: _Pending | None
     _joined: int | None
+    _joining: bool  # apart from the two above: compiled code may look at it without a guard on lengths
+    _shortened: tuple[Size, bool] | None  # grid of the last forward, and whether all of it was kept
 
-    _OWN = frozenset(
-        {"embed", "encoder", "compression", "drops_tokens", "when", "tally", "training", "_pending", "_joined"}
+    _OWN = frozenset({"embed", "encoder", "compression", "drops_tokens", "when", "tally", "training"}) | frozenset(
+        {"_pending", "_joined", "_joining", "_shortened"}
     )
 
     def __init__(
@@ -112,12 +121,14 @@ class CompressedPatchEmbed(nn.Module):
             training=embed.training,
             _pending=None,
             _joined=None,
+            _joining=False,
+            _shortened=None,
         )
         _live.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
         # A forward that failed halfway leaves its patches waiting; a copy has no use for them.
-        return {**vars(self), "_pending": None, "_joined": None}
+        return {**vars(self), "_pending": None, "_joined": None, "_joining": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -155,9 +166,27 @@ class CompressedPatchEmbed(nn.Module):
         """All embeddings that share this one's compression, itself included."""
         return [other for other in _live if other.compression is self.compression]
 
+    @property
+    def is_live(self) -> bool:
+        """Whether the encoder still has this patch embedding."""
+        return self in _live
+
     def release(self) -> None:
         """Take leave of the partners: the encoder has its plain patch embedding back."""
         _live.discard(self)
+
+    def dynamic_feat_size(self, img_size: Size) -> Size:
+        """The grid that timm folds tokens into for feature maps: that of the last forward.
+
+        Raises:
+            RuntimeError: the last forward dropped tokens.
+        """
+        if not self.training or self._shortened is None:
+            return self.embed.dynamic_feat_size(img_size)
+        grid, complete = self._shortened
+        if not complete:
+            raise RuntimeError("dropped tokens leave no feature map: use eval mode, or output_fmt='NLC'")
+        return grid
 
     def forward(self, views: Tensor) -> Tensor:
         """Embed views (B, C, H, W); compressed forwards return a blank and keep the patches for ``join``."""
@@ -175,7 +204,7 @@ class CompressedPatchEmbed(nn.Module):
         Raises:
             RuntimeError: the model changed the sequence on its own, by masking for instance.
         """
-        return self._join_in_training(blank) if self.training else blank
+        return self._join_in_training(blank) if self.training and self._joining else blank
 
     # Random seeds, counters, tensors that wait between two modules: left out of compiled graphs. The blocks, where
     # the time goes, are compiled once for each length, or once for all lengths.
@@ -183,6 +212,8 @@ class CompressedPatchEmbed(nn.Module):
     def _forward_in_training(self, views: Tensor) -> Tensor:
         self._pending = self._joined = None  # what a forward that failed halfway may have left
         selection = self._select(views)
+        self._joining = selection is not None
+        self._shortened = None if selection is None else (selection.grid, selection.kept is None)
         if selection is None:
             return self.embed.forward(views)
         tokens = self._embed_patches(views, selection)
@@ -193,7 +224,7 @@ class CompressedPatchEmbed(nn.Module):
     def _join_in_training(self, blank: Tensor) -> Tensor:
         pending, self._pending = self._pending, None
         if pending is None:
-            joined, self._joined = self._joined, None
+            joined, self._joined, self._joining = self._joined, None, False
             if joined is not None and blank.shape[1] != joined:
                 raise RuntimeError(_changed(blank, f"the {joined} tokens that were kept"))
             return blank
@@ -213,6 +244,8 @@ class CompressedPatchEmbed(nn.Module):
         return tokens
 
     def _select(self, views: Tensor) -> _Selection | None:
+        if views.ndim != 4:
+            raise ValueError(f"views must have the shape (B, C, H, W), got {tuple(views.shape)}")
         graph = _builds_graph(views, self.encoder)
         strategy = self.strategy if graph or self.when == "train" else Strategy()
         base, view = patch_size(self.embed), (views.shape[2], views.shape[3])
@@ -221,12 +254,14 @@ class CompressedPatchEmbed(nn.Module):
         patches = grid[0] * grid[1]
         kept = num_kept(patches, strategy.token_dropout)
         prefix: int = self.encoder.num_prefix_tokens
-        if not _in_backward():
+        if not in_backward():
             self.tally[Forward(tuple(views.shape), prefix + kept, graph)] += 1
-        # A model of fixed input size gets views of other sizes here: a schedule that ends at the base
-        # strategy must not end in an error.
-        foreign = view != self.embed.img_size and self.embed.strict_img_size and (graph or self.when == "train")
-        if patch == base and kept == patches and not foreign:
+        # Views that the plain model refuses: compressed or not, training takes them, so that a schedule that ends
+        # at the base strategy does not end in an error.
+        uneven = view[0] % base[0] != 0 or view[1] % base[1] != 0
+        refused = uneven or (view != self.embed.img_size and getattr(self.embed, "strict_img_size", False))
+        compressing = graph or self.when == "train"
+        if patch == base and kept == patches and not (refused and compressing):
             return None
         subset = patch_rows = None
         if kept < patches:
@@ -313,8 +348,3 @@ def _builds_graph(views: Tensor, encoder: nn.Module) -> bool:
     if views.requires_grad:
         return True
     return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in encoder.parameters())
-
-
-def _in_backward() -> bool:
-    """Whether gradient checkpointing is running this forward again."""
-    return torch._C._current_graph_task_id() != -1

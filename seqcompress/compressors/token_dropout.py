@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["SubsetStream", "gather_patches", "num_kept", "random_subset", "rows_of_patches"]
+__all__ = ["SubsetStream", "gather_patches", "in_backward", "num_kept", "random_subset", "rows_of_patches"]
 
 
 def num_kept(num_patches: int, token_dropout: float) -> int:
@@ -53,7 +53,7 @@ def gather_patches(views: Tensor, kept: Tensor, patch_rows: Tensor, patch: tuple
     """
     batch, channels = views.shape[:2]
     # A row of a patch is w pixels that lie side by side: selecting such rows copies whole pieces of memory.
-    rows = views.reshape(batch, -1, patch[1])  # (B, C * gh * h * gw, w)
+    rows = views.reshape(batch, views[:1].numel() // patch[1] if batch else 0, patch[1])  # (B, C * gh * h * gw, w)
     index = F.embedding(kept, patch_rows)  # (B, K, C * h)
     index = index + torch.arange(0, batch * rows.shape[1], rows.shape[1], device=views.device).view(-1, 1, 1)
     return rows.flatten(0, 1).index_select(0, index.flatten()).view(*kept.shape, channels, *patch)
@@ -84,23 +84,34 @@ class SubsetStream:
     """
 
     def __init__(self) -> None:
-        self._anchor: tuple[int, int] | None = None
+        self._anchor: tuple[int, int, int] | None = None
         self._forwards: dict[int, int] = {}
 
-    def anchor(self, seed: int, step: int) -> None:
-        """From now on draw what belongs to ``step`` of the run that ``seed`` names."""
-        self._anchor = (seed, step)
+    def anchor(self, seed: int, step: int, model: int = 0) -> None:
+        """From now on draw what belongs to ``step`` of the run that ``seed`` names, for its ``model``-th model."""
+        self._anchor = (seed, step, model)
         self._forwards.clear()
 
     def next_seed(self) -> int:
-        """The seed of the forward that is about to run. Takes one number from torch's CPU random state."""
+        """The seed of the forward that is about to run. Takes one number from torch's CPU random state.
+
+        Raises:
+            RuntimeError: gradient checkpointing runs a forward again without its random state.
+        """
         tag = int(torch.empty((), dtype=torch.int64, device="cpu").random_().item())
         if self._anchor is None:
             parts: tuple[int, ...] = (tag, _rank())
+        elif tag not in self._forwards and in_backward():
+            raise RuntimeError("gradient checkpointing of a compressed encoder needs preserve_rng_state=True")
         else:
             parts = (*self._anchor, self._forwards.setdefault(tag, len(self._forwards)), _rank())
         digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
         return int.from_bytes(digest, "little") >> 1
+
+
+def in_backward() -> bool:
+    """Whether gradient checkpointing is running a forward again."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def _rank() -> int:

@@ -49,6 +49,11 @@ class TimmVisionTransformer(Family):
                 f"the model drops tokens by itself (patch_drop_rate={rate}), which would add to token_dropout: "
                 "create it with patch_drop_rate=0"
             )
+        if _plain_embed(encoder).dynamic_img_pad:
+            raise ValueError(
+                "the model pads views that its patches do not divide (dynamic_img_pad=True), where compression "
+                "resizes them: create it with dynamic_img_pad=False"
+            )
         for strategy in strategies:
             size = strategy.patch_size
             if size is None or (size, size) == self.patch_size(encoder):
@@ -66,7 +71,7 @@ class TimmVisionTransformer(Family):
     ) -> CompressedPatchEmbed:
         embed = CompressedPatchEmbed(_plain_embed(encoder), encoder, compression, drops_tokens=drops_tokens, when=when)
         encoder.patch_embed = embed
-        # Models without positions skip pos_drop; hosts that call the parts themselves may skip either.
+        # Models without positions skip pos_drop; hosts that call the parts themselves may skip norm_pre as well.
         for place in _join_places(encoder):
             place.register_forward_pre_hook(_Join(embed))
         return embed
@@ -98,5 +103,5 @@ def _plain_embed(encoder: Encoder) -> nn.Module:
     return embed.embed if isinstance(embed, CompressedPatchEmbed) else embed
 
 
-def _join_places(encoder: Encoder) -> tuple[nn.Module, nn.Module]:
-    return encoder.pos_drop, encoder.norm_pre
+def _join_places(encoder: Encoder) -> tuple[nn.Module, ...]:
+    return encoder.pos_drop, encoder.norm_pre, encoder.blocks[0]

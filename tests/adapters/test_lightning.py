@@ -69,7 +69,7 @@ def test_checkpoints_of_plain_modules_hold_nothing_of_the_callback(
 
 
 @pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
-def test_making_a_trainer_imports_neither_timm_nor_the_compressors(package: str) -> None:
+def test_making_a_trainer_imports_neither_timm_nor_the_compressors(package: str, tmp_path: Path) -> None:
     script = f"""
 import sys
 from {package} import Trainer
@@ -77,7 +77,7 @@ trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
 print([type(callback).__name__ for callback in trainer.callbacks])
 print([name for name in sys.modules if name.partition(".")[0] == "timm" or name == "seqcompress.compression"])
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
     callbacks, imported = done.stdout.splitlines()[-2:]
     assert "SequenceCompressionCallback" in callbacks
     assert imported == "[]"
@@ -155,10 +155,15 @@ def test_the_progress_bar_shows_strategy_tokens_and_budget(
     module = accelerate(make_pair(), Strategy(0.5))
     trainer.fit(module, images)
     vit = module.backbone
-    shown = {"drop": 0.5, "patch": 8, "tokens": 9, "budget": 16 * (3 * relative_cost(vit, Strategy(0.5), 32) + 1) / 1e6}
+    shown = {
+        "seq_drop": 0.5,
+        "seq_patch": 8,
+        "seq_tokens": 9,
+        "seq_budget": 16 * (3 * relative_cost(vit, Strategy(0.5), 32) + 1) / 1e6,
+    }
     assert trainer.progress_bar_metrics == pytest.approx(shown, rel=1e-6)
     printed = capsys.readouterr()
-    assert re.search(r"tokens:\s+9\.000", printed.out + printed.err)
+    assert re.search(r"seq_tokens:\s+9\.000", printed.out + printed.err)
 
 
 @pytest.mark.parametrize("schedule", [STAGES, Linear(Strategy(0.75), Strategy(0.25))], ids=["stages", "linear"])
