@@ -53,10 +53,11 @@ def gather_patches(views: Tensor, kept: Tensor, patch_rows: Tensor, patch: tuple
     """
     batch, channels = views.shape[:2]
     # A row of a patch is w pixels that lie side by side: selecting such rows copies whole pieces of memory.
-    rows = views.reshape(batch, views[:1].numel() // patch[1] if batch else 0, patch[1])  # (B, C * gh * h * gw, w)
+    in_a_view = patch_rows.numel()
+    rows = views.reshape(batch * in_a_view, patch[1])  # (B * C * gh * h * gw, w)
     index = F.embedding(kept, patch_rows)  # (B, K, C * h)
-    index = index + torch.arange(0, batch * rows.shape[1], rows.shape[1], device=views.device).view(-1, 1, 1)
-    return rows.flatten(0, 1).index_select(0, index.flatten()).view(*kept.shape, channels, *patch)
+    index = index + in_a_view * torch.arange(batch, device=views.device).view(-1, 1, 1)
+    return rows.index_select(0, index.flatten()).view(*kept.shape, channels, *patch)
 
 
 @lru_cache(maxsize=64)

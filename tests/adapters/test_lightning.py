@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from seqcompress import Strategy, compress, get_strategy, relative_cost
+from seqcompress import Strategy, compress, get_strategy, relative_cost, restore
 from seqcompress.adapters.lightly import accelerate
 from seqcompress.schedules import Constant, Linear, Schedule, Stepwise
 
@@ -404,3 +404,32 @@ def test_a_constant_plan_needs_no_rehearsal_and_stays(make_pair: Build, make_tra
     module = accelerate(make_pair(), Constant(Strategy(0.5)))
     make_trainer().fit(module, images)
     assert module.tokens == [9] * 8
+
+
+def test_encoders_that_are_accelerated_as_training_starts_follow_their_schedule(
+    make_pair: Build, make_trainer: Build, images: Images
+) -> None:
+    module = make_pair()
+    module.on_train_start = lambda: accelerate(module, RELAXING)
+    make_trainer(max_epochs=2).fit(module, images)
+    assert module.tokens == TOKENS_OF_8_STEPS
+
+
+def test_encoders_may_be_restored_between_epochs(make_pair: Build, make_trainer: Build, images: Images) -> None:
+    module = accelerate(make_pair(), Constant(Strategy(0.5)))
+    module.on_train_epoch_start = lambda: restore(module) if module.current_epoch else None
+    make_trainer(max_epochs=2).fit(module, images)
+    assert module.tokens == [9] * 4 + [17] * 4
+
+
+def test_encoders_may_be_planned_anew_between_epochs_and_the_budget_goes_on(
+    make_pair: Build, make_trainer: Build, images: Images
+) -> None:
+    module = accelerate(make_pair(), Constant(Strategy(0.5)))
+    module.on_train_epoch_start = lambda: accelerate(module, Strategy(0.75)) if module.current_epoch else None
+    trainer = make_trainer(max_epochs=2)
+    trainer.fit(module, images)
+    assert module.tokens == [9] * 4 + [5] * 4
+    half, quarter = (relative_cost(module.backbone, Strategy(dropout), 32) for dropout in (0.5, 0.75))
+    units = sum(16 * (3 * cost + 1) for cost in (half, quarter))
+    assert float(trainer.callback_metrics["seqcompress/budget"]) == pytest.approx(units / 1e6, rel=1e-4)
