@@ -92,7 +92,7 @@ def parsed(argv: list[str] | None = None) -> tuple[argparse.Namespace, ImageData
     parser.add_argument(
         "--plan", default="default", help="a preset's name (default, gentle, strong) or a schedule file"
     )
-    parser.add_argument("--epochs", type=_at_least(1), default=16)
+    parser.add_argument("--epochs", type=_at_least(1), default=12)
     parser.add_argument("--batch-size", type=_at_least(2), default=32)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=_at_least(0), default=0)

@@ -176,11 +176,12 @@ def compressed_embeds_of(model_or_models: nn.Module | Sequence[nn.Module]) -> li
     models = model_or_models if isinstance(model_or_models, (list, tuple)) else [model_or_models]
     if not models or not all(isinstance(model, nn.Module) for model in models):
         raise TypeError(f"model_or_models must be one or several torch.nn.Module, got {model_or_models!r}")
-    for model in models:
+    modules = cast(list[nn.Module], models)
+    for model in modules:
         if not is_compressed(model):
             kind = type(model).__name__
             raise ValueError(f"model_or_models must be compressed first, with compress(model, ...), got a plain {kind}")
-    return compressed_embeds(*cast(list[nn.Module], models))
+    return compressed_embeds(*modules)
 
 
 def _one_compression(model: nn.Module) -> list[CompressedPatchEmbed]:
