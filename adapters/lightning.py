@@ -137,7 +137,6 @@ class SequenceCompression:
         from seqcompress.budget import Budget
         from seqcompress.sequence_scheduler import SequenceScheduler
 
-        self._looked = True
         self._scheduler = SequenceScheduler(pl_module, total_steps=_total_steps(trainer))
         self._budget = Budget(pl_module)
         self._ranks = trainer.world_size
@@ -150,7 +149,6 @@ class SequenceCompression:
             self._to_rehearse = None if longest == self._scheduler.strategy else longest
 
     def _forget(self) -> None:
-        self._looked = False
         self._scheduler = self._budget = self._to_rehearse = self._rehearsing = None
 
     def state_dict(self) -> dict[str, Any]:
