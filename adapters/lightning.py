@@ -16,23 +16,9 @@ if TYPE_CHECKING:
     from seqcompress.sequence_scheduler import SequenceScheduler
     from seqcompress.strategy import Strategy
 
-__all__ = ["SequenceCompression", "lightning_callbacks", "pytorch_lightning_callbacks"]
+__all__ = ["SequenceCompression"]
 
 _logger = logging.getLogger(__name__)
-
-
-def lightning_callbacks() -> list[Any]:
-    """Entry point for ``lightning.pytorch``."""
-    from seqcompress.adapters.lightning_callbacks.lightning_pytorch import SequenceCompressionCallback
-
-    return [SequenceCompressionCallback()]
-
-
-def pytorch_lightning_callbacks() -> list[Any]:
-    """Entry point for ``pytorch_lightning``."""
-    from seqcompress.adapters.lightning_callbacks.pytorch_lightning import SequenceCompressionCallback
-
-    return [SequenceCompressionCallback()]
 
 
 class SequenceCompression:
@@ -113,11 +99,9 @@ class SequenceCompression:
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Say why, if it was the longest sequences that did not fit."""
         if self._rehearsing is not None and "out of memory" in str(exception).lower():
-            _logger.error(
-                "seqcompress: the longest sequences of this schedule (%s) do not fit into memory. Lower the batch "
-                "size, use gradient checkpointing, or end the schedule at a stronger compression.",
-                self._rehearsing,
-            )
+            from seqcompress.rehearsal import does_not_fit
+
+            _logger.error("seqcompress: %s", does_not_fit(self._rehearsing))
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Let go of the model; the strategy stays where the schedule left it."""

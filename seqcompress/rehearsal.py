@@ -73,15 +73,20 @@ def rehearse(scheduler: SequenceScheduler, step: Callable[[], object]) -> Rehear
         try:
             step()
         except torch.OutOfMemoryError as error:
-            raise MemoryError(
-                f"the longest sequences of this schedule ({strategy}) do not fit into memory: {error}. "
-                "Lower the batch size, use gradient checkpointing, or end the schedule at a stronger compression."
-            ) from error
+            raise MemoryError(f"{does_not_fit(strategy)} torch says: {error}") from error
         finally:
             scheduler.use(before)
             for embed, tally in zip(scheduler.embeds, tallies, strict=True):
                 embed.tally = tally
     return Rehearsal(strategy, *memory_use(device))
+
+
+def does_not_fit(strategy: Strategy) -> str:
+    """What to tell a user whose run will not fit, and what would help."""
+    return (
+        f"the longest sequences of this schedule ({strategy}) do not fit into memory. Lower the batch size, use "
+        "gradient checkpointing, or end the schedule at a stronger compression."
+    )
 
 
 def memory_use(device: torch.device) -> tuple[int | None, int | None]:

@@ -1,13 +1,18 @@
-"""The callback for ``lightning.pytorch``."""
+"""The callbacks for ``lightning.pytorch``."""
 
 from __future__ import annotations
 
 from lightning.pytorch.callbacks import Callback
 
 from seqcompress.adapters.lightning import SequenceCompression
+from seqcompress.adapters.solo_learn import SoloLearn
 
-__all__ = ["SequenceCompressionCallback"]
+__all__ = ["SequenceCompressionCallback", "SoloLearnCallback"]
 
 
 class SequenceCompressionCallback(SequenceCompression, Callback):
     """See [SequenceCompression][seqcompress.adapters.lightning.SequenceCompression]."""
+
+
+class SoloLearnCallback(SoloLearn, Callback):
+    """See [SoloLearn][seqcompress.adapters.solo_learn.SoloLearn]."""

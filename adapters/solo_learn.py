@@ -1,0 +1,256 @@
+"""solo-learn: one config flag, its own unmodified training script.
+
+Lightning loads the callback of this module from an entry point, as it does the one that advances the schedule.
+At set-up the callback reads what stands under ``seqcompress:`` in the method's config and compresses its encoders.
+Without that key it does nothing. Importing this module imports neither torch, timm nor Lightning.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from seqcompress.compression import Plan
+    from seqcompress.schedules import Schedule
+
+__all__ = ["METHODS", "Settings", "SoloLearn", "accelerate", "read_settings"]
+
+METHODS = (
+    "all4one",
+    "barlow_twins",
+    "byol",
+    "deepclusterv2",
+    "dino",
+    "mocov2plus",
+    "mocov3",
+    "nnbyol",
+    "nnclr",
+    "nnsiam",
+    "ressl",
+    "simclr",
+    "simsiam",
+    "supcon",
+    "swav",
+    "vibcreg",
+    "vicreg",
+    "wmse",
+)
+"""Values of solo-learn's ``method`` that can be accelerated: each was run."""
+
+BACKBONES = ("vit_tiny", "vit_small", "vit_base", "vit_large")
+"""Values of solo-learn's ``backbone.name`` that can be."""
+
+TeacherShare = Literal["patch_size", "both", "none"]
+
+_SHORT = ("token_dropout", "patch_size")
+_SCHEDULE_FIELDS = {"linear": ("start", "end"), "cosine": ("start", "end"), "stepwise": ("stages",)}
+_KEYS = ("enabled", "plan", *_SHORT, "schedule", "start", "end", "stages", "teacher")
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a config asks for.
+
+    Attributes:
+        plan: as in [compress][seqcompress.compress]; ``None`` for the preset "default".
+        teacher: what the momentum encoder gets of it: its "patch_size", "both" patch size and token dropout, or
+            "none". ``None`` if the config does not say, which means "patch_size".
+    """
+
+    plan: Plan | None = None
+    teacher: TeacherShare | None = None
+
+
+class SoloLearn:
+    """Compresses the encoders of a solo-learn method at set-up, if its config says so.
+
+    The schedule is then advanced, logged and resumed by
+    [SequenceCompression][seqcompress.adapters.lightning.SequenceCompression], as for any LightningModule.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._applied: dict[str, Any] = {}
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Compress what is about to be trained, or raise what is wrong with the config."""
+        settings = _settings_of(pl_module) if stage == "fit" else None
+        if settings is None:
+            return
+        schedule = accelerate(pl_module, settings)
+        self._applied = {"plan": schedule.to_json(), "teacher": settings.teacher}
+        # Lightning shows its own INFO lines, and nobody else's.
+        logging.getLogger(type(trainer).__module__).info("seqcompress: %s", _summary(pl_module, schedule))
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Take out what ``setup`` put in."""
+        if self._applied:
+            from seqcompress.compression import restore
+
+            restore(pl_module)
+            self._applied = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plan and teacher's share, to be compared when the run goes on."""
+        return self._applied
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Mapping[str, Any]) -> None:
+        """Say so if the run goes on otherwise than it began: auto-resume does not look at these keys."""
+        before = checkpoint.get("callbacks", {}).get(getattr(self, "state_key", None), {})
+        if before == self._applied or not trainer.is_global_zero:
+            return
+        how = ("with another plan" if self._applied else "with seqcompress") if before else "without seqcompress"
+        _logger.warning(
+            "seqcompress: the checkpoint was trained %s. If auto-resume found it by mistake, rename this run.",
+            how,
+        )
+
+
+def read_settings(section: object) -> Settings | None:
+    """What stands under ``seqcompress:`` in a config.
+
+    Args:
+        section: a mapping; of OmegaConf's or a plain one.
+
+    Returns:
+        The settings, or ``None`` if they are switched off.
+
+    Raises:
+        TypeError: a value has the wrong type; the message names the key.
+        ValueError: a key is unknown, out of range, or excludes another.
+        FileNotFoundError: ``plan`` is a schedule file that does not exist.
+    """
+    if not isinstance(section, Mapping):
+        hint = ", and Hydra found no config of that name" if isinstance(section, str) else ""
+        raise TypeError(f"seqcompress must hold keys, seqcompress.enabled=true for instance, got {section!r}{hint}")
+    given = _plain(section)
+    for key in given:
+        if key not in _KEYS:
+            close = difflib.get_close_matches(str(key), _KEYS, n=1)
+            hint = f" (did you mean seqcompress.{close[0]}?)" if close else ""
+            raise ValueError(f"seqcompress.{key} is not known{hint}; known: {', '.join(_KEYS)}")
+    if "enabled" not in given:
+        raise ValueError(f"seqcompress.enabled must be true or false, got only {', '.join(given) or 'nothing'}")
+    if not isinstance(given["enabled"], bool):
+        raise TypeError(f"seqcompress.enabled must be true or false, got {given['enabled']!r}")
+    if not given["enabled"]:
+        return None
+    teacher = given.get("teacher")
+    if teacher is not None and teacher not in get_args(TeacherShare):
+        raise ValueError(f"seqcompress.teacher must be one of {', '.join(get_args(TeacherShare))}, got {teacher!r}")
+    return Settings(_plan(given), teacher)
+
+
+def accelerate(method: Any, settings: Settings) -> Schedule:
+    """Compress the encoders of a solo-learn method, in place.
+
+    Args:
+        method: a ``solo.methods.BaseMethod``: ``backbone``, perhaps ``momentum_backbone``, and ``cfg``.
+        settings: what to do.
+
+    Returns:
+        The schedule that is to be followed.
+
+    Raises:
+        TypeError: the method, its backbone or solo-learn itself is not supported; the message says what is.
+        ValueError: the plan does not suit the encoders.
+        In each case, nothing has been changed.
+    """
+    from seqcompress.compression import compress, compressed_embeds
+    from seqcompress.families import is_encoder
+
+    missing = [name for name in ("backbone", "num_large_crops") if not hasattr(method, name)]
+    name = method.cfg.get("method")
+    if missing or name is None:
+        raise TypeError(
+            f"seqcompress.enabled needs a method of solo-learn 1.0.6 or newer, got {type(method).__name__} without "
+            f"{' and '.join(missing) or 'cfg.method'}: pretrain with main_pretrain.py, of solo-learn's own repository "
+            "(1.0.2, the newest of the package index, is too old)"
+        )
+    if name not in METHODS:
+        raise ValueError(
+            f"seqcompress.enabled cannot be combined with method={name!r}; supported methods: {', '.join(METHODS)}"
+        )
+    student: nn.Module = method.backbone
+    teacher: nn.Module | None = getattr(method, "momentum_backbone", None)
+    if not is_encoder(student):
+        raise TypeError(
+            f"seqcompress.enabled needs a ViT: set backbone.name to {', '.join(BACKBONES[:-1])} or {BACKBONES[-1]}, "
+            f"got a {type(student).__name__}"
+        )
+    if teacher is None and settings.teacher is not None:
+        raise ValueError(f"seqcompress.teacher must be left out for method={name!r}, which has no momentum encoder")
+    paired = teacher if settings.teacher in (None, "patch_size") else None
+    try:
+        compress(student, settings.plan, teacher=paired)
+        (embed,) = compressed_embeds(student)
+        if teacher is not None and settings.teacher == "both":
+            compress(teacher, embed.compression.plan, when="train")
+    except (TypeError, ValueError, FileNotFoundError) as error:
+        raise type(error)(f"seqcompress: {error}") from None
+    return embed.compression.plan
+
+
+def _settings_of(pl_module: Any) -> Settings | None:
+    cfg = getattr(pl_module, "cfg", None)
+    return read_settings(cfg["seqcompress"]) if isinstance(cfg, Mapping) and "seqcompress" in cfg else None
+
+
+def _plan(given: Mapping[str, Any]) -> Plan | None:
+    from seqcompress.schedules import Schedule
+    from seqcompress.strategy import Strategy
+
+    forms = {
+        "plan": given.keys() & {"plan"},
+        "token_dropout, patch_size": given.keys() & set(_SHORT),
+        "schedule, start, end, stages": given.keys() & {"schedule", "start", "end", "stages"},
+    }
+    used = [form for form, keys in forms.items() if keys]
+    if len(used) > 1:
+        raise ValueError(f"seqcompress takes one plan, got several: {' and '.join(used)}")
+    if forms["plan"]:
+        if not isinstance(given["plan"], str):
+            raise TypeError(f"seqcompress.plan must be a preset's name or a schedule file, got {given['plan']!r}")
+        return str(given["plan"])
+    try:
+        if forms["token_dropout, patch_size"]:
+            return Strategy.from_dict({name: given[name] for name in _SHORT if name in given})
+        if not used:
+            return None
+        kind = given.get("schedule")
+        if kind not in _SCHEDULE_FIELDS:
+            raise ValueError(f"schedule must be one of {', '.join(_SCHEDULE_FIELDS)}, got {kind!r}")
+        fields = {name: given[name] for name in ("start", "end", "stages") if name in given}
+        if kind in ("linear", "cosine"):
+            fields.setdefault("end", {})
+        return Schedule.from_json(json.dumps({"seqcompress_schedule": 1, "kind": kind, **fields}))
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"seqcompress.{error}") from None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(value[key]) for key in value}
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _summary(method: Any, schedule: Schedule) -> str:
+    """One line: who starts and ends at how many tokens."""
+    from seqcompress.cost import num_tokens
+    from seqcompress.families import find_encoder
+
+    family, encoder = find_encoder(method.backbone)
+    size = family.image_size(encoder)
+    ends = (f"{schedule(at)} ({num_tokens(encoder, schedule(at), size)} tokens a view)" for at in (0.0, 1.0))
+    return f"{method.cfg['method']} is accelerated, from " + " to ".join(ends)
