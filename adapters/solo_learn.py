@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
-import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -53,8 +53,6 @@ _SHORT = ("token_dropout", "patch_size")
 _SCHEDULE_FIELDS = {"linear": ("start", "end"), "cosine": ("start", "end"), "stepwise": ("stages",)}
 _KEYS = ("enabled", "plan", *_SHORT, "schedule", "start", "end", "stages", "teacher")
 
-_logger = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -88,8 +86,8 @@ class SoloLearn:
             return
         schedule = accelerate(pl_module, settings)
         self._applied = {"plan": schedule.to_json(), "teacher": settings.teacher}
-        # Lightning shows its own INFO lines, and nobody else's.
-        logging.getLogger(type(trainer).__module__).info("seqcompress: %s", _summary(pl_module, schedule))
+        if trainer.is_global_zero:
+            print(f"seqcompress: {_summary(pl_module, schedule)}")
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Take out what ``setup`` put in."""
@@ -109,9 +107,10 @@ class SoloLearn:
         if before == self._applied or not trainer.is_global_zero:
             return
         how = ("with another plan" if self._applied else "with seqcompress") if before else "without seqcompress"
-        _logger.warning(
-            "seqcompress: the checkpoint was trained %s. If auto-resume found it by mistake, rename this run.",
-            how,
+        # A warning, not a log line: solo-learn's configs switch logging off.
+        warnings.warn(
+            f"seqcompress: the checkpoint was trained {how}. If auto-resume found it by mistake, rename this run.",
+            stacklevel=2,
         )
 
 

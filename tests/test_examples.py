@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import json
 import math
 import os
@@ -20,7 +21,6 @@ from seqcompress import Strategy
 from seqcompress.schedules import Constant
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 TINY = ("--epochs", "2", "--images", "96", "--batch-size", "16", "--num-workers", "0")
 
@@ -164,19 +164,45 @@ def test_a_plan_with_patches_larger_than_a_local_view_is_refused_before_training
     assert "argument --plan: patch_size must not be larger than a side of the view" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs_from_first_cell_to_last(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def executed(path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Outputs of a notebook's cells."""
     for name, value in {"SEQCOMPRESS_TINY": "1", "OMP_NUM_THREADS": "1"}.items():
         monkeypatch.setenv(name, value)
     notebook = nbformat.read(path, as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells), "outputs do not belong into the repository"
 
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(EXAMPLES)}}).execute()
-    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("lightly_*.ipynb")), ids=lambda path: path.stem)
+def test_notebook_runs_from_first_cell_to_last(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outputs = executed(path, monkeypatch)
     assert any("image/png" in output.get("data", {}) for output in outputs)
     (scores,) = [output.text for output in outputs if output.get("text", "").startswith("k-NN")]
     assert all(0.1 < float(score.split()[-1]) <= 1.0 for score in scores.strip().split(","))
 
 
+def test_solo_learn_notebook_runs_the_recipe_plain_and_accelerated(monkeypatch: pytest.MonkeyPatch) -> None:
+    solo = importlib.util.find_spec("solo")
+    if solo is None or solo.origin is None:
+        pytest.skip("solo-learn is not installed; its repository on PYTHONPATH is enough")
+    repository = Path(solo.origin).parent.parent
+    if not (repository / "main_pretrain.py").is_file():
+        pytest.skip("solo-learn is installed without main_pretrain.py; put its repository on PYTHONPATH")
+    monkeypatch.setenv("SOLO_LEARN", str(repository))
+
+    outputs = executed(EXAMPLES / "solo_learn.ipynb", monkeypatch)
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
+    printed = [line for output in outputs for line in output.get("text", "").splitlines()]
+    (plain,) = [line.split() for line in printed if line.startswith("plain")]
+    (accelerated,) = [line.split() for line in printed if line.startswith("accelerated")]
+    # Six steps of 16 images, and 8 units an image. The table rounds to 0.0001 M units.
+    assert float(plain[1]) == pytest.approx(6 * 16 * 8 / 1e6, abs=1e-4)
+    assert float(accelerated[1]) < 0.6 * float(plain[1])
+    assert int(plain[2]) == 1 + 7 * 7
+
+
 def test_there_is_a_notebook_for_each_method() -> None:
-    assert [path.stem for path in NOTEBOOKS] == ["lightly_dino", "lightly_moco", "lightly_simclr"]
+    names = [path.stem for path in sorted(EXAMPLES.glob("*.ipynb"))]
+    assert names == ["lightly_dino", "lightly_moco", "lightly_simclr", "solo_learn"]
