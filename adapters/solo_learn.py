@@ -81,7 +81,10 @@ class SoloLearn:
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Compress what is about to be trained, or raise what is wrong with the config."""
-        settings = _settings_of(pl_module) if stage == "fit" else None
+        if stage != "fit":
+            return
+        self._applied = {}
+        settings = _settings_of(pl_module)
         if settings is None:
             return
         schedule = accelerate(pl_module, settings)
@@ -91,11 +94,19 @@ class SoloLearn:
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Take out what ``setup`` put in."""
+        if stage == "fit":
+            self._restore(pl_module)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Take it out then, too: there will be no ``teardown``."""
+        if trainer.state.fn == "fit":
+            self._restore(pl_module)
+
+    def _restore(self, pl_module: Any) -> None:
         if self._applied:
             from seqcompress.compression import restore
 
             restore(pl_module)
-            self._applied = {}
 
     def state_dict(self) -> dict[str, Any]:
         """Plan and teacher's share, to be compared when the run goes on."""
@@ -104,7 +115,7 @@ class SoloLearn:
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Mapping[str, Any]) -> None:
         """Say so if the run goes on otherwise than it began: auto-resume does not look at these keys."""
         before = checkpoint.get("callbacks", {}).get(getattr(self, "state_key", None), {})
-        if before == self._applied or not trainer.is_global_zero:
+        if trainer.state.fn != "fit" or before == self._applied or not trainer.is_global_zero:
             return
         how = ("with another plan" if self._applied else "with seqcompress") if before else "without seqcompress"
         # A warning, not a log line: solo-learn's configs switch logging off.
@@ -144,8 +155,9 @@ def read_settings(section: object) -> Settings | None:
     if not given["enabled"]:
         return None
     teacher = given.get("teacher")
-    if teacher is not None and teacher not in get_args(TeacherShare):
-        raise ValueError(f"seqcompress.teacher must be one of {', '.join(get_args(TeacherShare))}, got {teacher!r}")
+    if "teacher" in given and teacher not in get_args(TeacherShare):
+        kind = ValueError if isinstance(teacher, str) else TypeError
+        raise kind(f"seqcompress.teacher must be one of {', '.join(get_args(TeacherShare))}, got {teacher!r}")
     return Settings(_plan(given), teacher)
 
 
@@ -171,9 +183,9 @@ def accelerate(method: Any, settings: Settings) -> Schedule:
     name = method.cfg.get("method")
     if missing or name is None:
         raise TypeError(
-            f"seqcompress.enabled needs a method of solo-learn 1.0.6 or newer, got {type(method).__name__} without "
-            f"{' and '.join(missing) or 'cfg.method'}: pretrain with main_pretrain.py, of solo-learn's own repository "
-            "(1.0.2, the newest of the package index, is too old)"
+            "seqcompress.enabled is for main_pretrain.py of solo-learn 1.0.6, from its repository (1.0.2, the newest "
+            f"of the package index, is too old), got {type(method).__name__} without "
+            f"{' and '.join(missing) or 'cfg.method'}"
         )
     if name not in METHODS:
         raise ValueError(
@@ -181,11 +193,12 @@ def accelerate(method: Any, settings: Settings) -> Schedule:
         )
     student: nn.Module = method.backbone
     teacher: nn.Module | None = getattr(method, "momentum_backbone", None)
-    if not is_encoder(student):
-        raise TypeError(
-            f"seqcompress.enabled needs a ViT: set backbone.name to {', '.join(BACKBONES[:-1])} or {BACKBONES[-1]}, "
-            f"got a {type(student).__name__}"
-        )
+    for encoder in (student, teacher):
+        if encoder is not None and not is_encoder(encoder):
+            raise TypeError(
+                f"seqcompress.enabled needs a ViT: set backbone.name to {', '.join(BACKBONES[:-1])} or "
+                f"{BACKBONES[-1]}, got a {type(encoder).__name__}"
+            )
     if teacher is None and settings.teacher is not None:
         raise ValueError(f"seqcompress.teacher must be left out for method={name!r}, which has no momentum encoder")
     paired = teacher if settings.teacher in (None, "patch_size") else None
@@ -226,7 +239,7 @@ def _plan(given: Mapping[str, Any]) -> Plan | None:
         if not used:
             return None
         kind = given.get("schedule")
-        if kind not in _SCHEDULE_FIELDS:
+        if not isinstance(kind, str) or kind not in _SCHEDULE_FIELDS:
             raise ValueError(f"schedule must be one of {', '.join(_SCHEDULE_FIELDS)}, got {kind!r}")
         fields = {name: given[name] for name in ("start", "end", "stages") if name in given}
         if kind in ("linear", "cosine"):
