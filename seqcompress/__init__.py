@@ -16,6 +16,13 @@ if TYPE_CHECKING:
     from seqcompress.budget import Budget
     from seqcompress.compression import compress, get_strategy, is_compressed, restore, set_strategy
     from seqcompress.cost import num_tokens, relative_cost
+    from seqcompress.gradients import (
+        GradientErrorReport,
+        best_schedule,
+        explain_schedule,
+        gradient_error,
+        plot_schedule,
+    )
     from seqcompress.learning_rate import PolynomialDecayLR
     from seqcompress.rehearsal import Rehearsal, rehearse
     from seqcompress.schedules import Constant, Cosine, Linear, Schedule, Stepwise
@@ -26,6 +33,7 @@ __all__ = [
     "Budget",
     "Constant",
     "Cosine",
+    "GradientErrorReport",
     "Linear",
     "PolynomialDecayLR",
     "Rehearsal",
@@ -33,10 +41,14 @@ __all__ = [
     "SequenceScheduler",
     "Stepwise",
     "Strategy",
+    "best_schedule",
     "compress",
+    "explain_schedule",
     "get_strategy",
+    "gradient_error",
     "is_compressed",
     "num_tokens",
+    "plot_schedule",
     "rehearse",
     "relative_cost",
     "restore",
@@ -50,6 +62,7 @@ _MODULES = {
     "Budget": "budget",
     "Constant": "schedules",
     "Cosine": "schedules",
+    "GradientErrorReport": "gradients",
     "Linear": "schedules",
     "PolynomialDecayLR": "learning_rate",
     "Rehearsal": "rehearsal",
@@ -57,10 +70,14 @@ _MODULES = {
     "SequenceScheduler": "sequence_scheduler",
     "Stepwise": "schedules",
     "Strategy": "strategy",
+    "best_schedule": "gradients",
     "compress": "compression",
+    "explain_schedule": "gradients",
     "get_strategy": "compression",
+    "gradient_error": "gradients",
     "is_compressed": "compression",
     "num_tokens": "cost",
+    "plot_schedule": "gradients",
     "rehearse": "rehearsal",
     "relative_cost": "cost",
     "restore": "compression",

@@ -12,8 +12,9 @@ from torch import nn
 from seqcompress.compressors import CompressedPatchEmbed
 from seqcompress.compressors.patch_embed import Compression, When
 from seqcompress.families import Family, find_encoder
+from seqcompress.json_files import is_file
 from seqcompress.presets import DEFAULT, PRESETS, double_patch
-from seqcompress.schedules import Constant, Schedule, is_file
+from seqcompress.schedules import Constant, Schedule
 from seqcompress.strategy import Strategy
 
 __all__ = ["compress", "get_strategy", "is_compressed", "restore", "set_strategy"]

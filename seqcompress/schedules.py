@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from seqcompress.json_files import FieldError, check_names, read_json, take, take_version
 from seqcompress.strategy import Strategy
 
 __all__ = ["Constant", "Cosine", "Linear", "Schedule", "Stepwise"]
@@ -78,37 +79,15 @@ class Schedule(ABC):
             FileNotFoundError: there is no such file.
             ValueError: the content is not a schedule; the message names the field.
         """
-        if not isinstance(source, (str, os.PathLike)):
-            raise TypeError(f"source must be JSON text or a path, got {source!r}")
-        if isinstance(source, str) and source.lstrip().startswith(("{", "[")):
-            origin, text = "schedule", source
-        else:
-            origin = f"schedule file {os.fspath(source)!r}"
-            if not is_file(source):
-                raise FileNotFoundError(f"{origin} does not exist")
-            try:
-                text = Path(source).read_text(encoding="utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{origin} is not UTF-8 text: {error}") from None
-        return cls._from_content(_parsed_json(text, origin), origin)
-
-    @classmethod
-    def _from_content(cls, content: Any, origin: str) -> Schedule:
-        if not isinstance(content, dict):
-            raise ValueError(f"{origin}: must be a JSON object, got {type(content).__name__}")
-        fields = dict(content)
-        version = _taken(fields, "seqcompress_schedule", origin)
-        if isinstance(version, bool) or version != _VERSION:
-            raise ValueError(
-                f"{origin}: field 'seqcompress_schedule': version {version!r} is not supported; supported: {_VERSION}"
-            )
-        kind = _taken(fields, "kind", origin)
-        kinds = {known.kind: known for known in (Constant, Linear, Cosine, Stepwise) if issubclass(known, cls)}
-        if not isinstance(kind, str) or kind not in kinds:
-            raise ValueError(f"{origin}: field 'kind': {kind!r} is not one of {', '.join(map(repr, kinds))}")
+        fields, origin = read_json(source, "schedule")
         try:
+            take_version(fields, "seqcompress_schedule", _VERSION)
+            kind = take(fields, "kind")
+            kinds = {known.kind: known for known in (Constant, Linear, Cosine, Stepwise) if issubclass(known, cls)}
+            if not isinstance(kind, str) or kind not in kinds:
+                raise FieldError("kind", f"{kind!r} is not one of {', '.join(map(repr, kinds))}")
             return kinds[kind]._from_fields(fields)
-        except _FieldError as error:
+        except FieldError as error:
             raise ValueError(f"{origin}: {error}") from None
 
 
@@ -231,85 +210,38 @@ class Stepwise(Schedule):
 
     @classmethod
     def _from_fields(cls, fields: Mapping[str, Any]) -> Stepwise:
-        _check_names(fields, ("stages",))
+        check_names(fields, ("stages",))
         listed = fields["stages"]
         if not isinstance(listed, list) or not listed:
-            raise _FieldError("stages", f"must be a list of stages, got {listed!r}")
+            raise FieldError("stages", f"must be a list of stages, got {listed!r}")
         stages: dict[float, Strategy] = {}
         for index, stage in enumerate(listed):
             name = f"stages[{index}]"
             if not isinstance(stage, dict) or "progress" not in stage:
-                raise _FieldError(name, f"must be an object with 'progress', got {stage!r}")
+                raise FieldError(name, f"must be an object with 'progress', got {stage!r}")
             strategy = _strategy(name, {key: value for key, value in stage.items() if key != "progress"})
             try:
                 progress = _checked_progress(stage["progress"], "progress")
             except (TypeError, ValueError) as error:
-                raise _FieldError(f"{name}.progress", str(error)) from None
+                raise FieldError(f"{name}.progress", str(error)) from None
             if progress in stages:
-                raise _FieldError(f"{name}.progress", f"{progress!r} is there twice")
+                raise FieldError(f"{name}.progress", f"{progress!r} is there twice")
             stages[progress] = strategy
         try:
             return cls(stages)
         except ValueError as error:
-            raise _FieldError("stages", str(error)) from None
-
-
-def is_file(path: str | os.PathLike[str]) -> bool:
-    """Whether there is such a file; no, for what can be no path at all."""
-    try:
-        return Path(path).is_file()
-    except (OSError, ValueError):
-        return False
-
-
-class _FieldError(ValueError):
-    def __init__(self, name: str, problem: str) -> None:
-        super().__init__(f"field {name!r}: {problem}")
-
-
-def _parsed_json(text: str, origin: str) -> Any:
-    def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        content = dict(pairs)
-        if len(content) != len(pairs):
-            names = [name for name, _ in pairs]
-            repeated = next(name for name in names if names.count(name) > 1)
-            raise _FieldError(repeated, "is there twice")
-        return content
-
-    try:
-        return json.loads(text, object_pairs_hook=without_repeats)
-    except _FieldError as error:
-        raise ValueError(f"{origin}: {error}") from None
-    except ValueError as error:  # malformed, or a number of thousands of digits
-        raise ValueError(f"{origin} is not valid JSON: {error}") from None
-    except RecursionError:
-        raise ValueError(f"{origin} is not valid JSON: it is nested too deeply") from None
-
-
-def _taken(fields: dict[str, Any], name: str, origin: str) -> Any:
-    if name not in fields:
-        raise ValueError(f"{origin}: field {name!r} is missing")
-    return fields.pop(name)
-
-
-def _check_names(fields: Mapping[str, Any], expected: tuple[str, ...]) -> None:
-    for name in expected:
-        if name not in fields:
-            raise _FieldError(name, "is missing")
-    for name in fields:
-        if name not in expected:
-            raise _FieldError(name, f"is unknown; expected {', '.join(map(repr, expected))}")
+            raise FieldError("stages", str(error)) from None
 
 
 def _strategy(name: str, fields: Any) -> Strategy:
     try:
         return Strategy.from_dict(fields)
     except (TypeError, ValueError) as error:
-        raise _FieldError(name, str(error)) from None
+        raise FieldError(name, str(error)) from None
 
 
 def _strategy_fields(fields: Mapping[str, Any], *names: str) -> dict[str, Strategy]:
-    _check_names(fields, names)
+    check_names(fields, names)
     return {name: _strategy(name, fields[name]) for name in names}
 
 

@@ -1,0 +1,501 @@
+"""Measuring how far the gradient under a strategy is from the uncompressed one, and what a step costs.
+
+Definitions: Lin et al., NeurIPS 2024 (arXiv 2410.22364) for CA-MSE; the paired, debiased estimators are this project's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, TypeVar, get_args
+
+import torch
+from torch import Tensor, nn
+
+from seqcompress.compression import compressed_embeds, is_compressed
+from seqcompress.compressors import CompressedPatchEmbed, SubsetStream
+from seqcompress.compressors.patch_embed import Compression, When
+from seqcompress.cost import encoder_flops
+from seqcompress.families import Family, find_encoder
+from seqcompress.families.family import Encoder
+from seqcompress.gradients.report import CostKind, GradientErrorReport, canonical
+from seqcompress.gradients.state import RandomStates, Snapshot, reached_by
+from seqcompress.gradients.statistics import GradientMoments, interquartile_mean, jackknife
+from seqcompress.schedules import Constant
+from seqcompress.strategy import Strategy
+
+__all__ = ["gradient_error"]
+
+Batch = TypeVar("Batch")
+
+_SKETCH_SIZE = 2**15  # for leave-one-out values; models with fewer parameters need no sketch
+_BASE = Strategy()
+
+
+def gradient_error(
+    model: nn.Module,
+    step: Callable[[Batch], Tensor],
+    batches: Iterable[Batch],
+    strategies: Iterable[Strategy],
+    *,
+    teacher: nn.Module | None = None,
+    after_backward: Callable[[], object] | None = None,
+    protect: object = (),
+    cost: CostKind = "measured",
+    sketch: int | None = None,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> GradientErrorReport:
+    """Measure bias, variance and cost of the gradient under strategies, against no compression.
+
+    Every batch is run under every strategy with the same random state, so with the same images and views. The base
+    strategy is always measured. Gradients are those of the whole loss with respect to the parameters of ``model`` that
+    require grad; a parameter that gets none counts as zero.
+
+    Nothing is changed: before every run and at the end, also after an error or an interrupt, everything is put back
+    that ``step`` may change. That is: weights, gradients, buffers, queues and other attributes, training modes of
+    ``model``, of ``teacher`` and of every module that ``step`` and ``after_backward`` can get at (what they are bound
+    to, closure, arguments, global names); optimizers and their schedulers found in the same way; a batch changed in
+    place; the global random states of torch, numpy and Python. Memory holds a copy of all that meanwhile, one
+    gradient-sized sum a strategy, the gradients of two runs, and 32,768 numbers a batch and strategy.
+
+    Args:
+        model: an encoder, compressed or not, or a module that holds compressed encoders, such as a LightningModule
+            with its heads. Must be in train mode.
+        step: returns the scalar loss of a batch, and does not call backward. Where it makes views at random, it should
+            do so before the first forward through the encoder: dropout inside of blocks takes a share of the
+            random stream that depends on the length of the sequence.
+        batches: at least 2 batches, at least 3 for intervals; 8 and more are sensible. Read one at a time.
+        strategies: what to compare with the base.
+        teacher: as in [compress][seqcompress.compress]: shares the patch size but not the dropout.
+        after_backward: what completes a training step, such as the optimizer's step and the momentum update. Timed,
+            and undone.
+        protect: an object of any class, or a list of them, to put back as well: what ``step`` changes and cannot be
+            found from it.
+        cost: "measured" for the time of the whole step: strategies take turns in random order, within every batch, and
+            the interquartile mean of the batches' ratios to the base is taken; the first batch is run once more before,
+            to warm up, and the base once more in every batch. "flops" for the encoders' FLOPs in these
+            steps, three for a forward that is differentiated against one for another; no time is measured.
+        sketch: keep no gradient-sized sums, but only this many numbers of every gradient (a random sketch). Memory
+            no longer depends on the model beyond the gradients of one batch, and squared norms of mean gradients
+            get an error with a standard deviation of ``sqrt(2 / sketch)`` of their values that is not part of the
+            intervals: 0.6 % at 65,536. Exact for models with no more parameters than that.
+        seed: decides random views and subsets.
+        progress: show a progress bar with the time left (needs tqdm). By default, on a terminal if tqdm is installed.
+
+    Returns:
+        What was measured. After an interrupt (Ctrl-C), what was measured from the batches that were complete, if there
+        were 2, with ``complete=False``.
+
+    Raises:
+        TypeError: an argument has the wrong type, or ``model`` is not supported.
+        ValueError: an argument is out of range; the model is in eval mode or nothing in it requires grad; a
+            strategy does not suit it; there are fewer than 2 batches; a loss does not come from the model or is not a
+            finite scalar (the message names strategy and batch).
+        ImportError: ``progress=True`` without tqdm.
+
+    Example:
+        >>> import timm, torch
+        >>> from seqcompress import Strategy, gradient_error
+        >>> vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=10)
+        >>> batches = [(torch.randn(4, 3, 32, 32), torch.randint(10, (4,))) for _ in range(3)]
+        >>> def step(batch):
+        ...     return torch.nn.functional.cross_entropy(vit(batch[0]), batch[1])
+        >>> report = gradient_error(vit, step, batches, [Strategy(0.5)], cost="flops")
+        >>> report[Strategy(0.5)].cost < report[Strategy()].cost
+        True
+    """
+    for name, function in (("step", step), ("after_backward", after_backward)):
+        if not callable(function) and (name == "step" or function is not None):
+            raise TypeError(f"{name} must be a function, got {function!r}")
+    if cost not in get_args(CostKind):
+        raise ValueError(f"cost must be 'measured' or 'flops', got {cost!r}")
+    if sketch is not None and (isinstance(sketch, bool) or not isinstance(sketch, int)):
+        raise TypeError(f"sketch must be a whole number or None, got {sketch!r}")
+    if sketch is not None and sketch < 2:
+        raise ValueError(f"sketch must be at least 2, got {sketch!r}")
+    wanted = _checked_strategies(strategies)
+    encoders = _encoders(model, teacher)
+    if not isinstance(batches, Iterable):
+        raise TypeError(f"batches must be an iterable, got {batches!r}")
+    own_patch_size = _own_patch_size(encoders)
+    others = list(dict.fromkeys(canonical(strategy, own_patch_size) for strategy in wanted))
+    others = [strategy for strategy in others if strategy != _BASE]
+    for encoder in encoders:
+        encoder.check(others)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise ValueError("model must have parameters that require grad, got none")
+    bar = _progress_bar(batches, progress)
+
+    moments = GradientMoments(
+        sum(parameter.numel() for parameter in parameters),
+        sketch_size=sketch or _SKETCH_SIZE,
+        sketch_only=sketch is not None,
+    )
+    costs: dict[Strategy, list[float]] = {strategy: [] for strategy in (_BASE, *others)}
+    roots = [
+        model,
+        teacher,
+        *reached_by(step),
+        *reached_by(after_backward),
+        *(protect if isinstance(protect, (list, tuple)) else [protect]),
+    ]
+    random_states = RandomStates()
+    complete = True
+    with _compressed(encoders) as compression:
+        state = Snapshot(root for root in roots if root is not None and root is not batches)
+        runner = _Runner(compression, encoders, parameters, step, after_backward, state, cost, seed)
+        try:
+            for batch in bar(_drawn(batches)):
+                runner.measure(batch, others, moments, costs)
+                del batch  # before the next is made
+        except KeyboardInterrupt:
+            if moments.num_batches < 2:
+                raise
+            complete = False
+        finally:
+            state.restore()
+            random_states.restore()
+    if moments.num_batches < 2:
+        raise ValueError(f"batches must be at least 2, got {moments.num_batches}")
+    return _report(moments, costs, cost, own_patch_size, complete)
+
+
+class _PacedStream(SubsetStream):
+    """Takes one number from the random state at every forward, so that the base takes as many as any strategy."""
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        self._next = super().next_seed()
+
+    def next_seed(self) -> int:
+        return self._next
+
+
+@dataclass(frozen=True)
+class _MeasuredEncoder:
+    """An encoder, and how it is to be compressed for the measurement."""
+
+    family: Family
+    encoder: Encoder
+    is_student: bool
+    when: When
+
+    def check(self, strategies: Sequence[Strategy]) -> None:
+        """Raise ValueError if a strategy cannot be measured on it."""
+        role = "model" if self.is_student else "teacher"
+        if self.is_student and not self.encoder.patch_embed.training:
+            raise ValueError("model must be in train mode: in eval mode nothing is compressed; call model.train()")
+        for strategy in strategies:
+            try:
+                self.family.check(self.encoder, [strategy if self.is_student else strategy.without_dropout()])
+            except ValueError as error:
+                raise ValueError(f"strategies: {strategy!s} does not suit the {role}: {error}") from None
+
+
+def _encoders(model: nn.Module, teacher: nn.Module | None) -> list[_MeasuredEncoder]:
+    if teacher is None and isinstance(model, nn.Module) and is_compressed(model):
+        embeds = [partner for embed in compressed_embeds(model) for partner in embed.partners()]
+        return [
+            _MeasuredEncoder(*find_encoder(embed.encoder), embed.drops_tokens, embed.when)
+            for embed in dict.fromkeys(embeds)
+        ]
+    encoders = [_MeasuredEncoder(*find_encoder(model), True, "grad")]
+    if teacher is not None:
+        encoders.append(_MeasuredEncoder(*find_encoder(teacher, "teacher"), False, "train"))
+        if encoders[0].encoder is encoders[1].encoder:
+            raise ValueError("teacher must be another model than model, got the same one")
+    return encoders
+
+
+@contextmanager
+def _compressed(encoders: Sequence[_MeasuredEncoder]) -> Iterator[Compression]:
+    """Compress the encoders with a compression of their own; afterwards they are as they were."""
+    stream = _PacedStream()
+    compression = Compression(Constant(_BASE), _BASE, stream)
+    undo: list[Callable[[], object]] = []
+    try:
+        for measured in encoders:
+            embeds = compressed_embeds(measured.encoder)
+            if embeds:
+                embed = embeds[0]
+                undo.append(_Reset(embed))
+                embed.compression, embed.tally = compression, Counter()
+                embed.drops_tokens, embed.when = measured.is_student, measured.when
+            else:
+                embed = measured.family.attach(
+                    measured.encoder, compression, drops_tokens=measured.is_student, when=measured.when
+                )
+                undo.append(_Detach(measured, embed))
+            if measured.is_student:
+                undo.append(embed.register_forward_pre_hook(stream, prepend=True).remove)
+        yield compression
+    finally:
+        for reset in reversed(undo):
+            reset()
+
+
+class _Reset:
+    """Gives an embedding that was compressed before its own compression back."""
+
+    def __init__(self, embed: CompressedPatchEmbed) -> None:
+        self._embed = embed
+        self._kept = {name: getattr(embed, name) for name in ("compression", "drops_tokens", "when", "tally")}
+
+    def __call__(self) -> None:
+        for name, value in self._kept.items():
+            setattr(self._embed, name, value)
+
+
+@dataclass(frozen=True)
+class _Detach:
+    """Takes the compressors out of an encoder that had none."""
+
+    measured: _MeasuredEncoder
+    embed: CompressedPatchEmbed
+
+    def __call__(self) -> None:
+        self.measured.family.detach(self.measured.encoder)
+        self.embed.release()
+
+
+def _nothing(gradient: list[Tensor]) -> None:
+    """What the time alone is taken of."""
+
+
+class _Ran(NamedTuple):
+    """One step that was run."""
+
+    loss: float
+    seconds: float
+    flops: float
+
+
+class _Runner:
+    """Runs the steps. Each begins with everything as it was found, and a random state of its batch."""
+
+    def __init__(
+        self,
+        compression: Compression,
+        encoders: Sequence[_MeasuredEncoder],
+        parameters: Sequence[nn.Parameter],
+        step: Callable[[Any], Tensor],
+        after_backward: Callable[[], object] | None,
+        state: Snapshot,
+        cost: CostKind,
+        seed: int,
+    ) -> None:
+        self._compression = compression
+        self._encoders = encoders
+        self._parameters = parameters
+        self._step = step
+        self._after_backward = after_backward
+        self._state = state
+        self._timed = cost == "measured"
+        self._seed = seed
+        self._number = 0
+        self._order = random.Random(seed)
+        self._flops: dict[tuple[int, int], int] = {}
+        self._batch = Snapshot(())
+
+    def measure(
+        self, batch: Any, others: Sequence[Strategy], moments: GradientMoments, costs: dict[Strategy, list[float]]
+    ) -> None:
+        """Run one batch under the base and the other strategies."""
+        self._batch = Snapshot([batch])
+        timed = [_BASE, *others] if self._timed else []
+        if self._number == 0:
+            warm_up = [self._run(batch, strategy) for strategy in timed or [_BASE]]
+        base = self._run(batch, _BASE, use=moments.begin)
+        if self._number == 0:
+            _check_reproduced(warm_up[0].loss, base.loss)
+        spent = {_BASE: base.flops}
+        turns = timed or others
+        for strategy in self._order.sample(turns, len(turns)):
+            use = _nothing if strategy == _BASE else partial(moments.add, strategy)
+            ran = self._run(batch, strategy, use=use, complete=self._timed)
+            spent[strategy] = ran.seconds if self._timed else ran.flops
+        self._batch.restore()
+        for strategy, amount in spent.items():
+            costs[strategy].append(amount / spent[_BASE])
+        moments.close()
+        self._number += 1
+
+    def _run(
+        self,
+        batch: Any,
+        strategy: Strategy,
+        *,
+        use: Callable[[list[Tensor]], None] = _nothing,
+        complete: bool = True,
+    ) -> _Ran:
+        """One step; a complete one goes on after the backward pass."""
+        self._batch.restore()
+        self._state.restore()
+        self._state.clear_gradients()
+        self._compression.strategy = strategy
+        RandomStates.seed(_seed_of(self._seed, self._number))
+        for embed in self._embeds():
+            embed.tally.clear()
+        where = f"step on batch {self._number} under {strategy!s}"
+        clock = _Clock(self._parameters[0].device)
+        with torch.enable_grad(), clock:
+            loss = self._step(batch)
+            _check_loss(loss, where)
+            loss.backward()
+        value = float(loss.detach())
+        del loss
+        if not math.isfinite(value):
+            raise ValueError(f"{where} must return a finite loss, got {value}")
+        if not any(forward.graph for embed in self._embeds() for forward in embed.tally):
+            raise ValueError(f"{where} must run the encoder in train mode, got a loss that did not pass through it")
+        use(self._gradient(where))
+        flops = self._spent_flops()
+        if complete and self._after_backward is not None:
+            with clock:
+                self._after_backward()
+        return _Ran(value, clock.seconds, flops)
+
+    def _gradient(self, where: str) -> list[Tensor]:
+        """The gradient as it is: the next run makes a new one."""
+        gradient = [
+            torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for parameter in self._parameters
+        ]
+        gradient = [part.to_dense() if part.is_sparse else part for part in gradient]
+        if not all(bool(part.isfinite().all()) for part in gradient):
+            raise ValueError(f"{where} must give a finite gradient, got infinite values or NaN")
+        return gradient
+
+    def _embeds(self) -> list[CompressedPatchEmbed]:
+        return [measured.encoder.patch_embed for measured in self._encoders]
+
+    def _spent_flops(self) -> int:
+        total = 0
+        for number, measured in enumerate(self._encoders):
+            for forward, calls in measured.encoder.patch_embed.tally.items():
+                key = (number, forward.tokens)
+                if key not in self._flops:
+                    self._flops[key] = encoder_flops(measured.family, measured.encoder, forward.tokens)
+                total += calls * forward.view[0] * (3 if forward.graph else 1) * self._flops[key]
+        return total
+
+
+class _Clock:
+    """Adds up the seconds spent in ``with`` blocks; waits for a CUDA device at both ends."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds = 0.0
+        self._device = device
+
+    def __enter__(self) -> None:
+        self._synchronize()
+        self._start = time.perf_counter()
+
+    def __exit__(self, *raised: object) -> None:
+        self._synchronize()
+        self.seconds += time.perf_counter() - self._start
+
+    def _synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+def _check_reproduced(first: float, second: float) -> None:
+    if abs(first - second) > 1e-2 * abs(first):
+        warnings.warn(
+            f"step is not reproducible: the same batch and random state gave the losses {first:.6g} and {second:.6g} "
+            "without compression. Pass what it changes to protect=.",
+            stacklevel=4,
+        )
+
+
+def _check_loss(loss: object, where: str) -> None:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        shown = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+        raise ValueError(f"{where} must return a scalar loss, got {shown}")
+    if not loss.requires_grad:
+        raise ValueError(f"{where} must return a loss that can be differentiated, got one without a graph")
+
+
+def _report(
+    moments: GradientMoments,
+    costs: dict[Strategy, list[float]],
+    cost_kind: CostKind,
+    own_patch_size: int | None,
+    complete: bool,
+) -> GradientErrorReport:
+    batches = moments.num_batches
+    estimates = {}
+    for strategy, ratios in costs.items():
+        base = strategy == _BASE
+        estimates[strategy] = {
+            "bias2": jackknife(math.fsum, [0.0] * batches) if base else moments.bias2(strategy),
+            "variance": moments.base_variance() if base else moments.variance(strategy),
+            "cost": jackknife(interquartile_mean, ratios[:batches]),
+        }
+    return GradientErrorReport.from_estimates(
+        estimates,
+        moments.base_norm2(),
+        num_batches=batches,
+        cost_kind=cost_kind,
+        own_patch_size=own_patch_size,
+        complete=complete,
+        sketch_error=moments.sketch_error,
+    )
+
+
+def _drawn(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches, made in the random state that their maker left, not in one of a run."""
+    iterator = iter(batches)
+    states = RandomStates()
+    while True:
+        states.restore()
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            return
+        states = RandomStates()
+        yield batch
+        del batch
+
+
+def _progress_bar(batches: Iterable[Any], wanted: bool | None) -> Callable[[Iterator[Any]], Iterable[Any]]:
+    if wanted is False or (wanted is None and not sys.stderr.isatty()):
+        return lambda iterator: iterator
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        if wanted:
+            raise ImportError("progress=True needs tqdm: pip install tqdm") from None
+        return lambda iterator: iterator
+    total = len(batches) if isinstance(batches, Sized) else None
+    return lambda iterator: tqdm(iterator, total=total, desc="gradient error", unit="batch")
+
+
+def _checked_strategies(strategies: Iterable[Strategy]) -> list[Strategy]:
+    if isinstance(strategies, Strategy) or not isinstance(strategies, Iterable):
+        raise TypeError(f"strategies must be several of them, such as a list, got {strategies!r}")
+    checked = list(strategies)
+    for strategy in checked:
+        if not isinstance(strategy, Strategy):
+            raise TypeError(f"strategies must be of type Strategy, got {strategy!r}")
+    return checked
+
+
+def _own_patch_size(encoders: Sequence[_MeasuredEncoder]) -> int | None:
+    sides = {side for measured in encoders for side in measured.family.patch_size(measured.encoder)}
+    return sides.pop() if len(sides) == 1 else None
+
+
+def _seed_of(seed: int, batch: int) -> int:
+    digest = hashlib.blake2b(repr((seed, batch)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

@@ -1,0 +1,109 @@
+"""Pictures of gradient error. Needs matplotlib, which is imported here and nowhere else in the core."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from seqcompress.strategy import Strategy
+
+if TYPE_CHECKING:
+    from seqcompress.gradients.report import GradientErrorReport
+
+try:
+    from matplotlib.figure import Figure
+except ImportError:
+    raise ImportError("plotting needs matplotlib: pip install matplotlib") from None
+
+__all__ = ["plot_report", "plot_stages"]
+
+_NAMES = {"ca_mse": "CA-MSE", "bias2": "bias²", "variance": "variance"}
+
+
+def plot_report(report: GradientErrorReport, path: str | os.PathLike[str]) -> None:
+    """Errors of all strategies by rising cost, with 95 % intervals, and cost over dropout and patch size."""
+    figure = Figure(figsize=(4 + 0.5 * len(report.entries) + 4, 4.8), layout="constrained")
+    errors, costs = figure.subplots(1, 2)
+    prefix, scale = _scale([report])
+    entries = sorted(report.entries, key=lambda entry: entry.cost)
+    for shift, (name, label) in enumerate(_NAMES.items()):
+        values = [getattr(entry, prefix + name) for entry in entries]
+        intervals = [getattr(entry, f"{prefix}{name}_interval") for entry in entries]
+        places = [place + 0.15 * (shift - 1) for place in range(len(entries))]
+        errors.errorbar(places, values, _margins(values, intervals), fmt="os^"[shift], capsize=2, label=label)
+    _set_scale(errors, [getattr(entry, prefix + name) for entry in entries for name in _NAMES])
+    tied = report.tied()
+    marks = dict.fromkeys(tied, " =") | {tied[0]: " *"}
+    labels = [f"{entry.strategy!s}{marks.get(entry.strategy, '')}" for entry in entries]
+    errors.set_xticks(range(len(entries)), labels, rotation=45, ha="right")
+    errors.set(ylabel=scale, title=f"{report.num_batches} batches   * best" + "   = tied" * (len(tied) > 1))
+    errors.legend()
+    _draw_costs(figure, costs, report)
+    figure.savefig(path, dpi=150)
+
+
+def plot_stages(
+    reports: Mapping[float, GradientErrorReport], chosen: Mapping[float, Strategy], path: str | os.PathLike[str]
+) -> None:
+    """Errors of every strategy over progress, and what was chosen at each stage."""
+    figure = Figure(figsize=(13, 4.8), layout="constrained")
+    prefix, scale = _scale(list(reports.values()))
+    strategies = list(dict.fromkeys(strategy for report in reports.values() for strategy in report.strategies))
+    panels = figure.subplots(1, 3)
+    for axes, (name, label) in zip(panels, _NAMES.items(), strict=True):
+        drawn = []
+        for strategy in strategies:
+            measured = {progress: report[strategy] for progress, report in reports.items() if strategy in report}
+            values = [getattr(entry, prefix + name) for entry in measured.values()]
+            intervals = [getattr(entry, f"{prefix}{name}_interval") for entry in measured.values()]
+            axes.errorbar(
+                list(measured), values, _margins(values, intervals), marker=".", capsize=2, label=str(strategy)
+            )
+            drawn += values
+        path_values = [getattr(reports[progress][strategy], prefix + name) for progress, strategy in chosen.items()]
+        axes.plot(list(chosen), path_values, color="black", linewidth=5, alpha=0.2, label="schedule", zorder=0)
+        _set_scale(axes, drawn)
+        axes.set(xlabel="progress", title=label)
+    panels[0].set_ylabel(scale)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
+    stages = " → ".join(dict.fromkeys(f"{strategy!s}" for strategy in chosen.values()))
+    figure.suptitle(f"schedule: {stages}")
+    figure.savefig(path, dpi=150)
+
+
+def _draw_costs(figure: Any, axes: Any, report: GradientErrorReport) -> None:
+    dropouts = sorted({strategy.token_dropout for strategy in report.strategies})
+    sizes = sorted({strategy.patch_size for strategy in report.strategies}, key=lambda size: size or 0)
+    grid = [[math.nan] * len(sizes) for _ in dropouts]
+    for entry in report.entries:
+        row, column = dropouts.index(entry.strategy.token_dropout), sizes.index(entry.strategy.patch_size)
+        grid[row][column] = entry.cost
+        axes.text(column, row, f"{entry.cost:.2f}", ha="center", va="center")
+    image = axes.imshow(grid, aspect="auto", origin="lower", vmin=0, vmax=2, cmap="Blues")
+    axes.set_yticks(range(len(dropouts)), [f"{dropout:g}" for dropout in dropouts])
+    axes.set_xticks(range(len(sizes)), [str(size or report.own_patch_size or "own") for size in sizes])
+    axes.set(xlabel="patch size", ylabel="token dropout", title=f"relative cost of a step, {report.cost_kind}")
+    figure.colorbar(image, ax=axes)
+
+
+def _scale(reports: list[GradientErrorReport]) -> tuple[str, str]:
+    if all(report.base_norm2 > 0 for report in reports):
+        return "relative_", "relative to the squared norm of the base's mean gradient"
+    return "", "absolute"
+
+
+def _margins(values: list[float], intervals: list[tuple[float, float]]) -> list[list[float]]:
+    lows = [value - low for value, (low, _) in zip(values, intervals, strict=True)]
+    highs = [high - value for value, (_, high) in zip(values, intervals, strict=True)]
+    return [[margin if math.isfinite(margin) else 0.0 for margin in margins] for margins in (lows, highs)]
+
+
+def _set_scale(axes: Any, values: list[float]) -> None:
+    """Logarithmic; around 0 linear, if there is anything that is not positive."""
+    if min(values) > 0:
+        axes.set_yscale("log")
+    elif max(map(abs, values)) > 0:
+        axes.set_yscale("symlog", linthresh=max(map(abs, values)) / 100)
+    axes.grid(alpha=0.3)
