@@ -197,7 +197,7 @@ def test_csv_and_data_frame_hold_every_number(measured: GradientErrorReport, tmp
         rows = {row["strategy"]: row for row in csv.DictReader(file)}
     assert list(rows) == ["base", "drop 0.5", "patch 16", "drop 0.5, patch 16"]
     assert float(rows["drop 0.5"]["ca_mse_high"]) == measured[HALF].ca_mse_interval[1]
-    frame = pytest.importorskip("pandas") and measured.to_frame()
+    frame = measured.to_frame()
     assert frame.loc["patch 16", "variance"] == measured[LARGE].variance
 
 
@@ -216,7 +216,6 @@ def test_what_is_not_installed_is_named(monkeypatch: Any, tmp_path: Path, tiny_v
 
 
 def test_pictures_are_drawn(measured: GradientErrorReport, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     measured.plot(tmp_path / "report.png")
     plot_schedule({0.0: measured, 1.0: measured}, tmp_path / "schedule.svg")
     assert (tmp_path / "report.png").read_bytes()[1:4] == b"PNG"

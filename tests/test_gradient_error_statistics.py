@@ -74,7 +74,7 @@ def _coverage(estimates: list[Estimate], truth: float) -> float:
 
 
 # The gradient as it is; then sketched, with few directions that matter and with more than the sketch has numbers.
-SETTINGS = [(60, 0.25, 64), (600, 0.5, 128), (600, 0.0, 256)]
+SETTINGS = [(60, 0.25, 64), (600, 0.4, 256), (600, 0.0, 512)]
 
 
 @pytest.mark.parametrize(("parameters", "power", "sketch_size"), SETTINGS)

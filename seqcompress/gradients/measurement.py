@@ -153,7 +153,7 @@ def gradient_error(
     random_states = RandomStates()
     complete = True
     with _compressed(encoders) as compression:
-        state = Snapshot(root for root in roots if root is not None and root is not batches)
+        state = Snapshot(root for root in roots if root is not None)
         runner = _Runner(compression, encoders, parameters, step, after_backward, state, cost, seed)
         try:
             for batch in bar(_drawn(batches)):
@@ -164,7 +164,7 @@ def gradient_error(
                 raise
             complete = False
         finally:
-            state.restore()
+            runner.put_back()
             random_states.restore()
     if moments.num_batches < 2:
         raise ValueError(f"batches must be at least 2, got {moments.num_batches}")
@@ -324,11 +324,16 @@ class _Runner:
             use = _nothing if strategy == _BASE else partial(moments.add, strategy)
             ran = self._run(batch, strategy, use=use, complete=self._timed)
             spent[strategy] = ran.seconds if self._timed else ran.flops
-        self._batch.restore()
+        self.put_back()
         for strategy, amount in spent.items():
             costs[strategy].append(amount / spent[_BASE])
         moments.close()
         self._number += 1
+
+    def put_back(self) -> None:
+        """Leave everything as it was found, the batch too."""
+        self._batch.restore()
+        self._state.restore()
 
     def _run(
         self,
@@ -339,8 +344,7 @@ class _Runner:
         complete: bool = True,
     ) -> _Ran:
         """One step; a complete one goes on after the backward pass."""
-        self._batch.restore()
-        self._state.restore()
+        self.put_back()
         self._state.clear_gradients()
         self._compression.strategy = strategy
         RandomStates.seed(_seed_of(self._seed, self._number))
@@ -371,7 +375,7 @@ class _Runner:
             torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for parameter in self._parameters
         ]
         gradient = [part.to_dense() if part.is_sparse else part for part in gradient]
-        if not all(bool(part.isfinite().all()) for part in gradient):
+        if not bool(torch.stack([part.isfinite().all() for part in gradient]).all()):
             raise ValueError(f"{where} must give a finite gradient, got infinite values or NaN")
         return gradient
 
@@ -410,7 +414,7 @@ class _Clock:
 
 
 def _check_reproduced(first: float, second: float) -> None:
-    if abs(first - second) > 1e-2 * abs(first):
+    if not math.isclose(first, second, rel_tol=1e-2, abs_tol=1e-6):
         warnings.warn(
             f"step is not reproducible: the same batch and random state gave the losses {first:.6g} and {second:.6g} "
             "without compression. Pass what it changes to protect=.",

@@ -58,7 +58,7 @@ class Snapshot:
             return
         if isinstance(value, Tensor):
             self._seen[id(value)] = value
-            if 0 not in value.stride():  # expanded: torch itself refuses to write into it
+            if not _is_expanded(value):  # torch itself refuses to write into those
                 self._tensors.append(_SavedTensor(value))
         elif isinstance(value, _Stateful):
             self._seen[id(value)] = value
@@ -177,6 +177,10 @@ def _names(code: CodeType) -> Iterator[str]:
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _names(constant)
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 
 def _contents(value: Any) -> list[Any]:

@@ -11,6 +11,7 @@ import math
 import random
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import fmean
 from typing import TypeAlias
 
@@ -299,6 +300,7 @@ def _wide(part: Tensor, wanted: torch.dtype = torch.float32) -> torch.dtype:
     return torch.float32 if part.device.type == "mps" else torch.promote_types(part.dtype, wanted)
 
 
+@lru_cache
 def _t_quantile(freedom: int) -> float:
     """Student's t that a share of (1 + LEVEL) / 2 lies below, for whole degrees of freedom."""
     low, high = 0.0, 1e3
