@@ -447,7 +447,7 @@ def test_batches_are_drawn_one_at_a_time_in_their_own_random_state(tiny_vit: Any
         for _ in range(4):
             assert not any(reference() for reference in alive)
             batch = Batch(torch.randn(4, 3, 32, 32))
-            alive.append(weakref.ref(batch))
+            alive.extend([weakref.ref(batch), weakref.ref(batch.views)])
             drawn.append(batch.views.sum().item())
             yield batch
             del batch
@@ -465,6 +465,16 @@ def test_a_parameter_without_gradient_counts_as_zero(tiny_vit: Any) -> None:
     more = gradient_error(vit, _loss_of(vit), batches, [HALF], cost="flops")
     assert more.base_norm2 == pytest.approx(plain.base_norm2, rel=1e-6)
     assert more[HALF].ca_mse == pytest.approx(plain[HALF].ca_mse, rel=1e-6)
+
+
+def test_what_follows_the_backward_pass_may_change_gradients_in_place(tiny_vit: Any) -> None:
+    vit, batches = tiny_vit(embed_dim=64), _loader()  # large enough for sums that are kept apart from sketches
+    after_backward = functools.partial(nn.utils.clip_grad_norm_, list(vit.parameters()), 1e-6)
+    clipped = gradient_error(vit, _loss_of(vit), batches, [HALF], after_backward=after_backward)
+    plain = gradient_error(vit, _loss_of(vit), batches, [HALF])
+    for strategy in (Strategy(), HALF):
+        assert clipped[strategy].bias2 == plain[strategy].bias2
+        assert clipped[strategy].variance == plain[strategy].variance
 
 
 def test_frozen_parameters_do_not_count(tiny_vit: Any) -> None:

@@ -314,8 +314,8 @@ class _Runner:
         self._batch = Snapshot([batch])
         timed = [_BASE, *others] if self._timed else []
         if self._number == 0:
-            warm_up = [self._run(batch, strategy) for strategy in timed or [_BASE]]
-        base = self._run(batch, _BASE, use=moments.begin)
+            warm_up = [self._run(batch, strategy, complete=self._timed) for strategy in timed or [_BASE]]
+        base = self._run(batch, _BASE, use=moments.begin)  # incomplete: its gradient must stay as it is
         if self._number == 0:
             _check_reproduced(warm_up[0].loss, base.loss)
         spent = {_BASE: base.flops}
@@ -325,6 +325,7 @@ class _Runner:
             ran = self._run(batch, strategy, use=use, complete=self._timed)
             spent[strategy] = ran.seconds if self._timed else ran.flops
         self.put_back()
+        self._batch = Snapshot(())  # lets go of the batch
         for strategy, amount in spent.items():
             costs[strategy].append(amount / spent[_BASE])
         moments.close()
@@ -341,7 +342,7 @@ class _Runner:
         strategy: Strategy,
         *,
         use: Callable[[list[Tensor]], None] = _nothing,
-        complete: bool = True,
+        complete: bool = False,
     ) -> _Ran:
         """One step; a complete one goes on after the backward pass."""
         self.put_back()
