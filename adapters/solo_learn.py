@@ -50,8 +50,9 @@ BACKBONES = ("vit_tiny", "vit_small", "vit_base", "vit_large")
 TeacherShare = Literal["patch_size", "both", "none"]
 
 _SHORT = ("token_dropout", "patch_size")
-_SCHEDULE_FIELDS = {"linear": ("start", "end"), "cosine": ("start", "end"), "stepwise": ("stages",)}
-_KEYS = ("enabled", "plan", *_SHORT, "schedule", "start", "end", "stages", "teacher")
+_SCHEDULE = ("schedule", "start", "end", "stages")
+_KINDS = ("linear", "cosine", "stepwise")
+_KEYS = ("enabled", "plan", *_SHORT, *_SCHEDULE, "teacher")
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,10 @@ class SoloLearn:
         if settings is None:
             return
         schedule = accelerate(pl_module, settings)
-        self._applied = {"plan": schedule.to_json(), "teacher": settings.teacher}
+        share = (settings.teacher or "patch_size") if _teacher_of(pl_module) is not None else None
+        self._applied = {"plan": schedule.to_json(), "teacher": share}
         if trainer.is_global_zero:
-            print(f"seqcompress: {_summary(pl_module, schedule)}")
+            print(f"seqcompress: {_summary(pl_module, schedule, share)}")
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Take out what ``setup`` put in."""
@@ -140,7 +142,11 @@ def read_settings(section: object) -> Settings | None:
         FileNotFoundError: ``plan`` is a schedule file that does not exist.
     """
     if not isinstance(section, Mapping):
-        hint = ", and Hydra found no config of that name" if isinstance(section, str) else ""
+        hint = ""
+        if isinstance(section, str):
+            hint = (
+                ": Hydra found no config of that name, and finds none at all after an editable install (pip install -e)"
+            )
         raise TypeError(f"seqcompress must hold keys, seqcompress.enabled=true for instance, got {section!r}{hint}")
     given = _plain(section)
     for key in given:
@@ -149,7 +155,7 @@ def read_settings(section: object) -> Settings | None:
             hint = f" (did you mean seqcompress.{close[0]}?)" if close else ""
             raise ValueError(f"seqcompress.{key} is not known{hint}; known: {', '.join(_KEYS)}")
     if "enabled" not in given:
-        raise ValueError(f"seqcompress.enabled must be true or false, got only {', '.join(given) or 'nothing'}")
+        raise ValueError(f"seqcompress.enabled is missing: add ++seqcompress.enabled=true, got {given!r}")
     if not isinstance(given["enabled"], bool):
         raise TypeError(f"seqcompress.enabled must be true or false, got {given['enabled']!r}")
     if not given["enabled"]:
@@ -176,23 +182,22 @@ def accelerate(method: Any, settings: Settings) -> Schedule:
         ValueError: the plan does not suit the encoders.
         In each case, nothing has been changed.
     """
-    from seqcompress.compression import compress, compressed_embeds
+    from seqcompress.compression import compress, compressed_embeds, is_compressed, restore
     from seqcompress.families import is_encoder
 
     missing = [name for name in ("backbone", "num_large_crops") if not hasattr(method, name)]
     name = method.cfg.get("method")
     if missing or name is None:
         raise TypeError(
-            "seqcompress.enabled is for main_pretrain.py of solo-learn 1.0.6, from its repository (1.0.2, the newest "
-            f"of the package index, is too old), got {type(method).__name__} without "
-            f"{' and '.join(missing) or 'cfg.method'}"
+            "seqcompress.enabled is for methods of solo-learn 1.0.6, from its repository (the package index has only "
+            f"1.0.2, which is too old), got {type(method).__name__} without {' and '.join(missing) or 'cfg.method'}"
         )
     if name not in METHODS:
         raise ValueError(
             f"seqcompress.enabled cannot be combined with method={name!r}; supported methods: {', '.join(METHODS)}"
         )
     student: nn.Module = method.backbone
-    teacher: nn.Module | None = getattr(method, "momentum_backbone", None)
+    teacher = _teacher_of(method)
     for encoder in (student, teacher):
         if encoder is not None and not is_encoder(encoder):
             raise TypeError(
@@ -201,15 +206,23 @@ def accelerate(method: Any, settings: Settings) -> Schedule:
             )
     if teacher is None and settings.teacher is not None:
         raise ValueError(f"seqcompress.teacher must be left out for method={name!r}, which has no momentum encoder")
-    paired = teacher if settings.teacher in (None, "patch_size") else None
+    if is_compressed(method):
+        raise ValueError(
+            f"seqcompress.enabled must be left out for a {type(method).__name__} that is compressed already"
+        )
     try:
-        compress(student, settings.plan, teacher=paired)
-        (embed,) = compressed_embeds(student)
+        compress(student, settings.plan, teacher=teacher if settings.teacher in (None, "patch_size") else None)
+        schedule = compressed_embeds(student)[0].compression.plan
         if teacher is not None and settings.teacher == "both":
-            compress(teacher, embed.compression.plan, when="train")
+            compress(teacher, schedule, when="train")
     except (TypeError, ValueError, FileNotFoundError) as error:
+        restore(student)
         raise type(error)(f"seqcompress: {error}") from None
-    return embed.compression.plan
+    return schedule
+
+
+def _teacher_of(method: Any) -> nn.Module | None:
+    return getattr(method, "momentum_backbone", None)
 
 
 def _settings_of(pl_module: Any) -> Settings | None:
@@ -221,28 +234,24 @@ def _plan(given: Mapping[str, Any]) -> Plan | None:
     from seqcompress.schedules import Schedule
     from seqcompress.strategy import Strategy
 
-    forms = {
-        "plan": given.keys() & {"plan"},
-        "token_dropout, patch_size": given.keys() & set(_SHORT),
-        "schedule, start, end, stages": given.keys() & {"schedule", "start", "end", "stages"},
-    }
-    used = [form for form, keys in forms.items() if keys]
+    forms = [[key for key in keys if key in given] for keys in (("plan",), _SHORT, _SCHEDULE)]
+    used = [", ".join(keys) for keys in forms if keys]
     if len(used) > 1:
         raise ValueError(f"seqcompress takes one plan, got several: {' and '.join(used)}")
-    if forms["plan"]:
+    if "plan" in given:
         if not isinstance(given["plan"], str):
             raise TypeError(f"seqcompress.plan must be a preset's name or a schedule file, got {given['plan']!r}")
         return str(given["plan"])
     try:
-        if forms["token_dropout, patch_size"]:
-            return Strategy.from_dict({name: given[name] for name in _SHORT if name in given})
+        if forms[1]:
+            return Strategy.from_dict({name: given[name] for name in forms[1]})
         if not used:
             return None
         kind = given.get("schedule")
-        if not isinstance(kind, str) or kind not in _SCHEDULE_FIELDS:
-            raise ValueError(f"schedule must be one of {', '.join(_SCHEDULE_FIELDS)}, got {kind!r}")
-        fields = {name: given[name] for name in ("start", "end", "stages") if name in given}
-        if kind in ("linear", "cosine"):
+        if kind not in _KINDS:
+            raise ValueError(f"schedule must be one of {', '.join(_KINDS)}, got {kind!r}")
+        fields = {name: given[name] for name in forms[2] if name != "schedule"}
+        if kind != "stepwise":
             fields.setdefault("end", {})
         return Schedule.from_json(json.dumps({"seqcompress_schedule": 1, "kind": kind, **fields}))
     except (TypeError, ValueError) as error:
@@ -257,12 +266,17 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _summary(method: Any, schedule: Schedule) -> str:
-    """One line: who starts and ends at how many tokens."""
+def _summary(method: Any, schedule: Schedule, share: TeacherShare | None) -> str:
+    """One line: how training starts and ends, and what the momentum encoder gets."""
     from seqcompress.cost import num_tokens
     from seqcompress.families import find_encoder
 
     family, encoder = find_encoder(method.backbone)
     size = family.image_size(encoder)
-    ends = (f"{schedule(at)} ({num_tokens(encoder, schedule(at), size)} tokens a view)" for at in (0.0, 1.0))
-    return f"{method.cfg['method']} is accelerated, from " + " to ".join(ends)
+    start, end = (
+        f"{strategy} ({num_tokens(encoder, strategy, size)} tokens a view)"
+        for strategy in (schedule(0.0), schedule(1.0))
+    )
+    steps = start if start == end else f"{start} at first, {end} in the end"
+    gets = {"patch_size": "the patch size", "both": "the same", "none": "nothing of it", None: ""}[share]
+    return f"{method.cfg['method']} trains at {steps}" + (f"; its momentum encoder gets {gets}" if share else "")

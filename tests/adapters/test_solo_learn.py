@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from seqcompress import Strategy, compress, is_compressed, num_tokens, relative_cost
-from seqcompress.adapters.solo_learn import METHODS, read_settings
+from seqcompress import Strategy, compress, get_strategy, is_compressed, num_tokens, relative_cost
+from seqcompress.adapters.solo_learn import METHODS, Settings, accelerate, read_settings
 from seqcompress.schedules import Cosine, Linear, Schedule, Stepwise
 
 HELPER = Path(__file__).with_name("solo_learn_module.py")
@@ -358,7 +358,8 @@ def test_set_up_says_in_one_line_what_was_understood(
     make_trainer(max_epochs=1).fit(make_method(ON), contract.loader())
     lines = [line for line in capsys.readouterr().out.splitlines() if "seqcompress" in line]
     assert lines == [
-        "seqcompress: mocov3 is accelerated, from drop 0.5, patch 16 (3 tokens a view) to base (17 tokens a view)"
+        "seqcompress: mocov3 trains at drop 0.5, patch 16 (3 tokens a view) at first, base (17 tokens a view) in the "
+        "end; its momentum encoder gets the patch size"
     ]
 
 
@@ -412,6 +413,7 @@ HALF = {**ON, "token_dropout": 0.5}
         (ON, {**ON, "teacher": "both"}, "was trained with another plan"),
         (ON, ON, None),
         (ON, {**ON, "plan": "default"}, None),
+        (ON, {**ON, "teacher": "patch_size"}, None),
         (OFF, contract.ABSENT, None),
     ],
 )
@@ -461,12 +463,12 @@ def keys(**given: Any) -> dict[str, Any]:
 
 FIRST = {"progress": 0.0, "token_dropout": 0.5}
 BAD_SECTIONS: list[tuple[Any, type[Exception], str]] = [
-    ("strong", TypeError, "seqcompress must hold keys.*got 'strong', and Hydra found no config of that name"),
+    ("strong", TypeError, "seqcompress must hold keys.*got 'strong': Hydra found no config of that name"),
     (True, TypeError, "seqcompress must hold keys, seqcompress.enabled=true for instance, got True$"),
     (None, TypeError, "seqcompress must hold keys.*got None$"),
     ([1], TypeError, r"seqcompress must hold keys.*got \[1\]$"),
-    ({}, ValueError, "seqcompress.enabled must be true or false, got only nothing"),
-    ({"token_dropout": 0.5}, ValueError, "seqcompress.enabled must be true or false, got only token_dropout"),
+    ({}, ValueError, "seqcompress.enabled is missing: add "),
+    ({"token_dropout": 0.5}, ValueError, "seqcompress.enabled is missing: .*got {'token_dropout': 0.5}"),
     ({"enabled": "yes"}, TypeError, "seqcompress.enabled must be true or false, got 'yes'"),
     ({"enabled": 1}, TypeError, "seqcompress.enabled must be true or false, got 1"),
     ({"enabled": None}, TypeError, "seqcompress.enabled must be true or false, got None"),
@@ -475,9 +477,9 @@ BAD_SECTIONS: list[tuple[Any, type[Exception], str]] = [
     ({**OFF, "tokens": 3, "zzz": 1}, ValueError, "seqcompress.tokens is not known"),
     (keys(zzz=1), ValueError, "seqcompress.zzz is not known; known: enabled, plan, token_dropout, patch_size"),
     (keys(teacher="student"), ValueError, "seqcompress.teacher must be one of patch_size, both, none, got 'student'"),
-    (keys(plan="default", token_dropout=0.5), ValueError, "one plan, got several: plan and token_dropout, patch_size"),
-    (keys(plan="default", schedule="linear"), ValueError, "one plan, got several: plan and schedule, start"),
-    (keys(patch_size=16, start={}), ValueError, "one plan, got several: token_dropout, patch_size and schedule"),
+    (keys(plan="default", token_dropout=0.5), ValueError, "one plan, got several: plan and token_dropout$"),
+    (keys(plan="default", schedule="linear"), ValueError, "one plan, got several: plan and schedule$"),
+    (keys(patch_size=16, start={}), ValueError, "one plan, got several: patch_size and start$"),
     (keys(plan=3), TypeError, "seqcompress.plan must be a preset's name or a schedule file, got 3"),
     (keys(plan="stronger"), ValueError, "seqcompress: plan must be one of 'default', 'gentle', 'strong'"),
     (keys(plan="missing.json"), FileNotFoundError, "seqcompress: schedule file 'missing.json' does not exist"),
@@ -523,6 +525,24 @@ def test_a_momentum_encoder_of_another_kind_leaves_the_student_plain(make_method
     assert_refused(method, make_trainer(), TypeError, "needs a ViT: .* got a ResNet$")
 
 
+def test_a_momentum_encoder_that_cannot_take_the_plan_leaves_the_student_plain(
+    make_method: Build, make_trainer: Build
+) -> None:
+    method = make_method({**ON, "teacher": "both"})
+    method.momentum_backbone = VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2, patch_drop_rate=0.1
+    )
+    assert_refused(method, make_trainer(), ValueError, "seqcompress: model: the model drops tokens by itself")
+
+
+def test_encoders_that_were_compressed_by_hand_are_not_compressed_again(make_method: Build) -> None:
+    method = make_method(ON)
+    compress(method.backbone, token_dropout=0.25)
+    with pytest.raises(ValueError, match="must be left out for a Method that is compressed already"):
+        accelerate(method, Settings())
+    assert get_strategy(method.backbone) == Strategy(0.25)
+
+
 @pytest.mark.parametrize(("section", "kind", "message"), BAD_SECTIONS, ids=[bad[2][:40] for bad in BAD_SECTIONS])
 def test_a_section_that_cannot_be_understood_stops_the_run_and_says_what_to_change(
     make_method: Build, make_trainer: Build, section: Any, kind: type[Exception], message: str
@@ -545,7 +565,7 @@ def test_a_resnet_is_refused_with_the_backbones_that_are_supported(make_method: 
 
 
 @pytest.mark.parametrize("missing", ["num_large_crops", "cfg.method"])
-def test_a_module_of_an_older_solo_learn_is_told_to_update(
+def test_a_module_that_is_not_a_method_of_solo_learn_is_told_which_is_meant(
     make_method: Build, make_trainer: Build, missing: str
 ) -> None:
     method = make_method(ON)
@@ -553,7 +573,7 @@ def test_a_module_of_an_older_solo_learn_is_told_to_update(
         del method.cfg["method"]
     else:
         del method.num_large_crops
-    message = rf"for main_pretrain\.py of solo-learn 1\.0\.6, .* too old\), got Method without {missing}$"
+    message = rf"for methods of solo-learn 1\.0\.6, .* too old\), got Method without {missing}$"
     assert_refused(method, make_trainer(), TypeError, message)
 
 
@@ -783,7 +803,7 @@ def test_solo_learns_own_script_is_accelerated_by_the_flag(pictures: Path, tmp_p
     logged = logged_by(run, tmp_path)
     assert logged["seqcompress/tokens"] == [3, 3, 5, 9]
     assert len(logged["train_contrastive_loss_step"]) == 4
-    assert "mocov3 is accelerated, from drop 0.5, patch 16 (3 tokens a view) to base (17 tokens a view)" in run.stdout
+    assert "mocov3 trains at drop 0.5, patch 16 (3 tokens a view) at first, base (17 tokens a view)" in run.stdout
 
 
 @needs_solo
