@@ -18,11 +18,13 @@ if TYPE_CHECKING:
     from seqcompress.cost import num_tokens, relative_cost
     from seqcompress.gradients import (
         GradientErrorReport,
+        TrainingStep,
         best_schedule,
         explain_schedule,
         gradient_error,
         plot_schedule,
     )
+    from seqcompress.gradients.online import OnlineScheduler
     from seqcompress.learning_rate import PolynomialDecayLR
     from seqcompress.rehearsal import Rehearsal, rehearse
     from seqcompress.schedules import Constant, Cosine, Linear, Schedule, Stepwise
@@ -35,12 +37,14 @@ __all__ = [
     "Cosine",
     "GradientErrorReport",
     "Linear",
+    "OnlineScheduler",
     "PolynomialDecayLR",
     "Rehearsal",
     "Schedule",
     "SequenceScheduler",
     "Stepwise",
     "Strategy",
+    "TrainingStep",
     "best_schedule",
     "compress",
     "explain_schedule",
@@ -64,12 +68,14 @@ _MODULES = {
     "Cosine": "schedules",
     "GradientErrorReport": "gradients",
     "Linear": "schedules",
+    "OnlineScheduler": "gradients.online",
     "PolynomialDecayLR": "learning_rate",
     "Rehearsal": "rehearsal",
     "Schedule": "schedules",
     "SequenceScheduler": "sequence_scheduler",
     "Stepwise": "schedules",
     "Strategy": "strategy",
+    "TrainingStep": "gradients",
     "best_schedule": "gradients",
     "compress": "compression",
     "explain_schedule": "gradients",

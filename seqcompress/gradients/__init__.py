@@ -3,10 +3,12 @@
 from seqcompress.gradients.measurement import gradient_error
 from seqcompress.gradients.report import GradientErrorReport, StrategyError
 from seqcompress.gradients.schedule_search import best_schedule, explain_schedule, plot_schedule
+from seqcompress.gradients.training_step import TrainingStep
 
 __all__ = [
     "GradientErrorReport",
     "StrategyError",
+    "TrainingStep",
     "best_schedule",
     "explain_schedule",
     "gradient_error",

@@ -12,18 +12,18 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, TypeVar, get_args
+from typing import Any, NamedTuple, TypeAlias, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
 from seqcompress.compression import compressed_embeds, is_compressed
 from seqcompress.compressors import CompressedPatchEmbed, SubsetStream
-from seqcompress.compressors.patch_embed import Compression, When
+from seqcompress.compressors.patch_embed import Compression, Forward, When
 from seqcompress.cost import encoder_flops
 from seqcompress.families import Family, find_encoder
 from seqcompress.families.family import Encoder
@@ -37,7 +37,7 @@ __all__ = ["gradient_error"]
 
 Batch = TypeVar("Batch")
 
-_SKETCH_SIZE = 2**15  # for leave-one-out values; models with fewer parameters need no sketch
+SKETCH_SIZE = 2**15  # for leave-one-out values; models with fewer parameters need no sketch
 _BASE = Strategy()
 
 
@@ -123,11 +123,11 @@ def gradient_error(
         raise TypeError(f"sketch must be a whole number or None, got {sketch!r}")
     if sketch is not None and sketch < 2:
         raise ValueError(f"sketch must be at least 2, got {sketch!r}")
-    wanted = _checked_strategies(strategies)
-    encoders = _encoders(model, teacher)
+    wanted = checked_strategies(strategies)
+    encoders = measured_encoders(model, teacher)
     if not isinstance(batches, Iterable):
         raise TypeError(f"batches must be an iterable, got {batches!r}")
-    own_patch_size = _own_patch_size(encoders)
+    own_patch_size = own_patch_size_of(encoders)
     others = list(dict.fromkeys(canonical(strategy, own_patch_size) for strategy in wanted))
     others = [strategy for strategy in others if strategy != _BASE]
     for encoder in encoders:
@@ -136,36 +136,31 @@ def gradient_error(
     if not parameters:
         raise ValueError("model must have parameters that require grad, got none")
     bar = _progress_bar(batches, progress)
+    roots = [model, teacher, *reached_by(after_backward), *listed(protect)]
 
     moments = GradientMoments(
         sum(parameter.numel() for parameter in parameters),
-        sketch_size=sketch or _SKETCH_SIZE,
+        sketch_size=sketch or SKETCH_SIZE,
         sketch_only=sketch is not None,
     )
-    costs: dict[Strategy, list[float]] = {strategy: [] for strategy in (_BASE, *others)}
-    roots = [
-        model,
-        teacher,
-        *reached_by(step),
-        *reached_by(after_backward),
-        *(protect if isinstance(protect, (list, tuple)) else [protect]),
-    ]
-    random_states = RandomStates()
+    uses: dict[Strategy, Use] = {
+        _BASE: moments.begin,
+        **{strategy: partial(moments.add, strategy) for strategy in others},
+    }
+    costs: dict[Strategy, list[float]] = {strategy: [] for strategy in uses}
     complete = True
-    with _compressed(encoders) as compression:
-        state = Snapshot(root for root in roots if root is not None)
-        runner = _Runner(compression, encoders, parameters, step, after_backward, state, cost, seed)
+    with running(encoders, parameters, step, after_backward, roots, timed=cost == "measured", seed=seed) as runner:
         try:
             for batch in bar(_drawn(batches)):
-                runner.measure(batch, others, moments, costs)
+                spent = runner.measure(batch, uses)
                 del batch  # before the next is made
+                for strategy, amount in spent.items():
+                    costs[strategy].append(amount / spent[_BASE])
+                moments.close()
         except KeyboardInterrupt:
             if moments.num_batches < 2:
                 raise
             complete = False
-        finally:
-            runner.put_back()
-            random_states.restore()
     if moments.num_batches < 2:
         raise ValueError(f"batches must be at least 2, got {moments.num_batches}")
     return _report(moments, costs, cost, own_patch_size, complete)
@@ -182,7 +177,7 @@ class _PacedStream(SubsetStream):
 
 
 @dataclass(frozen=True)
-class _MeasuredEncoder:
+class MeasuredEncoder:
     """An encoder, and how it is to be compressed for the measurement."""
 
     family: Family
@@ -191,10 +186,14 @@ class _MeasuredEncoder:
     when: When
 
     def check(self, strategies: Sequence[Strategy]) -> None:
-        """Raise ValueError if a strategy cannot be measured on it."""
-        role = "model" if self.is_student else "teacher"
+        """Raise ValueError if a strategy cannot be measured on it now."""
         if self.is_student and not self.encoder.patch_embed.training:
             raise ValueError("model must be in train mode: in eval mode nothing is compressed; call model.train()")
+        self.check_strategies(strategies)
+
+    def check_strategies(self, strategies: Iterable[Strategy]) -> None:
+        """The same in any mode."""
+        role = "model" if self.is_student else "teacher"
         for strategy in strategies:
             try:
                 self.family.check(self.encoder, [strategy if self.is_student else strategy.without_dropout()])
@@ -202,23 +201,24 @@ class _MeasuredEncoder:
                 raise ValueError(f"strategies: {strategy!s} does not suit the {role}: {error}") from None
 
 
-def _encoders(model: nn.Module, teacher: nn.Module | None) -> list[_MeasuredEncoder]:
+def measured_encoders(model: nn.Module, teacher: nn.Module | None = None) -> list[MeasuredEncoder]:
+    """The encoders of one analysis: those that were compressed together, or ``model`` and ``teacher``."""
     if teacher is None and isinstance(model, nn.Module) and is_compressed(model):
         embeds = [partner for embed in compressed_embeds(model) for partner in embed.partners()]
         return [
-            _MeasuredEncoder(*find_encoder(embed.encoder), embed.drops_tokens, embed.when)
+            MeasuredEncoder(*find_encoder(embed.encoder), embed.drops_tokens, embed.when)
             for embed in dict.fromkeys(embeds)
         ]
-    encoders = [_MeasuredEncoder(*find_encoder(model), True, "grad")]
+    encoders = [MeasuredEncoder(*find_encoder(model), True, "grad")]
     if teacher is not None:
-        encoders.append(_MeasuredEncoder(*find_encoder(teacher, "teacher"), False, "train"))
+        encoders.append(MeasuredEncoder(*find_encoder(teacher, "teacher"), False, "train"))
         if encoders[0].encoder is encoders[1].encoder:
             raise ValueError("teacher must be another model than model, got the same one")
     return encoders
 
 
 @contextmanager
-def _compressed(encoders: Sequence[_MeasuredEncoder]) -> Iterator[Compression]:
+def _compressed(encoders: Sequence[MeasuredEncoder]) -> Iterator[Compression]:
     """Compress the encoders with a compression of their own; afterwards they are as they were."""
     stream = _PacedStream()
     compression = Compression(Constant(_BASE), _BASE, stream)
@@ -260,12 +260,16 @@ class _Reset:
 class _Detach:
     """Takes the compressors out of an encoder that had none."""
 
-    measured: _MeasuredEncoder
+    measured: MeasuredEncoder
     embed: CompressedPatchEmbed
 
     def __call__(self) -> None:
         self.measured.family.detach(self.measured.encoder)
         self.embed.release()
+
+
+Use: TypeAlias = Callable[[list[Tensor]], None]
+"""What takes the gradient of one run. It is the run's own: the next run makes a new one."""
 
 
 def _nothing(gradient: list[Tensor]) -> None:
@@ -277,79 +281,134 @@ class _Ran(NamedTuple):
 
     loss: float
     seconds: float
-    flops: float
+    flops: int
 
 
-class _Runner:
+class Flops:
+    """FLOPs of training steps in the encoders, three for a forward that is differentiated against one for another."""
+
+    def __init__(self, encoders: Sequence[MeasuredEncoder]) -> None:
+        self._encoders = encoders
+        self._known: dict[tuple[int, int], int] = {}
+
+    def __call__(self, tallies: Iterable[Counter[Forward]]) -> int:
+        """Those of the forwards that were counted, one tally an encoder."""
+        return sum(
+            calls * forward.view[0] * (3 if forward.graph else 1) * self._of_one_view(number, forward.tokens)
+            for number, tally in enumerate(tallies)
+            for forward, calls in tally.items()
+        )
+
+    def _of_one_view(self, number: int, tokens: int) -> int:
+        if (number, tokens) not in self._known:
+            measured = self._encoders[number]
+            self._known[number, tokens] = encoder_flops(measured.family, measured.encoder, tokens)
+        return self._known[number, tokens]
+
+
+@contextmanager
+def running(
+    encoders: Sequence[MeasuredEncoder],
+    parameters: Sequence[nn.Parameter],
+    step: Callable[[Any], Tensor],
+    after_backward: Callable[[], object] | None,
+    roots: Iterable[object],
+    *,
+    seed: int,
+    timed: bool = False,
+    first: int = 0,
+    warm_up: bool = True,
+) -> Iterator[Runner]:
+    """Run steps that leave no trace: in the end everything is as it was found, also after an error.
+
+    Args:
+        encoders: what is compressed, differently in every run.
+        parameters: with respect to these the gradient is taken.
+        step: as in [gradient_error][seqcompress.gradient_error].
+        after_backward: likewise.
+        roots: what is put back beside what ``step`` can get at; may contain None.
+        seed: decides the random state of a batch's runs, together with its number.
+        timed: measure seconds, of complete steps; else FLOPs.
+        first: number of the first batch.
+        warm_up: run the first batch once more before, and warn if its loss is not the same.
+    """
+    random_states = RandomStates()
+    with _compressed(encoders) as compression:
+        state = Snapshot(root for root in [*roots, *reached_by(step)] if root is not None)
+        runner = Runner(compression, encoders, parameters, step, after_backward, state, timed, seed, first, warm_up)
+        try:
+            yield runner
+        finally:
+            runner.put_back()
+            random_states.restore()
+
+
+class Runner:
     """Runs the steps. Each begins with everything as it was found, and a random state of its batch."""
 
     def __init__(
         self,
         compression: Compression,
-        encoders: Sequence[_MeasuredEncoder],
+        encoders: Sequence[MeasuredEncoder],
         parameters: Sequence[nn.Parameter],
         step: Callable[[Any], Tensor],
         after_backward: Callable[[], object] | None,
         state: Snapshot,
-        cost: CostKind,
+        timed: bool,
         seed: int,
+        first: int,
+        warm_up: bool,
     ) -> None:
         self._compression = compression
-        self._encoders = encoders
+        self._embeds: list[CompressedPatchEmbed] = [measured.encoder.patch_embed for measured in encoders]
         self._parameters = parameters
         self._step = step
         self._after_backward = after_backward
         self._state = state
-        self._timed = cost == "measured"
+        self._timed = timed
         self._seed = seed
-        self._number = 0
+        self._number = first
+        self._warm_up = warm_up
         self._order = random.Random(seed)
-        self._flops: dict[tuple[int, int], int] = {}
+        self._flops = Flops(encoders)
         self._batch = Snapshot(())
 
-    def measure(
-        self, batch: Any, others: Sequence[Strategy], moments: GradientMoments, costs: dict[Strategy, list[float]]
-    ) -> None:
-        """Run one batch under the base and the other strategies."""
+    def measure(self, batch: Any, uses: Mapping[Strategy, Use]) -> dict[Strategy, float]:
+        """Run one batch under strategies, the base among them and first, and let their gradients be used.
+
+        Returns:
+            Seconds or FLOPs of each.
+        """
         self._batch = Snapshot([batch])
+        others = [strategy for strategy in uses if strategy != _BASE]
         timed = [_BASE, *others] if self._timed else []
-        if self._number == 0:
-            warm_up = [self._run(batch, strategy, complete=self._timed) for strategy in timed or [_BASE]]
-        base = self._run(batch, _BASE, use=moments.begin)  # incomplete: its gradient must stay as it is
-        if self._number == 0:
+        warm_up = [self._run(batch, each, complete=self._timed) for each in timed or [_BASE]] if self._warm_up else []
+        base = self._run(batch, _BASE, use=uses[_BASE])  # incomplete: its gradient must stay as it is
+        if warm_up:
             _check_reproduced(warm_up[0].loss, base.loss)
-        spent = {_BASE: base.flops}
-        turns = timed or others
-        for strategy in self._order.sample(turns, len(turns)):
-            use = _nothing if strategy == _BASE else partial(moments.add, strategy)
+        spent: dict[Strategy, float] = {_BASE: base.flops}
+        for strategy in self._order.sample(timed, len(timed)) or others:
+            use = _nothing if strategy == _BASE else uses[strategy]
             ran = self._run(batch, strategy, use=use, complete=self._timed)
             spent[strategy] = ran.seconds if self._timed else ran.flops
         self.put_back()
         self._batch = Snapshot(())  # lets go of the batch
-        for strategy, amount in spent.items():
-            costs[strategy].append(amount / spent[_BASE])
-        moments.close()
         self._number += 1
+        self._warm_up = False
+        return spent
 
     def put_back(self) -> None:
         """Leave everything as it was found, the batch too."""
         self._batch.restore()
         self._state.restore()
 
-    def _run(
-        self,
-        batch: Any,
-        strategy: Strategy,
-        *,
-        use: Callable[[list[Tensor]], None] = _nothing,
-        complete: bool = False,
-    ) -> _Ran:
+    def _run(self, batch: Any, strategy: Strategy, *, use: Use = _nothing, complete: bool = False) -> _Ran:
         """One step; a complete one goes on after the backward pass."""
         self.put_back()
         self._state.clear_gradients()
         self._compression.strategy = strategy
-        RandomStates.seed(_seed_of(self._seed, self._number))
-        for embed in self._embeds():
+        RandomStates.seed(seed_of(self._seed, self._number))
+        for embed in self._embeds:
             embed.tally.clear()
         where = f"step on batch {self._number} under {strategy!s}"
         clock = _Clock(self._parameters[0].device)
@@ -361,17 +420,16 @@ class _Runner:
         del loss
         if not math.isfinite(value):
             raise ValueError(f"{where} must return a finite loss, got {value}")
-        if not any(forward.graph for embed in self._embeds() for forward in embed.tally):
+        if not any(forward.graph for embed in self._embeds for forward in embed.tally):
             raise ValueError(f"{where} must run the encoder in train mode, got a loss that did not pass through it")
         use(self._gradient(where))
-        flops = self._spent_flops()
+        flops = self._flops(embed.tally for embed in self._embeds)
         if complete and self._after_backward is not None:
             with clock:
                 self._after_backward()
         return _Ran(value, clock.seconds, flops)
 
     def _gradient(self, where: str) -> list[Tensor]:
-        """The gradient as it is: the next run makes a new one."""
         gradient = [
             torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for parameter in self._parameters
         ]
@@ -379,19 +437,6 @@ class _Runner:
         if not bool(torch.stack([part.isfinite().all() for part in gradient]).all()):
             raise ValueError(f"{where} must give a finite gradient, got infinite values or NaN")
         return gradient
-
-    def _embeds(self) -> list[CompressedPatchEmbed]:
-        return [measured.encoder.patch_embed for measured in self._encoders]
-
-    def _spent_flops(self) -> int:
-        total = 0
-        for number, measured in enumerate(self._encoders):
-            for forward, calls in measured.encoder.patch_embed.tally.items():
-                key = (number, forward.tokens)
-                if key not in self._flops:
-                    self._flops[key] = encoder_flops(measured.family, measured.encoder, forward.tokens)
-                total += calls * forward.view[0] * (3 if forward.graph else 1) * self._flops[key]
-        return total
 
 
 class _Clock:
@@ -486,7 +531,8 @@ def _progress_bar(batches: Iterable[Any], wanted: bool | None) -> Callable[[Iter
     return lambda iterator: tqdm(iterator, total=total, desc="gradient error", unit="batch")
 
 
-def _checked_strategies(strategies: Iterable[Strategy]) -> list[Strategy]:
+def checked_strategies(strategies: Iterable[Strategy]) -> list[Strategy]:
+    """A list of them, for sure."""
     if isinstance(strategies, Strategy) or not isinstance(strategies, Iterable):
         raise TypeError(f"strategies must be several of them, such as a list, got {strategies!r}")
     checked = list(strategies)
@@ -496,11 +542,18 @@ def _checked_strategies(strategies: Iterable[Strategy]) -> list[Strategy]:
     return checked
 
 
-def _own_patch_size(encoders: Sequence[_MeasuredEncoder]) -> int | None:
+def own_patch_size_of(encoders: Sequence[MeasuredEncoder]) -> int | None:
+    """Side of the patches that all these encoders have without compression; None if they differ or are not square."""
     sides = {side for measured in encoders for side in measured.family.patch_size(measured.encoder)}
     return sides.pop() if len(sides) == 1 else None
 
 
-def _seed_of(seed: int, batch: int) -> int:
-    digest = hashlib.blake2b(repr((seed, batch)).encode(), digest_size=8).digest()
+def listed(protect: object) -> list[object]:
+    """The objects that ``protect=`` names."""
+    return list(protect) if isinstance(protect, (list, tuple)) else [protect]
+
+
+def seed_of(seed: int, number: int) -> int:
+    """A seed of its own for the number of a batch, or of whatever else is counted."""
+    digest = hashlib.blake2b(repr((seed, number)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

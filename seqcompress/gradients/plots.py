@@ -40,7 +40,7 @@ def plot_report(report: GradientErrorReport, path: str | os.PathLike[str]) -> No
     errors.set_xticks(range(len(entries)), labels, rotation=45, ha="right")
     errors.set(ylabel=scale, title=f"{report.num_batches} batches   * best" + "   = tied" * (len(tied) > 1))
     errors.legend()
-    _draw_costs(figure, costs, report)
+    _draw_costs(costs, report)
     figure.savefig(path, dpi=150)
 
 
@@ -73,7 +73,7 @@ def plot_stages(
     figure.savefig(path, dpi=150)
 
 
-def _draw_costs(figure: Any, axes: Any, report: GradientErrorReport) -> None:
+def _draw_costs(axes: Any, report: GradientErrorReport) -> None:
     dropouts = sorted({strategy.token_dropout for strategy in report.strategies})
     sizes = sorted({strategy.patch_size for strategy in report.strategies}, key=lambda size: size or 0)
     grid = [[math.nan] * len(sizes) for _ in dropouts]
@@ -81,16 +81,22 @@ def _draw_costs(figure: Any, axes: Any, report: GradientErrorReport) -> None:
         row, column = dropouts.index(entry.strategy.token_dropout), sizes.index(entry.strategy.patch_size)
         grid[row][column] = entry.cost
         axes.text(column, row, f"{entry.cost:.2f}", ha="center", va="center")
-    image = axes.imshow(grid, aspect="auto", origin="lower", vmin=0, vmax=2, cmap="Blues")
+    axes.imshow(
+        grid,
+        aspect="auto",
+        origin="lower",
+        vmin=0,
+        vmax=1.6 * max(entry.cost for entry in report.entries),
+        cmap="Blues",
+    )
     axes.set_yticks(range(len(dropouts)), [f"{dropout:g}" for dropout in dropouts])
     axes.set_xticks(range(len(sizes)), [str(size or report.own_patch_size or "own") for size in sizes])
     axes.set(xlabel="patch size", ylabel="token dropout", title=f"relative cost of a step, {report.cost_kind}")
-    figure.colorbar(image, ax=axes)
 
 
 def _scale(reports: list[GradientErrorReport]) -> tuple[str, str]:
     if all(report.base_norm2 > 0 for report in reports):
-        return "relative_", "relative to the squared norm of the base's mean gradient"
+        return "relative_", "relative to the base's ‖E g‖²"
     return "", "absolute"
 
 

@@ -18,7 +18,17 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["LEVEL", "Estimate", "GradientMoments", "Interval", "Sketch", "interquartile_mean", "jackknife"]
+__all__ = [
+    "LEVEL",
+    "Estimate",
+    "GradientMoments",
+    "Interval",
+    "Sketch",
+    "interquartile_mean",
+    "jackknife",
+    "norm2_of_mean",
+    "variance",
+]
 
 Interval: TypeAlias = tuple[float, float]
 Gradient: TypeAlias = Sequence[Tensor]
@@ -75,6 +85,16 @@ class Estimate:
         return variance if math.isfinite(variance) else math.inf
 
     @property
+    def chance_of_positive(self) -> float:
+        """Probability that the true value is above 0, by Student's t; one half for fewer than 3 batches."""
+        if math.isinf(self.variance) or not self.value:
+            return 0.5
+        if not self.variance:
+            return 1.0 if self.value > 0 else 0.0
+        within = _t_within(abs(self.value) / math.sqrt(self.variance), len(self.leave_one_out[0]) - 1)
+        return 0.5 + math.copysign(within / 2, self.value)
+
+    @property
     def interval(self) -> Interval:
         """The 95 % confidence interval, by Student's t."""
         if math.isinf(self.variance):
@@ -125,8 +145,13 @@ class Sketch:
         """Standard deviation of a squared norm's estimate from all of a sketch, relative to the squared norm."""
         return 0.0 if self.exact else math.sqrt(1 / self._width)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of a sketch: one half a row, or the whole gradient in one row."""
+        return (1 if self.exact else 2, self._width)
+
     def __call__(self, gradient: Gradient) -> Tensor:
-        """The sketch, on the CPU, of shape (1 or 2, width): one half a row, or the whole gradient."""
+        """The sketch, on the CPU, of this shape."""
         if self.exact:
             return torch.cat([part.flatten().to("cpu", _wide(part)) for part in gradient]).unsqueeze(0)
         return torch.stack([self._half(gradient, seed) for seed in range(2)]).mul_(math.sqrt(0.5)).cpu()
@@ -249,32 +274,52 @@ class _Series:
         """Mean dot product of two different batches: unbiased for the squared norm of the mean."""
         batches = len(sketches)
         value = 2 * math.fsum(self._before[:batches]) / (batches * (batches - 1))
-        return _with_leave_one_out(value, lambda squares, norms2: norms2, sketches)
+        return _from_sketches(_norm2_of_mean, sketches, value)
 
     def variance(self, sketches: Sequence[Tensor]) -> Estimate:
         """Mean squared norm less the squared norm of the mean: the sample variance, with K - 1."""
         value = fmean(self._squares[: len(sketches)]) - self.norm2_of_mean(sketches).value
-        return _with_leave_one_out(value, lambda squares, norms2: squares - norms2, sketches)
+        return _from_sketches(_variance, sketches, value)
 
 
-def _with_leave_one_out(
-    value: float, statistic: Callable[[Tensor, Tensor], Tensor], sketches: Sequence[Tensor]
-) -> Estimate:
-    """An estimate whose leave-one-out values are those of the sketches, moved to where their mean is ``value``.
+def norm2_of_mean(sketches: Sequence[Tensor]) -> Estimate:
+    """Unbiased squared norm of the mean of vectors that only their sketches are left of, one a batch."""
+    return _from_sketches(_norm2_of_mean, sketches)
 
-    ``statistic`` takes the mean squared norm, and the squared norm of the mean, of all vectors but one.
-    """
+
+def variance(sketches: Sequence[Tensor]) -> Estimate:
+    """Their unbiased variance likewise: mean squared distance from their mean, with K - 1."""
+    return _from_sketches(_variance, sketches)
+
+
+Statistic: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""Of the mean squared norm of vectors, and the unbiased squared norm of their mean."""
+
+
+def _norm2_of_mean(squares: Tensor, norms2: Tensor) -> Tensor:
+    return norms2
+
+
+def _variance(squares: Tensor, norms2: Tensor) -> Tensor:
+    return squares - norms2
+
+
+def _from_sketches(statistic: Statistic, sketches: Sequence[Tensor], value: float | None = None) -> Estimate:
+    """A statistic with its leave-one-out values; those are moved to where their mean is the value, if one is known."""
     batches, rows = len(sketches), len(sketches[0])
-    if batches < 3:
-        return Estimate(value)
     total = torch.zeros_like(sketches[0], dtype=torch.float64)
     for sketch in sketches:
         total += sketch
     squares = torch.stack([sketch.double().square().sum(dim=1) for sketch in sketches], dim=1) * rows  # (rows, K)
     others = torch.stack([(sketch * (total - sketch)).sum(dim=1) for sketch in sketches], dim=1) * rows
-    pairs = others.sum(dim=1, keepdim=True) - 2 * others
+    pairs = others.sum(dim=1, keepdim=True)
+    if value is None:
+        value = float(statistic(squares.mean(dim=1), pairs[:, 0] / (batches * (batches - 1))).mean())
+    if batches < 3:
+        return Estimate(value)
     without = statistic(
-        (squares.sum(dim=1, keepdim=True) - squares) / (batches - 1), pairs / ((batches - 1) * (batches - 2))
+        (squares.sum(dim=1, keepdim=True) - squares) / (batches - 1),
+        (pairs - 2 * others) / ((batches - 1) * (batches - 2)),
     )
     without += value - without.mean(dim=1, keepdim=True)
     return Estimate(value, tuple(map(tuple, without.tolist())))

@@ -1,0 +1,459 @@
+"""The command line: gradient error at stages of one's own training, and the schedule that follows, in a folder."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import importlib
+import json
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from seqcompress.gradients.measurement import gradient_error, measured_encoders, own_patch_size_of
+from seqcompress.gradients.report import CostKind, GradientErrorReport, canonical
+from seqcompress.gradients.schedule_search import best_schedule, explain_schedule, plot_schedule
+from seqcompress.gradients.state import RandomStates
+from seqcompress.gradients.training_step import TrainingStep
+from seqcompress.json_files import FieldError, read_json, take, take_version
+from seqcompress.strategy import Strategy
+
+__all__ = ["main"]
+
+_VERSION = 1
+_INTERRUPTED = 130  # what shells report for Ctrl-C
+
+
+def main(argv: Sequence[str] | None = None, *, prog: str = "seqcompress-gradient-error") -> int:
+    """Run the command. Everything that can be checked is, before anything is measured.
+
+    Args:
+        argv: the arguments; those of the process if None.
+        prog: the command's name in its help.
+
+    Returns:
+        0, or 130 after Ctrl-C.
+
+    Raises:
+        SystemExit: with 2 for arguments that are wrong, after a message; with 0 after ``--help``.
+    """
+    parser = _parser(prog)
+    arguments = parser.parse_args(argv)
+    try:
+        _run(arguments)
+    except _UsageError as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        _say(f"interrupted; the same command goes on after the stages that are complete in {arguments.output}")
+        return _INTERRUPTED
+    return 0
+
+
+class _UsageError(Exception):
+    """Something that the user must change about the command."""
+
+
+@dataclass(frozen=True)
+class _Stage:
+    progress: float
+    checkpoint: Path
+
+    def __str__(self) -> str:
+        return f"{self.progress:.12g}"
+
+    def file(self, folder: Path, kind: str) -> Path:
+        return folder / f"stage-{self}.{kind}"
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Measure the gradient error of strategies at stages of a training, and find the schedule that "
+        "follows. Each stage's report (JSON, CSV, picture) is written as soon as it is there. The same command goes "
+        "on where it was interrupted.",
+    )
+    parser.add_argument(
+        "function",
+        metavar="FUNCTION",
+        type=_location,
+        help="takes a checkpoint's path and returns a seqcompress.TrainingStep: package.module:function or "
+        "path/to/file.py:function",
+    )
+    parser.add_argument(
+        "--checkpoints",
+        metavar="PROGRESS=FILE",
+        nargs="+",
+        type=_checkpoint,
+        required=True,
+        help="checkpoints, each with the share of training that was done, in [0, 1]; a single one may come without",
+    )
+    parser.add_argument(
+        "--token-dropout",
+        metavar="R",
+        nargs="+",
+        type=_token_dropout,
+        default=[0.0, 0.25, 0.5, 0.75, 0.9],
+        help="token dropouts of the grid (default: 0 0.25 0.5 0.75 0.9)",
+    )
+    parser.add_argument(
+        "--patch-size",
+        metavar="P",
+        nargs="+",
+        type=_at_least(1),
+        default=[None],
+        help="patch sizes of the grid, in pixels (default: the model's own)",
+    )
+    parser.add_argument(
+        "--batches", metavar="K", type=_at_least(2), default=32, help="batches a stage (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--cost",
+        choices=get_args(CostKind),
+        default="measured",
+        help="of a strategy: time of the whole step, or FLOPs of the encoders (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--sketch",
+        metavar="N",
+        type=_at_least(2),
+        help="keep N numbers a gradient, where whole ones need too much memory",
+    )
+    parser.add_argument(
+        "--monotone",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="let sequences never become cheaper again over training (default)",
+    )
+    parser.add_argument(
+        "--seed",
+        metavar="N",
+        type=_at_least(0),
+        default=0,
+        help="of random views and subsets; global random states begin with it at every stage (default: %(default)s)",
+    )
+    parser.add_argument("--output", metavar="FOLDER", type=Path, required=True, help="folder for the results")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="measure these stages again, if they are complete in the folder"
+    )
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    stages = _checked_stages(arguments.checkpoints)
+    if arguments.seed >= 2**63:
+        raise _UsageError(f"argument --seed: must be below 2**63, got {arguments.seed}")
+    strategies = sorted(
+        {Strategy(dropout, size) for dropout in arguments.token_dropout for size in arguments.patch_size},
+        key=lambda strategy: (strategy.token_dropout, strategy.patch_size or 0),
+    )
+    _check_pictures()
+    location, name = arguments.function
+    function = _loaded(location, name)
+    folder: Path = arguments.output
+    _check_writable(folder)
+    records = _Records(folder)
+    settings = {
+        stage: {
+            "function": f"{_module_name(location)}:{name}",
+            "checkpoint_sha256": _digest(stage.checkpoint),
+            "strategies": list(map(str, strategies)),
+            "batches": arguments.batches,
+            "cost": arguments.cost,
+            "sketch": arguments.sketch,
+            "seed": arguments.seed,
+        }
+        for stage in stages
+    }
+    if arguments.overwrite:
+        records.forget(stages)
+    known = {stage: records.report(stage, settings[stage]) for stage in stages}
+
+    reports: dict[float, GradientErrorReport] = {}
+    for number, stage in enumerate(stages, 1):
+        where = f"stage {number} of {len(stages)}, progress {stage}"
+        report = known[stage]
+        if report is not None:
+            _say(f"{where}: read back from {stage.file(folder, 'json')}")
+        else:
+            _say(f"{where}: {stage.checkpoint}")
+            started = time.perf_counter()
+            report = _measured(function, stage, strategies, arguments)
+            report.to_json(stage.file(folder, "json"))
+            records.add(stage, settings[stage], time.perf_counter() - started)
+        report.to_csv(stage.file(folder, "csv"))
+        report.plot(stage.file(folder, "png"))
+        reports[stage.progress] = report
+
+    best_schedule(reports, arguments.monotone).to_json(folder / "schedule.json")
+    plot_schedule(reports, folder / "schedule.png", arguments.monotone)
+    summary = _summary(stages, reports, arguments.monotone, records.seconds(stages))
+    (folder / "summary.txt").write_text(summary, encoding="utf-8")
+    print(summary, end="")
+    _say(f"reports, pictures and schedule: {folder}")
+
+
+def _measured(
+    function: Callable[[Path], object], stage: _Stage, strategies: Sequence[Strategy], arguments: argparse.Namespace
+) -> GradientErrorReport:
+    # At every stage the same, measured or read back before, so that all see the same images where the function does.
+    RandomStates.seed(arguments.seed)
+    torch.manual_seed(arguments.seed)  # a CUDA device that is not in use yet, too
+    training = function(stage.checkpoint)
+    if not isinstance(training, TrainingStep):
+        raise _UsageError(f"argument FUNCTION: must return a TrainingStep, got one of type {type(training).__name__}")
+    _check_grid(training, strategies)
+    report = gradient_error(
+        training.model,
+        training.step,
+        _FirstBatches(training.batches, arguments.batches),
+        strategies,
+        teacher=training.teacher,
+        after_backward=training.after_backward,
+        protect=training.protect,
+        cost=arguments.cost,
+        sketch=arguments.sketch,
+        seed=arguments.seed,
+    )
+    if not report.complete:
+        raise KeyboardInterrupt
+    return report
+
+
+def _check_grid(training: TrainingStep, strategies: Iterable[Strategy]) -> None:
+    try:
+        encoders = measured_encoders(training.model, training.teacher)
+        own_patch_size = own_patch_size_of(encoders)
+        for encoder in encoders:
+            encoder.check([canonical(strategy, own_patch_size) for strategy in strategies])
+    except (TypeError, ValueError) as error:
+        raise _UsageError(f"argument FUNCTION with this grid: {error}") from None
+
+
+class _FirstBatches:
+    """The first so many batches; it is an error if there are fewer."""
+
+    def __init__(self, batches: Iterable[Any], count: int) -> None:
+        self._batches, self._count = batches, count
+        with contextlib.suppress(TypeError):  # has no length: then it shows at the end
+            self._check(len(batches))  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Any]:
+        iterator = iter(self._batches)
+        for number in range(self._count):
+            try:
+                yield next(iterator)  # under no name, so that no batch lives longer than it is used
+            except StopIteration:
+                self._check(number)
+
+    def _check(self, available: int) -> None:
+        if available < self._count:
+            raise _UsageError(f"argument --batches: the training step has {available}, got {self._count}")
+
+
+class _Records:
+    """Which stages are complete in a folder, under which settings and in how many seconds: its ``analysis.json``."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._path = folder / "analysis.json"
+        try:
+            self._stages = _read_stages(self._path) if self._path.exists() else {}
+        except (OSError, ValueError) as error:
+            raise _UsageError(f"argument --output: {error}") from None
+
+    def report(self, stage: _Stage, settings: Mapping[str, Any]) -> GradientErrorReport | None:
+        """The report of a stage, if it is complete."""
+        path = stage.file(self._folder, "json")
+        if str(stage) not in self._stages or not path.exists():
+            return None
+        record = self._stages[str(stage)]
+        others = [name for name, value in settings.items() if record.get(name) != value]
+        if others:
+            raise _UsageError(
+                f"argument --output: {path} was measured with other settings ({', '.join(others)}): "
+                "choose another folder, or measure again with --overwrite"
+            )
+        try:
+            return GradientErrorReport.from_json(path)
+        except (OSError, ValueError) as error:
+            raise _UsageError(f"argument --output: {error}") from None
+
+    def add(self, stage: _Stage, settings: Mapping[str, Any], seconds: float) -> None:
+        """Write down that a stage is complete."""
+        self._stages[str(stage)] = {"checkpoint": str(stage.checkpoint), **settings, "seconds": round(seconds, 3)}
+        self._write()
+
+    def forget(self, stages: Iterable[_Stage]) -> None:
+        """Let stages count as not measured; in the file from the next one that is complete on."""
+        self._stages = {name: record for name, record in self._stages.items() if name not in map(str, stages)}
+
+    def seconds(self, stages: Iterable[_Stage]) -> float:
+        """How long these stages took."""
+        return math.fsum(self._stages[str(stage)]["seconds"] for stage in stages)
+
+    def _write(self) -> None:
+        text = json.dumps({"seqcompress_analysis": _VERSION, "stages": self._stages}, indent=2) + "\n"
+        unfinished = self._path.with_suffix(".tmp")
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(self._path)
+
+
+def _read_stages(path: Path) -> dict[str, Any]:
+    fields, origin = read_json(path, "analysis")
+    try:
+        take_version(fields, "seqcompress_analysis", _VERSION)
+        stages = take(fields, "stages")
+        if not isinstance(stages, dict):
+            raise FieldError("stages", f"must be an object, got {stages!r}")
+        for name, record in stages.items():
+            if not isinstance(record, dict) or not isinstance(record.get("seconds"), (int, float)):
+                raise FieldError(f"stages.{name}", f"must be an object with a number of seconds, got {record!r}")
+    except FieldError as error:
+        raise ValueError(f"{origin}: {error}") from None
+    return stages
+
+
+def _summary(
+    stages: Sequence[_Stage], reports: Mapping[float, GradientErrorReport], monotone: bool, seconds: float
+) -> str:
+    parts = [f"Progress {stage}: {stage.checkpoint}\n\n{reports[stage.progress]}" for stage in stages]
+    schedule = ["Schedule, in which sequences never become cheaper again" if monotone else "Schedule"]
+    schedule += ["", explain_schedule(reports, monotone)]
+    if len(stages) == 1:
+        schedule.append("One stage says nothing about the others: this strategy is kept from beginning to end.")
+    steps = math.fsum(map(_steps, reports.values()))
+    kind = "time" if reports[stages[0].progress].cost_kind == "measured" else "the encoders' FLOPs"
+    spent = (
+        f"What it took: {seconds:.0f} s. Forward and backward passes were worth {steps:.0f} training steps without "
+        f"compression, by {kind}:\na share of {steps:.0f} / N of a run of N such steps."
+    )
+    return "\n\n\n".join([*parts, "\n".join(schedule), spent]) + "\n"
+
+
+def _steps(report: GradientErrorReport) -> float:
+    """Training steps without compression that the runs of a stage were worth."""
+    everything = math.fsum(entry.cost for entry in report.entries)
+    if report.cost_kind == "measured":  # all once more to warm up, and the base twice a batch
+        return (report.num_batches + 1) * everything + report.num_batches
+    return report.num_batches * everything + 1
+
+
+def _location(text: str) -> tuple[str, str]:
+    location, _, name = text.rpartition(":")
+    if not location or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"must be package.module:function or path/to/file.py:function, got {text!r}")
+    if location.endswith(".py") and not Path(location).is_file():
+        raise argparse.ArgumentTypeError(f"there is no file {location}")
+    return location, name
+
+
+def _checkpoint(text: str) -> tuple[float | None, Path]:
+    before, equals, after = text.partition("=")
+    try:
+        progress = float(before) if equals else None
+    except ValueError:  # a file's name may have a "=" in it
+        progress = None
+    if progress is not None and not 0 <= progress <= 1:
+        raise argparse.ArgumentTypeError(f"progress must be in [0, 1], got {before}")
+    path = Path(text if progress is None else after)
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"there is no file {path}")
+    return progress, path
+
+
+def _token_dropout(text: str) -> float:
+    try:
+        return Strategy(float(text)).token_dropout
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
+        return value
+
+    number.__name__ = "whole number"
+    return number
+
+
+def _checked_stages(checkpoints: Sequence[tuple[float | None, Path]]) -> list[_Stage]:
+    """In the order of progress."""
+    stages: dict[str, _Stage] = {}
+    for progress, path in checkpoints:
+        if progress is None and len(checkpoints) > 1:
+            raise _UsageError(f"argument --checkpoints: must be PROGRESS=FILE where there are several, got {path}")
+        stage = _Stage(progress or 0.0, path)
+        if str(stage) in stages:
+            raise _UsageError(f"argument --checkpoints: progress {stage} is there twice")
+        stages[str(stage)] = stage
+    return sorted(stages.values(), key=lambda stage: stage.progress)
+
+
+def _check_pictures() -> None:
+    try:
+        importlib.import_module("seqcompress.gradients.plots")
+    except ImportError as error:
+        raise _UsageError(str(error)) from None
+
+
+def _loaded(location: str, name: str) -> Callable[[Path], object]:
+    """The function, imported as Python's own command line would: what lies beside it can be imported too."""
+    path = Path(location)
+    is_file, module_name = location.endswith(".py"), _module_name(location)
+    sys.path.insert(0, str(path.parent.resolve()) if is_file else str(Path.cwd()))
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # something that it imports itself
+        raise _UsageError(f"argument FUNCTION: there is no module {module_name}") from None
+    found = getattr(module, "__file__", None)
+    if is_file and (found is None or not path.samefile(found)):
+        raise _UsageError(f"argument FUNCTION: {location} needs another name: {module_name} is {found or module!r}")
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise _UsageError(f"argument FUNCTION: {location} has no function {name}")
+    return function
+
+
+def _module_name(location: str) -> str:
+    return Path(location).stem if location.endswith(".py") else location
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _UsageError(f"argument --output: {error}") from None
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    except OSError as error:
+        raise _UsageError(f"argument --checkpoints: {error}") from None
+    return digest.hexdigest()
+
+
+def _say(line: str) -> None:
+    """Beside the progress bars; what is printed is the summary alone."""
+    print(line, file=sys.stderr, flush=True)

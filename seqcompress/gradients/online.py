@@ -1,0 +1,490 @@
+"""A schedule that finds itself while the run goes on: gradient error of neighbouring strategies, measured in between.
+
+CA-MSE decides, as in Lin et al., NeurIPS 2024 (arXiv 2410.22364); there, it is measured on a plain run made before.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from seqcompress.compression import compressed_embeds_of
+from seqcompress.compressors.patch_embed import Forward
+from seqcompress.cost import num_tokens
+from seqcompress.gradients.measurement import (
+    SKETCH_SIZE,
+    Flops,
+    MeasuredEncoder,
+    checked_strategies,
+    listed,
+    measured_encoders,
+    own_patch_size_of,
+    running,
+    seed_of,
+)
+from seqcompress.gradients.report import GradientErrorReport, canonical
+from seqcompress.gradients.statistics import Sketch, interquartile_mean, jackknife, norm2_of_mean, variance
+from seqcompress.presets import double_patch
+from seqcompress.schedules import Schedule, Stepwise
+from seqcompress.sequence_scheduler import SequenceScheduler
+from seqcompress.strategy import Strategy
+
+__all__ = ["OnlineDecision", "OnlineScheduler"]
+
+_BASE = Strategy()
+_BATCHES = 4  # a decision
+_CONFIDENCE = 0.8
+_RUNG = 0.75  # what a rung of the default ladder costs at most, relative to the next dearer one
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class OnlineDecision:
+    """One decision of an [OnlineScheduler][seqcompress.OnlineScheduler].
+
+    Attributes:
+        step: training steps that were done.
+        before: the strategy until then.
+        after: the strategy from then on; the same one if nothing was surely better.
+        report: what was measured: CA-MSE and more of the neighbours and the base, with intervals.
+        share: FLOPs of all measuring so far, relative to those of all training so far.
+    """
+
+    step: int
+    before: Strategy
+    after: Strategy
+    report: GradientErrorReport
+    share: float
+
+    def chance(self, strategy: Strategy) -> float:
+        """Probability that a strategy's CA-MSE is less than that of ``before``, compared batch by batch."""
+        return (self.report[self.before].ca_mse_estimate - self.report[strategy].ca_mse_estimate).chance_of_positive
+
+    def __str__(self) -> str:
+        kind = "relative CA-MSE" if self.report.base_norm2 > 0 else "CA-MSE"
+        name = "relative_ca_mse" if self.report.base_norm2 > 0 else "ca_mse"
+        errors = []
+        for entry in sorted(self.report.entries, key=lambda entry: entry.cost):
+            low, high = getattr(entry, f"{name}_interval")
+            errors.append(f"{entry.strategy!s} {getattr(entry, name):.3g} ({low:.3g} to {high:.3g})")
+        verb = f"{self.before!s} -> {self.after!s}" if self.after != self.before else f"stay at {self.before!s}"
+        return f"step {self.step}: {verb}; {kind} {', '.join(errors)}; {self.share:.2%} of the compute spent"
+
+
+class _Event(NamedTuple):
+    """One batch that was measured: sketch of the gradient and FLOPs, by strategy."""
+
+    sketches: dict[Strategy, Tensor]
+    flops: dict[Strategy, float]
+
+
+class OnlineScheduler(SequenceScheduler):
+    """Finds its schedule during the run: every so often, it measures neighbouring strategies and may move to one.
+
+    Strategies form a ladder, ordered by cost. The run begins at the strategy that its encoders were compressed with.
+    As soon as the compute allows it, the strategy in force, its cheaper and its dearer neighbour and the base are run
+    on the batches of the next 4 steps, like in [gradient_error][seqcompress.gradient_error], and the scheduler decides:
+    it moves to a neighbour whose CA-MSE is less than that of the strategy in force with a probability of at least 80 %,
+    one-sided, from the jackknife of the paired difference; to the better one, if both are. Otherwise it stays. Every
+    decision begins anew.
+
+    Why so: the 4 batches follow each other, as gradients from earlier weights would make the bias look small and the
+    variance large. One decision asks for little evidence, for more come. A move between near equals, which happens in
+    up to 20 % of the decisions at a tie with one neighbour, costs little, and the next decision may undo it. A better
+    neighbour that was missed is found later: in simulations with normally distributed gradients, two decisions from 4
+    batches each were about as likely to find it as one from 8.
+
+    Measuring leaves no trace in the run: everything is put back as gradient_error does it, and the run draws the
+    random subsets that it would have drawn. Random states of measuring come from the seed of the run, the step and the
+    rank. In a distributed run, gradients are averaged over the ranks, whether ``step`` does so or not, so that variance
+    is that of the whole batch; and all ranks follow rank 0 as to when to measure and where to move.
+
+    What was found is ``schedule``, at any time: a [Stepwise][seqcompress.schedules.Stepwise] to save as JSON. Decisions
+    are logged (level INFO, rank 0) and kept in ``decisions``.
+
+    Args:
+        model_or_models: compressed encoders, or modules that contain them. Gradients are those of their parameters.
+        step: returns the scalar loss of a batch, and does not call backward; as for gradient_error, and with the views
+            of a training step.
+        strategies: the ladder, in any order; the base and the first strategy always belong to it. By default, a
+            dropout of 0, 0.5 and 0.75 at the model's own patch size and at about twice that, as far as each costs at
+            most 3/4 of the next dearer one.
+        total_steps: number of steps of the whole run, at least 1. Nothing is measured after these.
+        compute_share: measuring takes at most this share of what training has taken so far, in (0, 1]. Both in the
+            encoders' FLOPs, three for a forward that is differentiated against one for another, and so is the cost in
+            CA-MSE: reproducible, and blind to the rest of a step.
+        protect: as for gradient_error.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: nothing is compressed or requires grad, a strategy does not suit the encoders, or an argument is out
+            of range; nothing has been changed.
+
+    Example:
+        >>> import timm, torch
+        >>> from seqcompress import Strategy, compress
+        >>> vit = compress(timm.create_model("vit_tiny_patch16_224", img_size=64, depth=1), Strategy(0.5, 32))
+        >>> def loss(views):
+        ...     return vit(views).square().mean()
+        >>> scheduler = OnlineScheduler(vit, loss, total_steps=1000)
+        >>> print(*scheduler.ladder, sep="; ")
+        drop 0.75, patch 32; drop 0.5, patch 32; patch 32; drop 0.5; base
+        >>> for views in torch.randn(3, 2, 3, 64, 64):
+        ...     loss(views).backward()  # and the optimizer's step
+        ...     scheduler.step(views)
+        >>> scheduler.decisions  # 3 % of 3 steps is not enough to measure anything
+        ()
+    """
+
+    def __init__(
+        self,
+        model_or_models: nn.Module | Sequence[nn.Module],
+        step: Callable[[Any], Tensor],
+        strategies: Iterable[Strategy] | None = None,
+        *,
+        total_steps: int,
+        compute_share: float = 0.03,
+        protect: object = (),
+    ) -> None:
+        embeds = compressed_embeds_of(model_or_models)
+        if not callable(step):
+            raise TypeError(f"step must be a function, got {step!r}")
+        compute_share = _checked_share(compute_share)
+        models = [model_or_models] if isinstance(model_or_models, nn.Module) else list(model_or_models)
+        parameters = [value for value in nn.ModuleList(models).parameters() if value.requires_grad]
+        if not parameters:
+            raise ValueError("model_or_models must have parameters that require grad, got none")
+        encoders = measured_encoders(nn.ModuleList(models))
+        own = own_patch_size_of(encoders)
+        starts = list(dict.fromkeys(canonical(embed.compression.plan(0.0), own) for embed in embeds))
+        if len(starts) > 1:
+            raise ValueError(f"model_or_models must begin with one strategy, got {' / '.join(map(str, starts))}")
+        flops = Flops(encoders)
+        wanted = _default_ladder(encoders, flops) if strategies is None else checked_strategies(strategies)
+        ladder = list(dict.fromkeys(canonical(strategy, own) for strategy in (*wanted, *starts, _BASE)))
+        for encoder in encoders:
+            encoder.check_strategies(ladder)
+        super().__init__(model_or_models, Stepwise({0.0: starts[0]}), total_steps=total_steps)
+        self._ladder = tuple(_by_cost(ladder, encoders, flops))
+        self._compute_share = compute_share
+        self._loss = step
+        self._roots = [*models, *(measured.encoder for measured in encoders), *listed(protect)]
+        self._parameters = parameters
+        self._encoders = encoders
+        self._own_patch_size = own
+        self._flops = flops
+        self._sketch = Sketch(sum(parameter.numel() for parameter in parameters), SKETCH_SIZE)
+        self._decisions: list[OnlineDecision] = []
+        self._events: list[_Event] = []
+        self._trained = self._measured = 0.0
+        self._counted = self._tallies()
+
+    @property
+    def ladder(self) -> tuple[Strategy, ...]:
+        """The strategies among which it moves, from the cheapest to the dearest."""
+        return self._ladder
+
+    @property
+    def decisions(self) -> tuple[OnlineDecision, ...]:
+        """All decisions so far, to stay and to move."""
+        return tuple(self._decisions)
+
+    @property
+    def measured_share(self) -> float:
+        """FLOPs of measuring so far, relative to those of training so far."""
+        return self._measured / self._trained if self._trained else 0.0
+
+    # A schedule that depends on what was seen on the way cannot be advanced by a number.
+    def step(self, batch: Any) -> None:  # type: ignore[override]
+        """Go on to the next step; measure, if the compute allows it, and decide.
+
+        Args:
+            batch: what the step that was just done has trained on: what the function ``step`` takes.
+
+        Raises:
+            ValueError: while measuring, the model is in eval mode, or a loss or a gradient is not finite. The model and
+                the random states are as before.
+            RuntimeError: the encoders were restored or compressed anew.
+        """
+        super().step()
+        tallies = self._tallies()
+        done = [now - before for now, before in zip(tallies, self._counted, strict=True)]
+        self._counted = tallies
+        self._trained += self._flops(done)
+        if self._agreed(int(self._can_afford(done))):
+            self._measure(batch)
+            if len(self._events) == _BATCHES:
+                self._decide()
+
+    def most_expensive(self) -> Strategy:
+        """The dearest strategy of the ladder. Measuring needs the memory of the base at any time."""
+        return self._ladder[-1]
+
+    def budget_share(self, step: int) -> float:
+        """Not known before the run is over.
+
+        Raises:
+            RuntimeError: always. Let a learning rate follow the steps.
+        """
+        raise RuntimeError("an OnlineScheduler does not know what the rest of the run will cost: count steps instead")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must keep: plain values and, between the batches of a decision, tensors.
+
+        At the most 32,768 numbers for each of the 4 strategies and up to 3 batches.
+        """
+        return {
+            **super().state_dict(),
+            "ladder": [str(strategy) for strategy in self._ladder],
+            "compute_share": self._compute_share,
+            "trained": self._trained,
+            "measured": self._measured,
+            "events": [
+                {
+                    "sketches": {str(strategy): sketch.clone() for strategy, sketch in event.sketches.items()},
+                    "flops": {str(strategy): flops for strategy, flops in event.flops.items()},
+                }
+                for event in self._events
+            ],
+            "decisions": [
+                {
+                    "step": decision.step,
+                    "before": str(decision.before),
+                    "after": str(decision.after),
+                    "report": decision.report.to_json(),
+                    "share": decision.share,
+                }
+                for decision in self._decisions
+            ],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state, with its ladder and share, and apply its strategy at once.
+
+        From then on it measures and decides what it would have, had the run not stopped.
+
+        Raises:
+            ValueError: the state is not an OnlineScheduler's, or does not suit the encoders; the message says what is
+                wrong, and nothing has been changed.
+        """
+        if not isinstance(state, Mapping):
+            raise ValueError(f"state must be an OnlineScheduler's state_dict(), got {state!r}")
+        try:
+            ladder = tuple(map(Strategy.parse, state["ladder"]))
+            for encoder in self._encoders:
+                encoder.check_strategies(ladder)
+            share = _checked_share(state["compute_share"])
+            trained, measured = (_checked_flops(state[name], name) for name in ("trained", "measured"))
+            decisions = [_read_decision(fields) for fields in state["decisions"]]
+            events = [_read_event(fields, self._sketch.shape) for fields in state["events"]]
+            schedule = Schedule.from_json(state["schedule"])
+            for strategy in (*schedule.strategies(), *(decision.after for decision in decisions)):
+                if strategy not in ladder:
+                    raise ValueError(f"schedule and decisions must be of strategies of the ladder, got {strategy!s}")
+            now = schedule(min(1.0, state["last_step"] / state["total_steps"]))
+            if any(set(event.sketches) != set(_compared(ladder, now)) for event in events):
+                raise ValueError(f"events must be of {now!s}, its neighbours and the base")
+        except KeyError as error:
+            raise ValueError(f"state is not an OnlineScheduler's: it must have the field {error}") from None
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"state is not an OnlineScheduler's: {error}") from None
+        super().load_state_dict(state)
+        self._ladder, self._compute_share = ladder, share
+        self._trained, self._measured = trained, measured
+        self._decisions, self._events = decisions, events
+        self._counted = self._tallies()
+
+    def _neighbours(self) -> list[Strategy]:
+        return _neighbours(self._ladder, self.strategy)
+
+    def _compared(self) -> list[Strategy]:
+        return _compared(self._ladder, self.strategy)
+
+    def _tallies(self) -> list[Counter[Forward]]:
+        return [measured.encoder.patch_embed.tally.copy() for measured in self._encoders]
+
+    def _can_afford(self, done: Sequence[Counter[Forward]]) -> bool:
+        """Whether the share allows to measure a step like this one; at first, as many as a decision needs."""
+        if self._last_step >= self._total_steps or not any(forward.graph for tally in done for forward in tally):
+            return False
+        costs = {strategy: self._flops(_under(strategy, self._encoders, done)) for strategy in self._compared()}
+        batches = 1 if self._events else _BATCHES
+        needed = batches * sum(costs.values()) + self._extra(costs)
+        return self._measured + needed <= self._compute_share * self._trained
+
+    def _extra(self, flops: Mapping[Strategy, float]) -> float:
+        """The base's second run on the first batch of all, which tells whether ``step`` can be put back."""
+        return 0.0 if self._measured else flops[_BASE]
+
+    def _measure(self, batch: Any) -> None:
+        compared = self._compared()
+        for encoder in self._encoders:
+            encoder.check(compared)
+        sketches: dict[Strategy, Tensor] = {}
+
+        def keep(strategy: Strategy, gradient: list[Tensor]) -> None:
+            sketches[strategy] = self._mean_over_ranks(self._sketch(gradient))
+
+        with running(
+            self._encoders,
+            self._parameters,
+            self._loss,
+            None,
+            self._roots,
+            seed=seed_of(self._seed, self._rank),
+            first=self._last_step,
+            warm_up=not self._measured,
+        ) as runner:
+            flops = runner.measure(batch, {strategy: partial(keep, strategy) for strategy in compared})
+        self._measured += sum(flops.values()) + self._extra(flops)
+        self._events.append(_Event(sketches, flops))
+
+    def _decide(self) -> None:
+        before = self.strategy
+        decision = OnlineDecision(self._last_step, before, before, self._report(), self.measured_share)
+        better = [strategy for strategy in self._neighbours() if decision.chance(strategy) >= _CONFIDENCE]
+        after = min(better or [before], key=lambda strategy: decision.report[strategy].ca_mse)
+        after = self._ladder[self._agreed(self._ladder.index(after))]
+        decision = OnlineDecision(self._last_step, before, after, decision.report, decision.share)
+        self._decisions.append(decision)
+        self._events = []
+        moves = {made.step / self._total_steps: made.after for made in self._decisions if made.after != made.before}
+        self._apply(Stepwise({0.0: self._schedule(0.0), **moves}), self._total_steps, self._last_step)
+        if self._rank == 0:
+            _logger.info("%s", decision)
+
+    def _report(self) -> GradientErrorReport:
+        base = [event.sketches[_BASE] for event in self._events]
+        estimates = {}
+        for strategy in self._compared():
+            sketches = [event.sketches[strategy] for event in self._events]
+            estimates[strategy] = {
+                "bias2": norm2_of_mean([mine - other for mine, other in zip(sketches, base, strict=True)]),
+                "variance": variance(sketches),
+                "cost": jackknife(
+                    interquartile_mean, [event.flops[strategy] / event.flops[_BASE] for event in self._events]
+                ),
+            }
+        return GradientErrorReport.from_estimates(
+            estimates,
+            norm2_of_mean(base),
+            num_batches=len(self._events),
+            cost_kind="flops",
+            own_patch_size=self._own_patch_size,
+            sketch_error=self._sketch.relative_error,
+        )
+
+    @property
+    def _rank(self) -> int:
+        return 0 if self._group is None else dist.get_rank()
+
+    def _mean_over_ranks(self, sketch: Tensor) -> Tensor:
+        if self._group is None:
+            return sketch
+        dist.all_reduce(sketch, group=self._group)
+        return sketch / dist.get_world_size()
+
+
+def _neighbours(ladder: Sequence[Strategy], strategy: Strategy) -> list[Strategy]:
+    position = ladder.index(strategy)
+    return [ladder[place] for place in (position - 1, position + 1) if 0 <= place < len(ladder)]
+
+
+def _compared(ladder: Sequence[Strategy], strategy: Strategy) -> list[Strategy]:
+    """What is measured while a strategy is in force: each once."""
+    return list(dict.fromkeys((_BASE, strategy, *_neighbours(ladder, strategy))))
+
+
+def _default_ladder(encoders: Sequence[MeasuredEncoder], flops: Flops) -> list[Strategy]:
+    """Rungs that lie far enough apart for a difference to show; at equal cost, the larger patches."""
+    student = next(measured for measured in encoders if measured.is_student)
+    own = min(student.family.patch_size(student.encoder))
+    large = double_patch(own, min(student.family.image_size(student.encoder)))
+    rungs = [_BASE]
+    grid = [Strategy(dropout, size) for size in (None, large) for dropout in (0.75, 0.5, 0.0)]
+    suiting = [strategy for strategy in grid if all(_suits(measured, strategy) for measured in encoders)]
+    for strategy in reversed(_by_cost(suiting, encoders, flops)):
+        if _cost(strategy, encoders, flops) <= _RUNG * _cost(rungs[-1], encoders, flops):
+            rungs.append(strategy)
+    return rungs
+
+
+def _suits(measured: MeasuredEncoder, strategy: Strategy) -> bool:
+    try:
+        measured.check_strategies([strategy])
+    except ValueError:
+        return False
+    return True
+
+
+def _by_cost(strategies: Iterable[Strategy], encoders: Sequence[MeasuredEncoder], flops: Flops) -> list[Strategy]:
+    return sorted(strategies, key=lambda strategy: _cost(strategy, encoders, flops))
+
+
+def _cost(strategy: Strategy, encoders: Sequence[MeasuredEncoder], flops: Flops) -> int:
+    """FLOPs of one view of the encoders' own size, forward and backward through students, forward through teachers."""
+    views = [(1, 1, *measured.family.image_size(measured.encoder)) for measured in encoders]
+    one_each = [
+        Counter([Forward(view, 0, measured.is_student)]) for view, measured in zip(views, encoders, strict=True)
+    ]
+    return flops(_under(strategy, encoders, one_each))
+
+
+def _under(
+    strategy: Strategy, encoders: Sequence[MeasuredEncoder], tallies: Sequence[Counter[Forward]]
+) -> list[Counter[Forward]]:
+    """The same forwards, with the tokens that they have under a strategy."""
+    changed = []
+    for measured, tally in zip(encoders, tallies, strict=True):
+        mine = strategy if measured.is_student else strategy.without_dropout()
+        counted: Counter[Forward] = Counter()
+        for forward, calls in tally.items():
+            here = mine if forward.graph or measured.when == "train" else _BASE
+            tokens = num_tokens(measured.encoder, here, (forward.view[2], forward.view[3]))
+            counted[forward._replace(tokens=tokens)] += calls
+        changed.append(counted)
+    return changed
+
+
+def _checked_share(share: Any) -> float:
+    if isinstance(share, bool) or not isinstance(share, (int, float)):
+        raise TypeError(f"compute_share must be a number in (0, 1], got {share!r}")
+    if not 0 < share <= 1:
+        raise ValueError(f"compute_share must be in (0, 1], got {share!r}")
+    return float(share)
+
+
+def _checked_flops(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
+    return float(value)
+
+
+def _read_decision(fields: Mapping[str, Any]) -> OnlineDecision:
+    return OnlineDecision(
+        step=int(fields["step"]),
+        before=Strategy.parse(fields["before"]),
+        after=Strategy.parse(fields["after"]),
+        report=GradientErrorReport.from_json(fields["report"]),
+        share=float(fields["share"]),
+    )
+
+
+def _read_event(fields: Mapping[str, Any], shape: tuple[int, int]) -> _Event:
+    sketches = {Strategy.parse(text): sketch.detach().cpu().clone() for text, sketch in fields["sketches"].items()}
+    for strategy, sketch in sketches.items():
+        if sketch.shape != torch.Size(shape):
+            raise ValueError(f"sketches must have the shape {shape}, got {tuple(sketch.shape)} for {strategy!s}")
+    return _Event(
+        sketches, {strategy: _checked_flops(fields["flops"][str(strategy)], "flops") for strategy in sketches}
+    )

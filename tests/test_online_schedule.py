@@ -1,0 +1,464 @@
+"""A schedule that finds itself: right where the answer is known, within its share, and without a trace in the run."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import io
+import json
+import logging
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from seqcompress import (
+    OnlineScheduler,
+    Schedule,
+    SequenceScheduler,
+    Stepwise,
+    Strategy,
+    compress,
+    get_strategy,
+    gradient_error,
+    rehearse,
+    relative_cost,
+    restore,
+)
+from seqcompress.cost import encoder_flops
+from seqcompress.families import find_encoder
+from seqcompress.gradients import online
+from seqcompress.gradients.statistics import GradientMoments, jackknife, norm2_of_mean, variance
+
+HALF, LARGE, HUGE = Strategy(0.5), Strategy(0.0, 8), Strategy(0.0, 16)
+WORKER = Path(__file__).with_name("online_worker.py")
+
+
+def _vit(**overrides: Any) -> VisionTransformer:
+    settings: dict[str, Any] = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    return VisionTransformer(**{**settings, "num_classes": 0, **overrides})
+
+
+class _Method(nn.Module):
+    """A momentum method in small, with everything in it that a training step changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = _vit(drop_path_rate=0.2)
+        self.teacher = copy.deepcopy(self.backbone).requires_grad_(False)
+        self.head = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16))
+        self.register_buffer("queue", torch.randn(4, 16))
+
+    def loss(self, batch: Tensor) -> Tensor:
+        views = batch + 0.1 * torch.randn_like(batch)
+        features = self.head(self.backbone(views))
+        with torch.no_grad():
+            target = self.teacher(batch)
+        keys = F.normalize(torch.cat((target, self.queue)), dim=1)
+        self.queue = torch.cat((self.queue[1:], target[:1]))
+        return F.cross_entropy(F.normalize(features, dim=1) @ keys.T / 0.2, torch.arange(len(batch)))
+
+
+def _batches(steps: int, seed: int = 3) -> Iterator[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        yield torch.randn(4, 3, 16, 16, generator=generator)
+
+
+class _Run:
+    """A training run of a method, from a seed."""
+
+    def __init__(self, seed: int = 0, start: Strategy = HALF, **settings: Any) -> None:
+        torch.manual_seed(seed)
+        self.method = _Method()
+        compress(self.method.backbone, start, teacher=self.method.teacher)
+        self.optimizer = torch.optim.SGD(self.method.parameters(), lr=0.05, momentum=0.9)
+        settings = {"total_steps": 60, "compute_share": 1.0, **settings}
+        self.scheduler = OnlineScheduler(self.method, self.method.loss, **settings)
+
+    def train(self, batches: Iterator[Tensor], advance: Callable[[Tensor], object] | None = None) -> _Run:
+        for batch in batches:
+            self.optimizer.zero_grad()
+            self.method.loss(batch).backward()
+            self.optimizer.step()
+            (advance or self.scheduler.step)(batch)
+        return self
+
+    def weights(self) -> list[Tensor]:
+        return [*self.method.state_dict().values(), torch.get_rng_state()]
+
+
+def _same(first: list[Tensor], second: list[Tensor]) -> bool:
+    return all(map(torch.equal, first, second))
+
+
+def test_where_compression_has_no_bias_it_ends_at_the_cheapest_strategy() -> None:
+    torch.manual_seed(0)
+    vit = _vit(class_token=False, global_pool="avg", pos_embed="none")  # of views of one colour, all tokens are equal
+    compress(vit, Strategy())
+    optimizer = torch.optim.SGD(vit.parameters(), lr=1e-3)
+
+    def loss(views: Tensor) -> Tensor:
+        return vit(views).sin().mean()
+
+    ladder = [Strategy(dropout) for dropout in (0.0, 0.5, 0.75)]
+    scheduler = OnlineScheduler(vit, loss, ladder, total_steps=60, compute_share=0.5)
+    followed = []
+    for _ in range(60):
+        views = torch.randn(4, 3, 1, 1).expand(4, 3, 16, 16).contiguous()
+        optimizer.zero_grad()
+        loss(views).backward()
+        optimizer.step()
+        scheduler.step(views)
+        followed.append(get_strategy(vit))
+    moves = [(decision.before, decision.after) for decision in scheduler.decisions[:2]]
+    assert moves == [(Strategy(), HALF), (HALF, Strategy(0.75))]
+    assert {decision.after for decision in scheduler.decisions[1:]} == {Strategy(0.75)}
+    assert scheduler.decisions[0].chance(HALF) >= 0.8
+    error = scheduler.decisions[0].report[HALF]
+    assert error.bias2 == pytest.approx(0.0, abs=1e-6 * error.variance)
+    assert error.cost == pytest.approx(relative_cost(vit, HALF, 16))
+    assert scheduler.schedule == Stepwise(
+        {0.0: Strategy(), **{made.step / 60: made.after for made in scheduler.decisions[:2]}}
+    )
+    assert followed == [scheduler.schedule(step / 60) for step in range(1, 61)]
+
+
+def test_where_bias_is_all_it_relaxes_to_the_base_one_rung_at_a_time() -> None:
+    torch.manual_seed(0)
+    vit = compress(_vit(), HUGE)
+    views = torch.randn(4, 3, 16, 16)  # always these: the gradient has no variance
+
+    def loss(views: Tensor) -> Tensor:
+        return vit(views)[:, 0].sin().mean()
+
+    scheduler = OnlineScheduler(vit, loss, [LARGE], total_steps=100, compute_share=1.0)
+    assert scheduler.ladder == (HUGE, LARGE, Strategy())
+    for _ in range(100):
+        loss(views).backward()
+        scheduler.step(views)
+    moves = [(made.before, made.after) for made in scheduler.decisions if made.before != made.after]
+    assert moves == [(HUGE, LARGE), (LARGE, Strategy())]
+    assert get_strategy(vit) == Strategy()
+    first = scheduler.decisions[0].report
+    reference = gradient_error(vit, loss, [views] * 4, [LARGE, HUGE], cost="flops")
+    for strategy in (LARGE, HUGE):
+        assert first[strategy].bias2 == pytest.approx(reference[strategy].bias2, rel=1e-4)
+        assert first[strategy].cost == reference[strategy].cost
+
+
+def test_a_difference_that_may_be_chance_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    chances = iter([0.79, 0.1, 0.1, 0.81])
+    monkeypatch.setattr(online.OnlineDecision, "chance", lambda self, strategy: next(chances))
+    run = _Run(strategies=[Strategy(0.75)], total_steps=100)
+    batches = _batches(100)
+    for made in (1, 2):
+        while len(run.scheduler.decisions) < made:
+            run.train(iter([next(batches)]))
+    assert [made.after for made in run.scheduler.decisions] == [HALF, Strategy()]
+
+
+def test_at_a_tie_the_rule_moves_in_less_than_a_fifth_of_the_decisions_and_finds_what_is_better() -> None:
+    generator = torch.Generator().manual_seed(0)
+    moved = {1.0: 0, 0.6: 0}  # a neighbour's noise and bias, relative to those of the strategy in force
+    for scale in moved:
+        for _ in range(500):
+            base = torch.randn(4, 1, 50, generator=generator)
+            strategies = {}
+            for name, size in (("now", 1.0), ("neighbour", scale)):
+                errors = size * (torch.randn(4, 1, 50, generator=generator) + 0.5)
+                bias2, spread = norm2_of_mean(list(errors)), variance(list(base + errors))
+                half = jackknife(statistics.fmean, [0.5] * 4)
+                strategies[name] = bias2 + half * spread
+            moved[scale] += (strategies["now"] - strategies["neighbour"]).chance_of_positive >= 0.8
+    assert 0.12 <= moved[1.0] / 500 <= 0.22
+    assert moved[0.6] / 500 >= 0.9
+
+
+def test_estimates_from_sketches_are_those_of_the_gradients() -> None:
+    base, others = torch.randn(5, 30), torch.randn(5, 30) + 1
+    moments = GradientMoments(30, sketch_size=30)
+    for first, second in zip(base, others, strict=True):
+        moments.begin([first])
+        moments.add("other", [second])
+        moments.close()
+    for mine, theirs in (
+        (norm2_of_mean(list(base[:, None])), moments.base_norm2()),
+        (norm2_of_mean(list((others - base)[:, None])), moments.bias2("other")),
+        (variance(list(others[:, None])), moments.variance("other")),
+    ):
+        assert mine.value == pytest.approx(theirs.value)
+        assert mine.leave_one_out[0] == pytest.approx(theirs.leave_one_out[0])
+
+
+@pytest.mark.parametrize(
+    ("values", "chance"),
+    [((1.0, 1.0, 1.0), 1.0), ((-1.0, -1.0, -1.0), 0.0), ((0.0, 0.0, 0.0), 0.5), ((1.0, 2.0), 0.5)],
+)
+def test_the_chance_of_a_difference_follows_students_t(values: tuple[float, ...], chance: float) -> None:
+    assert jackknife(statistics.fmean, values).chance_of_positive == chance
+    four = jackknife(statistics.fmean, [0.0, 1.0, 2.0, 3.0])  # t = 2.324 with 3 degrees of freedom
+    assert four.chance_of_positive == pytest.approx(0.94864, abs=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.03, 0.3])
+def test_measuring_never_takes_more_than_its_share_and_most_of_it(share: float) -> None:
+    run = _Run(compute_share=share, total_steps=1000)
+    family, student = find_encoder(run.method.backbone)
+    flops = functools.cache(encoder_flops)
+    calls: list[tuple[int, int]] = []  # weight and tokens of every forward
+    for weight, vit in ((3, student), (1, run.method.teacher)):
+        vit.blocks[0].register_forward_pre_hook(
+            lambda block, args, weight=weight: calls.append((weight, args[0].shape[1])), prepend=True
+        )
+    spent = {"training": 0, "measuring": 0}
+
+    def add(kind: str) -> None:
+        spent[kind] += sum(4 * weight * flops(family, student, tokens) for weight, tokens in calls)
+        calls.clear()
+
+    def advance(batch: Tensor) -> None:
+        add("training")
+        run.scheduler.step(batch)
+        add("measuring")
+        assert spent["measuring"] <= share * spent["training"]
+        assert run.scheduler.measured_share == pytest.approx(spent["measuring"] / spent["training"])
+
+    run.train(_batches(600 if share < 0.1 else 120), advance)
+    assert len(run.scheduler.decisions) >= 1
+    assert spent["measuring"] > 0.5 * share * spent["training"]
+    assert all(made.share <= share for made in run.scheduler.decisions)
+
+
+def test_a_run_too_short_for_one_decision_measures_nothing() -> None:
+    run = _Run(compute_share=0.03).train(_batches(30))
+    assert (run.scheduler.decisions, run.scheduler.measured_share) == ((), 0.0)
+    assert run.scheduler.schedule == Stepwise({0.0: HALF})
+
+
+def test_the_batches_of_a_decision_are_those_of_steps_that_follow_each_other() -> None:
+    run, measured_at = _Run(compute_share=0.2, total_steps=1000), []
+    for batch in _batches(250):
+        before = run.scheduler.measured_share
+        run.train(iter([batch]))
+        if run.scheduler.measured_share > before:
+            measured_at.append(run.scheduler.last_step)
+    assert len(measured_at) >= 8
+    for begin in range(0, len(measured_at) - 3, 4):
+        assert measured_at[begin : begin + 4] == list(range(measured_at[begin], measured_at[begin] + 4))
+
+
+def test_measuring_leaves_no_trace_in_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(online, "_CONFIDENCE", 2.0)  # never moves
+    observed = _Run().train(_batches(40))
+    plain = _Run()
+    plain.scheduler = SequenceScheduler(plain.method, HALF, total_steps=60)
+    plain.train(_batches(40), lambda batch: plain.scheduler.step())
+    assert len(observed.scheduler.decisions) >= 2
+    assert _same(observed.weights(), plain.weights())
+    assert all(
+        torch.equal(mine["momentum_buffer"], others["momentum_buffer"])
+        for mine, others in zip(observed.optimizer.state.values(), plain.optimizer.state.values(), strict=True)
+    )
+
+
+def test_the_seed_decides_everything() -> None:
+    runs = [_Run(seed).train(_batches(40)) for seed in (1, 1, 2)]
+    assert runs[0].scheduler.decisions == runs[1].scheduler.decisions
+    assert _same(runs[0].weights(), runs[1].weights())
+    assert runs[0].scheduler.decisions != runs[2].scheduler.decisions
+
+
+def test_a_resumed_run_decides_what_it_would_have_had_it_not_stopped() -> None:
+    batches, done = list(_batches(50)), 0
+    whole = _Run().train(iter(batches))
+    stopped = _Run()
+    while not (stopped.scheduler.decisions and len(stopped.scheduler.state_dict()["events"]) == 2):
+        stopped.train(iter([batches[done]]))
+        done += 1
+    assert 4 < done < 46
+    file = io.BytesIO()
+    kept = [stopped.method, stopped.optimizer, stopped.scheduler]
+    torch.save([torch.get_rng_state(), *(part.state_dict() for part in kept)], file)
+
+    resumed = _Run(seed=7, start=Strategy(), strategies=[], compute_share=0.01, total_steps=9)
+    file.seek(0)
+    random_state, *states = torch.load(file, weights_only=True)
+    for part, state in zip((resumed.method, resumed.optimizer, resumed.scheduler), states, strict=True):
+        part.load_state_dict(state)
+    torch.set_rng_state(random_state)
+    assert get_strategy(resumed.method) == resumed.scheduler.strategy == stopped.scheduler.strategy
+    resumed.train(iter(batches[done:]))
+    assert resumed.scheduler.decisions == whole.scheduler.decisions
+    assert resumed.scheduler.schedule == whole.scheduler.schedule
+    assert resumed.scheduler.measured_share == whole.scheduler.measured_share
+    assert _same(resumed.weights(), whole.weights())
+
+
+def test_what_was_found_can_be_saved_and_followed_again(tmp_path: Path) -> None:
+    run = _Run().train(_batches(60))
+    run.scheduler.schedule.to_json(tmp_path / "found.json")
+    assert Schedule.from_json(tmp_path / "found.json") == run.scheduler.schedule
+    vit = compress(_vit(), tmp_path / "found.json")
+    assert get_strategy(vit) == HALF
+
+
+def test_every_decision_is_logged_with_what_it_rests_on(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "seqcompress"):
+        run = _Run().train(_batches(40))
+    logged = [record.getMessage() for record in caplog.records]
+    assert logged == [str(made) for made in run.scheduler.decisions]
+    made = run.scheduler.decisions[0]
+    assert logged[0].startswith(f"step {made.step}: ")
+    assert "CA-MSE" in logged[0]
+    assert f"{made.share:.2%} of the compute" in logged[0]
+
+
+def test_nothing_is_measured_after_the_last_step_or_where_nothing_was_trained() -> None:
+    run = _Run(total_steps=20).train(_batches(20))
+    share = run.scheduler.measured_share
+    run.train(_batches(20))
+    assert run.scheduler.measured_share < share  # training goes on, measuring does not
+    idle = _Run()
+    for batch in _batches(10):
+        idle.scheduler.step(batch)
+    assert idle.scheduler.measured_share == 0.0
+
+
+def test_the_default_ladder_halves_the_sequence_from_rung_to_rung() -> None:
+    scheduler = OnlineScheduler(compress(_vit(), HALF), torch.sum, total_steps=9)
+    assert scheduler.ladder == (Strategy(0.75, 8), Strategy(0.5, 8), LARGE, HALF, Strategy())
+    other = OnlineScheduler(compress(_vit(), Strategy(0.9)), torch.sum, [Strategy(0.5, 4)], total_steps=9)
+    assert other.ladder == (Strategy(0.9), HALF, Strategy())  # with where it begins, and the base
+
+
+def test_a_teachers_share_of_the_cost_decides_the_order() -> None:
+    student, teacher = _vit(), _vit()
+    compress(student, Strategy(), teacher=teacher)
+    scheduler = OnlineScheduler(student, torch.sum, total_steps=9)
+    assert scheduler.ladder[-3:] == (Strategy(0.75), HALF, Strategy())  # 3/4 and 2/4 of the base's, about
+    assert set(scheduler.ladder) == {Strategy(r, p) for r in (0.0, 0.5, 0.75) for p in (None, 8)} - {Strategy(0.75, 8)}
+
+
+def test_a_rehearsal_runs_the_dearest_strategy_of_the_ladder() -> None:
+    run = _Run()
+    seen = []
+    assert rehearse(run.scheduler, lambda: seen.append(get_strategy(run.method))).strategy == Strategy()
+    assert seen == [Strategy()]
+    assert get_strategy(run.method) == HALF
+
+
+def test_the_budget_of_the_rest_of_the_run_is_not_made_up() -> None:
+    with pytest.raises(RuntimeError, match="does not know what the rest of the run will cost"):
+        _Run().scheduler.budget_share(3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"step": None}, TypeError, "step must be a function, got None"),
+        ({"strategies": HALF}, TypeError, "strategies must be several"),
+        ({"strategies": [0.5]}, TypeError, r"strategies must be of type Strategy, got 0\.5"),
+        ({"strategies": [Strategy(0.0, 64)]}, ValueError, "strategies: patch 64 does not suit the model"),
+        ({"total_steps": 0}, ValueError, "total_steps must be a whole number of at least 1, got 0"),
+        ({"compute_share": 0}, ValueError, r"compute_share must be in \(0, 1\], got 0"),
+        ({"compute_share": float("nan")}, ValueError, r"compute_share must be in \(0, 1\], got nan"),
+        ({"compute_share": True}, TypeError, r"compute_share must be a number in \(0, 1\], got True"),
+        ({"model_or_models": nn.Linear(2, 2)}, ValueError, "model_or_models must be compressed first"),
+        ({"model_or_models": []}, TypeError, "model_or_models must be one or several"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(changes: Any, error: type[Exception], message: str) -> None:
+    vit = compress(_vit(), SCHEDULE)
+    vit.patch_embed.compression.strategy = Strategy()
+    arguments = {"model_or_models": vit, "step": torch.sum, "total_steps": 10, **changes}
+    with pytest.raises(error, match=message):
+        OnlineScheduler(**arguments)
+    assert get_strategy(vit) == Strategy()
+
+
+SCHEDULE = Stepwise({0.0: HALF, 0.5: Strategy()})
+
+
+def test_encoders_must_begin_alike_and_have_something_to_learn() -> None:
+    models = [compress(_vit(), HALF), compress(_vit(), LARGE)]
+    with pytest.raises(ValueError, match=r"must begin with one strategy, got drop 0\.5 / patch 8"):
+        OnlineScheduler(models, torch.sum, total_steps=10)
+    with pytest.raises(ValueError, match="must have parameters that require grad, got none"):
+        OnlineScheduler(models[0].requires_grad_(False), torch.sum, total_steps=10)
+
+
+def test_a_model_in_eval_mode_is_an_error_once_it_is_to_be_measured() -> None:
+    run = _Run()
+    with pytest.raises(ValueError, match="model must be in train mode"):
+        run.train(_batches(60), lambda batch: (run.method.eval(), run.scheduler.step(batch), run.method.train()))
+
+
+def test_encoders_that_were_restored_are_an_error() -> None:
+    run = _Run()
+    restore(run.method)
+    with pytest.raises(RuntimeError, match="make a new SequenceScheduler"):
+        run.scheduler.step(torch.zeros(4, 3, 16, 16))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ladder": None}, "is not an OnlineScheduler's"),
+        ({"ladder": ["drop 0.5", "patch 64", "base"]}, "patch 64 does not suit"),
+        ({"ladder": ["base"]}, r"must be of strategies of the ladder, got drop 0\.5"),
+        ({"compute_share": 2}, r"compute_share must be in \(0, 1\], got 2"),
+        ({"measured": -1}, "measured must be a number of at least 0, got -1"),
+        ({"decisions": [{}]}, "must have the field 'step'"),
+        ({"events": [{"sketches": {"base": torch.zeros(1, 2)}, "flops": {}}]}, "sketches must have the shape"),
+        ({"last_step": -1}, "is not an OnlineScheduler's"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(changes: dict[str, Any], message: str) -> None:
+    run = _Run().train(_batches(20))
+    before = run.scheduler.state_dict()
+    with pytest.raises(ValueError, match=message):
+        run.scheduler.load_state_dict({**before, **changes})
+    assert repr(run.scheduler.state_dict()) == repr(before)
+    with pytest.raises(ValueError, match="must have the field 'ladder'"):
+        run.scheduler.load_state_dict(SequenceScheduler(run.method, HALF, total_steps=5).state_dict())
+    with pytest.raises(ValueError, match="state must be an OnlineScheduler's"):
+        run.scheduler.load_state_dict([])
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """What each of two processes saw, with a step through DistributedDataParallel and with one past it."""
+    seen = {}
+    for way in ("through", "past"):
+        folder = tmp_path_factory.mktemp(way)
+        commands = [[sys.executable, str(WORKER), str(rank), str(folder), way] for rank in range(2)]
+        processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
+        errors = [process.communicate(timeout=120)[1] for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], errors
+        seen[way] = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    return seen
+
+
+def test_all_ranks_measure_and_move_at_the_same_steps(ranks: Any) -> None:
+    for first, second in ranks.values():
+        assert first["decisions"] == second["decisions"]
+        assert first["strategies"] == second["strategies"]
+        assert first["weights"] == second["weights"]
+        assert len(set(first["strategies"])) > 1
+        assert first["batches"] != second["batches"]
+        assert (first["logged"], second["logged"]) == (len(first["decisions"]), 0)
+
+
+def test_gradients_are_averaged_over_ranks_whether_the_step_does_so_or_not(ranks: Any) -> None:
+    through, past = ranks["through"][0], ranks["past"][0]
+    assert through["measured"] == past["measured"]
+    assert through["variance"] == pytest.approx(past["variance"], rel=1e-4)
