@@ -9,6 +9,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ import numpy as np
 import pytest
 from nbclient import NotebookClient
 
-from seqcompress import Strategy
-from seqcompress.schedules import Constant
+from seqcompress import GradientErrorReport, Strategy
+from seqcompress.schedules import Constant, Schedule
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -203,6 +204,40 @@ def test_solo_learn_notebook_runs_the_recipe_plain_and_accelerated(monkeypatch: 
     assert int(plain[2]) == 1 + 7 * 7
 
 
-def test_there_is_a_notebook_for_each_method() -> None:
+def test_gradient_error_notebook_finds_a_schedule_and_trains_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    outputs = executed(EXAMPLES / "gradient_error.ipynb", monkeypatch)
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
+    printed = [line for output in outputs for line in output.get("text", "").splitlines()]
+    assert [line.split(":")[0] for line in printed if line.startswith("from ")] == ["from 0", "from 1"]
+    (units,) = [line for line in printed if line.endswith("without compression")]
+    spent, plain = int(units.split()[0]), int(units.split()[-3])
+    assert plain == 2 * 3 * 32 * 8  # epochs x steps x images x units an image
+    assert 0 < spent <= plain
+
+
+def test_stages_are_checkpoints_that_the_analysis_can_start_from(tmp_path: Path) -> None:
+    arguments = ("--epochs", "2", "--images", "64", "--batch-size", "16", "--method", "dino", "--output", "stages")
+    run = partial(subprocess.run, env=ONE_THREAD, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = run([sys.executable, str(EXAMPLES / "stages.py"), *arguments])
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (tmp_path / "stages").iterdir()) == [
+        "0.25.pt",
+        "0.5.pt",
+        "0.75.pt",
+        "0.pt",
+        "1.pt",
+    ]
+    command = [sys.executable, "-m", "seqcompress.gradients", f"{EXAMPLES / 'stages.py'}:at"]
+    checkpoints = ["--checkpoints", "0=stages/0.pt", "1=stages/1.pt"]
+    grid = ["--token-dropout", "0.5", "--patch-size", "4", "8", "--batches", "3", "--output", "found"]
+    done = run([*command, *checkpoints, *grid])
+    assert done.returncode == 0, done.stderr
+    report = GradientErrorReport.from_json(tmp_path / "found" / "stage-1.json")
+    assert report.strategies == (Strategy(), Strategy(0.5), Strategy(0.5, 8))
+    assert report[Strategy(0.5, 8)].cost < report[Strategy(0.5)].cost < 1
+    assert Schedule.from_json(tmp_path / "found" / "schedule.json")(0.0) in report
+
+
+def test_there_is_a_notebook_for_each_way_in() -> None:
     names = [path.stem for path in sorted(EXAMPLES.glob("*.ipynb"))]
-    assert names == ["lightly_dino", "lightly_moco", "lightly_simclr", "solo_learn"]
+    assert names == ["gradient_error", "lightly_dino", "lightly_moco", "lightly_simclr", "solo_learn"]
