@@ -527,7 +527,10 @@ def _progress_bar(batches: Iterable[Any], wanted: bool | None) -> Callable[[Iter
         if wanted:
             raise ImportError("progress=True needs tqdm: pip install tqdm") from None
         return lambda iterator: iterator
-    total = len(batches) if isinstance(batches, Sized) else None
+    try:
+        total = len(batches) if isinstance(batches, Sized) else None
+    except TypeError:  # a data loader of an iterable dataset
+        total = None
     return lambda iterator: tqdm(iterator, total=total, desc="gradient error", unit="batch")
 
 

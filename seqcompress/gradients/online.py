@@ -71,8 +71,8 @@ class OnlineDecision:
         return (self.report[self.before].ca_mse_estimate - self.report[strategy].ca_mse_estimate).chance_of_positive
 
     def __str__(self) -> str:
-        kind = "relative CA-MSE" if self.report.base_norm2 > 0 else "CA-MSE"
-        name = "relative_ca_mse" if self.report.base_norm2 > 0 else "ca_mse"
+        name = f"{self.report.shown_prefix}ca_mse"
+        kind = "relative CA-MSE" if self.report.shown_prefix else "CA-MSE"
         errors = []
         for entry in sorted(self.report.entries, key=lambda entry: entry.cost):
             low, high = getattr(entry, f"{name}_interval")

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from seqcompress.gradients.report import GradientErrorReport
 
 try:
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 except ImportError:
     raise ImportError("plotting needs matplotlib: pip install matplotlib") from None
@@ -51,6 +52,7 @@ def plot_stages(
     figure = Figure(figsize=(13, 4.8), layout="constrained")
     prefix, scale = _scale(list(reports.values()))
     strategies = list(dict.fromkeys(strategy for report in reports.values() for strategy in report.strategies))
+    colors = _colors(strategies)
     panels = figure.subplots(1, 3)
     for axes, (name, label) in zip(panels, _NAMES.items(), strict=True):
         drawn = []
@@ -58,9 +60,8 @@ def plot_stages(
             measured = {progress: report[strategy] for progress, report in reports.items() if strategy in report}
             values = [getattr(entry, prefix + name) for entry in measured.values()]
             intervals = [getattr(entry, f"{prefix}{name}_interval") for entry in measured.values()]
-            axes.errorbar(
-                list(measured), values, _margins(values, intervals), marker=".", capsize=2, label=str(strategy)
-            )
+            line = {"marker": ".", "capsize": 2, "label": str(strategy), "color": colors[strategy]}
+            axes.errorbar(list(measured), values, _margins(values, intervals), **line)
             drawn += values
         path_values = [getattr(reports[progress][strategy], prefix + name) for progress, strategy in chosen.items()]
         axes.plot(list(chosen), path_values, color="black", linewidth=5, alpha=0.2, label="schedule", zorder=0)
@@ -71,6 +72,16 @@ def plot_stages(
     stages = " → ".join(dict.fromkeys(f"{strategy!s}" for strategy in chosen.values()))
     figure.suptitle(f"schedule: {stages}")
     figure.savefig(path, dpi=150)
+
+
+def _colors(strategies: list[Strategy]) -> dict[Strategy, Any]:
+    """One hue a patch size, darker for less dropout."""
+    hues = ("Greys", "Oranges", "Blues", "Greens", "Purples", "Reds")
+    sizes = sorted({strategy.patch_size for strategy in strategies}, key=lambda size: size or 0)
+    return {
+        strategy: colormaps[hues[sizes.index(strategy.patch_size) % len(hues)]](0.9 - 0.65 * strategy.token_dropout)
+        for strategy in strategies
+    }
 
 
 def _draw_costs(axes: Any, report: GradientErrorReport) -> None:
@@ -95,7 +106,7 @@ def _draw_costs(axes: Any, report: GradientErrorReport) -> None:
 
 
 def _scale(reports: list[GradientErrorReport]) -> tuple[str, str]:
-    if all(report.base_norm2 > 0 for report in reports):
+    if all(report.shown_prefix for report in reports):
         return "relative_", "relative to the base's ‖E g‖²"
     return "", "absolute"
 
@@ -111,5 +122,7 @@ def _set_scale(axes: Any, values: list[float]) -> None:
     if min(values) > 0:
         axes.set_yscale("log")
     elif max(map(abs, values)) > 0:
-        axes.set_yscale("symlog", linthresh=max(map(abs, values)) / 100)
+        linear = max(map(abs, values)) / 1000
+        axes.set_yscale("symlog", linthresh=linear)
+        axes.set_ylim(bottom=min(-linear, 2 * min(values)))
     axes.grid(alpha=0.3)

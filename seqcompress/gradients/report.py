@@ -146,6 +146,11 @@ class GradientErrorReport:
         """Level of the intervals: 0.95."""
         return LEVEL
 
+    @property
+    def shown_prefix(self) -> str:
+        """ "relative_" if tables and pictures show relative values; empty if ``base_norm2`` is not surely positive."""
+        return "relative_" if self.base_norm2_interval[0] > 0 else ""
+
     def __getitem__(self, strategy: Strategy) -> StrategyError:
         for entry in self.entries:
             if entry.strategy == canonical(strategy, self.own_patch_size):
@@ -245,7 +250,7 @@ class GradientErrorReport:
 
     def __str__(self) -> str:
         tied = self.tied()
-        prefix = "relative_" if self.base_norm2 > 0 else ""
+        prefix = self.shown_prefix
         names = [f"{prefix}{name}" for name in ("bias2", "variance", "ca_mse")]
         table = [["", "strategy", "cost", "bias2", "variance", "CA-MSE"]]
         for entry in sorted(self.entries, key=lambda entry: entry.cost):
@@ -262,7 +267,7 @@ class GradientErrorReport:
     def _title(self, relative: bool) -> str:
         stopped = "" if self.complete else ", interrupted"
         low, high = self.base_norm2_interval
-        scale = "relative to" if relative else "absolute, for this is not positive:"
+        scale = "relative to" if relative else "absolute, for this is not surely positive:"
         return (
             f"Gradient error from {self.num_batches} batches{stopped}, cost {self.cost_kind}\n"
             f"{scale} ||E g_0||^2 = {self.base_norm2:.3g} ({low:.3g} to {high:.3g})"

@@ -59,9 +59,10 @@ def explain_schedule(reports: Reports, monotone: bool = True) -> str:
     for progress, strategy in _chosen(reports, monotone).items():
         report = reports[progress]
         best, tied = report.best(), report.tied()
-        line = f"from {progress:g}: {strategy!s}, CA-MSE {_shown(report[strategy])}"
+        kind = "relative CA-MSE" if report.shown_prefix else "CA-MSE"
+        line = f"from {progress:g}: {strategy!s}, {kind} {_shown(report, strategy)}"
         if strategy != best:
-            line += f"; least is {best!s} with {_shown(report[best])}"
+            line += f"; least is {best!s} with {_shown(report, best)}"
             if strategy not in tied:
                 line += ", but sequences must not become cheaper over training"
         if len(tied) > 1:
@@ -150,6 +151,7 @@ def _sorted(reports: Reports) -> list[tuple[float, GradientErrorReport]]:
     return sorted(reports.items())
 
 
-def _shown(entry: StrategyError) -> str:
-    low, high = entry.ca_mse_interval
-    return f"{entry.ca_mse:.3g} ({low:.3g} to {high:.3g})"
+def _shown(report: GradientErrorReport, strategy: Strategy) -> str:
+    entry, name = report[strategy], f"{report.shown_prefix}ca_mse"
+    low, high = getattr(entry, f"{name}_interval")
+    return f"{getattr(entry, name):.3g} ({low:.3g} to {high:.3g})"

@@ -83,6 +83,7 @@ class _SavedTensor:
         self._values = tensor.data.clone()
         self._requires_grad = tensor.requires_grad
         self._gradient = tensor.grad if tensor.is_leaf else None
+        self._gradient_values = None if self._gradient is None else self._gradient.detach().clone()
 
     def restore(self) -> None:
         if self._tensor.data_ptr() != self._memory.data_ptr() or self._tensor.shape != self._memory.shape:
@@ -91,6 +92,8 @@ class _SavedTensor:
         if self._tensor.is_leaf:
             self._tensor.requires_grad_(self._requires_grad)
             self._tensor.grad = self._gradient
+            if self._gradient is not None and self._gradient_values is not None:
+                self._gradient.copy_(self._gradient_values)  # DDP may hand out the same memory for the next gradient
 
     def clear_gradient(self) -> None:
         if self._tensor.is_leaf:
