@@ -288,7 +288,7 @@ def test_undecided_stages_are_said_plainly(caplog: Any) -> None:
         best_schedule({0.0: clear, 0.5: unclear})
     assert "could not decide the best strategy at progress 0.5:" in caplog.text
     first, second = explain_schedule({0.0: clear, 0.5: unclear}).splitlines()
-    assert first == "from 0: drop 0.5, CA-MSE 1 (1 to 1)"
+    assert first == "from 0: drop 0.5, relative CA-MSE 0.5 (0.484 to 0.516)"
     assert "undecided between base / drop 0.5" in second
     caplog.clear()
     best_schedule({0.0: clear})
