@@ -421,6 +421,49 @@ def test_what_a_step_keeps_elsewhere_is_protected_if_it_is_named(tiny_vit: Any) 
     assert queue.keys.abs().max() == 0
 
 
+def test_the_object_that_a_step_is_a_method_of_is_put_back(tiny_vit: Any) -> None:
+    class Training:
+        def __init__(self) -> None:
+            self.vit = tiny_vit()
+            self.keys, self.steps = torch.zeros(4, 32), 0
+
+        def loss(self, batch: Tensor) -> Tensor:
+            features = self.vit(batch)
+            loss = (features - self.keys).square().mean()
+            self.keys, self.steps = 5 * features.detach(), self.steps + 1
+            return loss
+
+    training = Training()
+    keys = training.keys
+    gradient_error(training.vit, training.loss, _loader(), [HALF], cost="flops")
+    assert training.keys is keys
+    assert training.steps == 0
+    assert keys.abs().max() == 0
+
+
+def test_generators_of_ones_own_give_the_same_views_under_every_strategy(tiny_vit: Any) -> None:
+    vit = tiny_vit()
+    nothing_dropped = Strategy(1e-6)
+    torch_generator, numpy_generator, python_generator = (
+        torch.Generator().manual_seed(1),
+        np.random.default_rng(2),
+        random.Random(3),
+    )
+    before = torch_generator.get_state(), numpy_generator.bit_generator.state, python_generator.getstate()
+    noises: list[float] = []
+
+    def step(batch: Tensor) -> Tensor:
+        scale = numpy_generator.random() + python_generator.random()
+        noises.append(scale)
+        return vit(batch + scale * torch.randn(batch.shape, generator=torch_generator)).square().mean()
+
+    report = gradient_error(vit, step, _loader(), [nothing_dropped], cost="flops")
+    assert report[nothing_dropped].bias2 == 0
+    assert len(set(noises)) == report.num_batches  # another one for each batch, the same for every strategy
+    assert torch.equal(torch_generator.get_state(), before[0])
+    assert (numpy_generator.bit_generator.state, python_generator.getstate()) == before[1:]
+
+
 def test_modules_are_found_in_closures_partials_and_the_functions_that_are_called(tiny_vit: Any) -> None:
     vit = tiny_vit()
     norms = [nn.BatchNorm1d(32, momentum=0.5) for _ in range(3)]

@@ -64,9 +64,10 @@ def gradient_error(
     Nothing is changed: before every run and at the end, also after an error or an interrupt, everything is put back
     that ``step`` may change. That is: weights, gradients, buffers, queues and other attributes, training modes of
     ``model``, of ``teacher`` and of every module that ``step`` and ``after_backward`` can get at (what they are bound
-    to, closure, arguments, global names); optimizers and their schedulers found in the same way; a batch changed in
-    place; the global random states of torch, numpy and Python. Memory holds a copy of all that meanwhile, one
-    gradient-sized sum a strategy, the gradients of two runs, and 32,768 numbers a batch and strategy.
+    to, closure, arguments, global names); optimizers, their schedulers and random generators found in the same way; the
+    attributes of the object that ``step`` is a method of; a batch changed in place; the global random states of torch,
+    numpy and Python. Memory holds a copy of all that meanwhile, one gradient-sized sum a strategy, the gradients of two
+    runs, and 32,768 numbers a batch and strategy.
 
     Args:
         model: an encoder, compressed or not, or a module that holds compressed encoders, such as a LightningModule
@@ -407,7 +408,9 @@ class Runner:
         self.put_back()
         self._state.clear_gradients()
         self._compression.strategy = strategy
-        RandomStates.seed(seed_of(self._seed, self._number))
+        seed = seed_of(self._seed, self._number)
+        RandomStates.seed(seed)
+        self._state.seed(seed)
         for embed in self._embeds:
             embed.tally.clear()
         where = f"step on batch {self._number} under {strategy!s}"

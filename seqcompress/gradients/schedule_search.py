@@ -117,7 +117,9 @@ def _regrets(report: GradientErrorReport) -> dict[Strategy, float]:
     floor = max(1e-12 * max(errors.values()), math.ulp(0.0))
     errors = {strategy: max(error, floor) for strategy, error in errors.items()}
     least = min(errors.values())
-    regrets = {strategy: math.log(error / least) for strategy, error in errors.items()}
+    # A strategy that is surely not the best has a regret, even where negative estimates of bias make them look alike.
+    regrets = {strategy: max(math.log(error / least), 1e-6) for strategy, error in errors.items()}
+    regrets[report.best()] = 0.0
     upper = {strategy: max(report[strategy].ca_mse_interval[1], floor) for strategy in report.tied()}
     if all(map(math.isfinite, upper.values())):
         safest = min(upper.values())

@@ -35,6 +35,7 @@ class Snapshot:
         self._seen: dict[int, object] = {}
         self._tensors: list[_SavedTensor] = []
         self._undo: list[Callable[[], object]] = []
+        self._generators: list[Any] = []
         for root in roots:
             self._save(root)
             if id(root) not in self._seen and hasattr(root, "__dict__"):
@@ -52,6 +53,11 @@ class Snapshot:
         """Let a backward pass start from nothing; ``restore`` brings the gradients back."""
         for tensor in self._tensors:
             tensor.clear_gradient()
+
+    def seed(self, seed: int) -> None:
+        """Set all random generators among it from one number; ``restore`` brings their states back."""
+        for generator in self._generators:
+            _seed(generator, seed)
 
     def _save(self, value: Any) -> None:
         if id(value) in self._seen:
@@ -74,6 +80,8 @@ class Snapshot:
         elif (undo := _undo_of_other(value)) is not None:
             self._seen[id(value)] = value
             self._undo.append(undo)
+            if _is_generator(value):
+                self._generators.append(value)
 
 
 class _SavedTensor:
@@ -130,12 +138,15 @@ class RandomStates:
 
 
 def reached_by(function: object) -> list[object]:
-    """Modules, optimizers and learning-rate schedulers that a function can get at.
+    """Modules, optimizers, learning-rate schedulers and random generators that a function can get at.
 
-    Searched are what it is bound to, its closure, its default and partial arguments, the global names in its code, and
-    functions of the same file that it calls; lists and dicts among these, and attributes of other objects.
+    For a method, the object itself comes first, whatever its class. Searched are what the function is bound to, its
+    closure, its default and partial arguments, the global names in its code, and functions of the same file that it
+    calls; lists and dicts among these, and attributes of other objects.
     """
-    return list(dict.fromkeys(_reached(function, set(), in_object=False)))
+    owner = [function.__self__] if isinstance(function, MethodType) else []
+    found = {id(value): value for value in (*owner, *_reached(function, set(), in_object=False))}
+    return list(found.values())
 
 
 def _reached(value: Any, seen: set[int], *, in_object: bool) -> Iterator[object]:
@@ -143,7 +154,7 @@ def _reached(value: Any, seen: set[int], *, in_object: bool) -> Iterator[object]
         return
     seen.add(id(value))
     nested: Iterable[object] = ()
-    if isinstance(value, _Stateful):
+    if isinstance(value, _Stateful) or _is_generator(value):
         yield value
     elif isinstance(value, functools.partial):
         nested = (value.func, *value.args, *value.keywords.values())
@@ -223,9 +234,28 @@ def _undo_of_other(value: Any) -> Callable[[], object] | None:
     numpy = _numpy()
     if numpy and isinstance(value, numpy.ndarray):
         return functools.partial(numpy.copyto, value, value.copy())
+    if numpy and isinstance(value, numpy.random.RandomState):
+        return functools.partial(value.set_state, value.get_state())
     if numpy and isinstance(value, numpy.random.Generator):
         return functools.partial(setattr, value.bit_generator, "state", value.bit_generator.state)
     return None
+
+
+def _is_generator(value: object) -> bool:
+    numpy = _numpy()
+    kinds: tuple[Any, ...] = (torch.Generator, random.Random)
+    return isinstance(value, (*kinds, numpy.random.Generator, numpy.random.RandomState) if numpy else kinds)
+
+
+def _seed(generator: Any, seed: int) -> None:
+    if isinstance(generator, torch.Generator):
+        generator.manual_seed(seed)
+    elif isinstance(generator, random.Random):
+        generator.seed(seed)
+    elif hasattr(generator, "bit_generator"):  # numpy's new kind
+        generator.bit_generator.state = type(generator.bit_generator)(seed).state
+    else:
+        generator.seed(seed % 2**32)
 
 
 def _numpy() -> Any:
