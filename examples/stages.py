@@ -3,7 +3,7 @@
     python examples/stages.py --output stages
     python -m seqcompress.gradients examples/stages.py:at --checkpoints 0=stages/0.pt 0.25=stages/0.25.pt ...
 
-With ``--plan`` the run is accelerated, and the checkpoints are its own.
+With ``--plan`` or ``--online`` the run is accelerated, and the checkpoints are its own.
 Whatever the analysis needs, ``at`` reads from the checkpoint: an example of what to write for one's own training.
 """
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.optim import AdamW
 from tqdm import tqdm
 
-from seqcompress import PolynomialDecayLR, SequenceScheduler, TrainingStep, compress
+from seqcompress import OnlineScheduler, PolynomialDecayLR, SequenceScheduler, Strategy, TrainingStep, compress
 
 STAGES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -65,12 +65,12 @@ class Training:
         self.optimizer.step()
         self.model.update_teacher(cosine_schedule(self.step, self.total_steps, 0.95, 1.0))
 
-    def run(self, output: Path | None = None, after_step: Callable[[], object] = lambda: None) -> None:
+    def run(self, output: Path | None = None, after_step: Callable[[list[Tensor]], object] | None = None) -> None:
         """Train to the end.
 
         Args:
             output: folder for a checkpoint of each stage, named after its progress; None for no checkpoints.
-            after_step: called at the end of each step.
+            after_step: called with the views at the end of each step.
         """
         stages = {round(stage * self.total_steps): output / f"{stage:g}.pt" for stage in STAGES} if output else {}
         with tqdm(total=self.total_steps, desc="pretraining", unit="step") as progress:
@@ -82,7 +82,8 @@ class Training:
                 self.after_backward()
                 self.decay.step()
                 self.step += 1
-                after_step()
+                if after_step is not None:
+                    after_step(views)
                 progress.set_postfix(loss=f"{loss.item():.3f}")
                 progress.update()
         self._save(stages.get(self.step))
@@ -125,6 +126,10 @@ def _images(settings: dict[str, Any]) -> ImageData:
     return data.limited(settings["images"]) if settings["images"] else data
 
 
+def _compress(training: Training, plan: Strategy | str) -> None:
+    compress(training.model.backbone, plan, teacher=training.model.backbone_momentum)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -136,19 +141,26 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--plan", help="accelerate the run: a preset's name or a schedule file")
+    parser.add_argument("--online", metavar="STRATEGY", help="let an online schedule begin at 'drop 0.5, patch 7', say")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("stages"), help="folder for the checkpoints")
     arguments = vars(parser.parse_args())
     output = arguments.pop("output")
     output.mkdir(parents=True, exist_ok=True)
-    plan = arguments.pop("plan")
+    plan, online = arguments.pop("plan"), arguments.pop("online")
     training = Training(arguments, views_seed=arguments["seed"])
-    if plan is None:
-        training.run(output)
-    else:
-        compress(training.model.backbone, plan, teacher=training.model.backbone_momentum)
-        scheduler = SequenceScheduler(training.model, total_steps=training.total_steps)
+    if online is not None:
+        _compress(training, Strategy.parse(online))
+        scheduler = OnlineScheduler(training.model, training.loss, total_steps=training.total_steps)
         training.run(output, after_step=scheduler.step)
+        print(*scheduler.decisions, sep="\n")
+        scheduler.schedule.to_json(output / "schedule.json")
+    elif plan is not None:
+        _compress(training, plan)
+        advance = SequenceScheduler(training.model, total_steps=training.total_steps)
+        training.run(output, after_step=lambda views: advance.step())
+    else:
+        training.run(output)
     accuracy = Evaluator(training.data, torch.device("cpu")).knn(training.model.backbone)
     print(f"k-NN accuracy {accuracy:.3f}; checkpoints: {', '.join(f'{output}/{stage:g}.pt' for stage in STAGES)}")
 

@@ -19,7 +19,7 @@ import pytest
 from nbclient import NotebookClient
 
 from seqcompress import GradientErrorReport, Strategy
-from seqcompress.schedules import Constant, Schedule
+from seqcompress.schedules import Constant, Schedule, Stepwise
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -236,6 +236,22 @@ def test_stages_are_checkpoints_that_the_analysis_can_start_from(tmp_path: Path)
     assert report.strategies == (Strategy(), Strategy(0.5), Strategy(0.5, 8))
     assert report[Strategy(0.5, 8)].cost < report[Strategy(0.5)].cost < 1
     assert Schedule.from_json(tmp_path / "found" / "schedule.json")(0.0) in report
+
+
+@pytest.mark.parametrize(
+    ("plan", "found"),
+    [(("--plan", "strong"), None), (("--online", "drop 0.5, patch 8"), Stepwise({0.0: Strategy(0.5, 8)}))],
+)
+def test_stages_of_an_accelerated_run_are_kept_too(
+    tmp_path: Path, plan: tuple[str, str], found: Schedule | None
+) -> None:
+    arguments = ("--epochs", "1", "--images", "32", "--batch-size", "16", "--method", "simclr", "--output", "stages")
+    command = [sys.executable, str(EXAMPLES / "stages.py"), *arguments, *plan]
+    done = subprocess.run(command, env=ONE_THREAD, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "stages" / "1.pt").is_file()
+    if found is not None:  # two steps are too few for a decision
+        assert Schedule.from_json(tmp_path / "stages" / "schedule.json") == found
 
 
 def test_there_is_a_notebook_for_each_way_in() -> None:
