@@ -132,7 +132,7 @@ def test_where_compression_has_no_bias_it_ends_at_the_cheapest_strategy() -> Non
     assert followed == [scheduler.schedule(step / 60) for step in range(1, 61)]
 
 
-def test_where_bias_is_all_it_relaxes_to_the_base_one_rung_at_a_time() -> None:
+def test_where_bias_is_all_it_relaxes_to_the_base_past_a_rung_between() -> None:
     torch.manual_seed(0)
     vit = compress(_vit(), HUGE)
     views = torch.randn(4, 3, 16, 16)  # always these: the gradient has no variance
@@ -146,7 +146,7 @@ def test_where_bias_is_all_it_relaxes_to_the_base_one_rung_at_a_time() -> None:
         loss(views).backward()
         scheduler.step(views)
     moves = [(made.before, made.after) for made in scheduler.decisions if made.before != made.after]
-    assert moves == [(HUGE, LARGE), (LARGE, Strategy())]
+    assert moves == [(HUGE, Strategy())]
     assert get_strategy(vit) == Strategy()
     first = scheduler.decisions[0].report
     reference = gradient_error(vit, loss, [views] * 4, [LARGE, HUGE], cost="flops")
@@ -156,7 +156,7 @@ def test_where_bias_is_all_it_relaxes_to_the_base_one_rung_at_a_time() -> None:
 
 
 def test_a_difference_that_may_be_chance_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    chances = iter([0.79, 0.1, 0.1, 0.81])
+    chances = iter([0.79, 0.1, 0.81, 0.1])
     monkeypatch.setattr(online.OnlineDecision, "chance", lambda self, strategy: next(chances))
     run = _Run(strategies=[Strategy(0.75)], total_steps=100)
     batches = _batches(100)

@@ -94,9 +94,9 @@ class OnlineScheduler(SequenceScheduler):
     Strategies form a ladder, ordered by cost. The run begins at the strategy that its encoders were compressed with.
     As soon as the compute allows it, the strategy in force, its cheaper and its dearer neighbour and the base are run
     on the batches of the next 4 steps, like in [gradient_error][seqcompress.gradient_error], and the scheduler decides:
-    it moves to a neighbour whose CA-MSE is less than that of the strategy in force with a probability of at least 80 %,
-    one-sided, from the jackknife of the paired difference; to the better one, if both are. Otherwise it stays. Every
-    decision begins anew.
+    it moves to a neighbour or to the base if its CA-MSE is less than that of the strategy in force with a probability
+    of at least 80 %, one-sided, from the jackknife of the paired difference; to the best, if several are. Otherwise it
+    stays. Every decision begins anew. (The base is measured anyway, and a worse rung may lie before it.)
 
     Why so: the 4 batches follow each other, as gradients from earlier weights would make the bias look small and the
     variance large. One decision asks for little evidence, for more come. A move between near equals, which happens in
@@ -304,9 +304,6 @@ class OnlineScheduler(SequenceScheduler):
         self._decisions, self._events = decisions, events
         self._counted = self._tallies()
 
-    def _neighbours(self) -> list[Strategy]:
-        return _neighbours(self._ladder, self.strategy)
-
     def _compared(self) -> list[Strategy]:
         return _compared(self._ladder, self.strategy)
 
@@ -352,7 +349,8 @@ class OnlineScheduler(SequenceScheduler):
     def _decide(self) -> None:
         before = self.strategy
         decision = OnlineDecision(self._last_step, before, before, self._report(), self.measured_share)
-        better = [strategy for strategy in self._neighbours() if decision.chance(strategy) >= _CONFIDENCE]
+        others = [strategy for strategy in self._compared() if strategy != before]
+        better = [strategy for strategy in others if decision.chance(strategy) >= _CONFIDENCE]
         after = min(better or [before], key=lambda strategy: decision.report[strategy].ca_mse)
         after = self._ladder[self._agreed(self._ladder.index(after))]
         decision = OnlineDecision(self._last_step, before, after, decision.report, decision.share)
