@@ -1,4 +1,7 @@
-"""Reading JSON that a person may have written: every complaint names the file and the field."""
+"""JSON files: written the same way everywhere, and read as what a person may have written.
+
+Every complaint names the file and the field.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FieldError", "check_names", "is_file", "read_json", "take", "take_version"]
+__all__ = ["FieldError", "check_names", "is_file", "read_json", "take", "take_version", "write_json"]
 
 
 class FieldError(ValueError):
@@ -16,6 +19,14 @@ class FieldError(ValueError):
 
     def __init__(self, name: str, problem: str) -> None:
         super().__init__(f"field {name!r}: {problem}")
+
+
+def write_json(content: Mapping[str, Any], path: str | os.PathLike[str] | None) -> str:
+    """An object as JSON text, written to ``path`` too if one is given."""
+    text = json.dumps(content, indent=2) + "\n"
+    if path is not None:
+        Path(path).write_text(text, encoding="utf-8")
+    return text
 
 
 def read_json(source: str | os.PathLike[str], what: str) -> tuple[dict[str, Any], str]:

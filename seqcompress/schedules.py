@@ -7,17 +7,15 @@ a number in [0, 1], it returns a [Strategy][seqcompress.Strategy]. Source of the
 
 from __future__ import annotations
 
-import json
 import math
 import numbers
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
-from seqcompress.json_files import FieldError, check_names, read_json, take, take_version
+from seqcompress.json_files import FieldError, check_names, read_json, take, take_version, write_json
 from seqcompress.strategy import Strategy
 
 __all__ = ["Constant", "Cosine", "Linear", "Schedule", "Stepwise"]
@@ -63,10 +61,7 @@ class Schedule(ABC):
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """The schedule as JSON text, written to ``path`` too if one is given."""
         content = {"seqcompress_schedule": _VERSION, "kind": self.kind, **self._fields()}
-        text = json.dumps(content, indent=2) + "\n"
-        if path is not None:
-            Path(path).write_text(text, encoding="utf-8")
-        return text
+        return write_json(content, path)
 
     @classmethod
     def from_json(cls, source: str | os.PathLike[str]) -> Schedule:

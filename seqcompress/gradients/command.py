@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import hashlib
 import importlib
-import json
 import math
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from seqcompress.gradients.report import CostKind, GradientErrorReport, canonica
 from seqcompress.gradients.schedule_search import best_schedule, explain_schedule, plot_schedule
 from seqcompress.gradients.state import RandomStates
 from seqcompress.gradients.training_step import TrainingStep
-from seqcompress.json_files import FieldError, read_json, take, take_version
+from seqcompress.json_files import FieldError, read_json, take, take_version, write_json
 from seqcompress.strategy import Strategy
 
 __all__ = ["main"]
@@ -303,9 +302,8 @@ class _Records:
         return math.fsum(self._stages[str(stage)]["seconds"] for stage in stages)
 
     def _write(self) -> None:
-        text = json.dumps({"seqcompress_analysis": _VERSION, "stages": self._stages}, indent=2) + "\n"
         unfinished = self._path.with_suffix(".tmp")
-        unfinished.write_text(text, encoding="utf-8")
+        write_json({"seqcompress_analysis": _VERSION, "stages": self._stages}, unfinished)
         unfinished.replace(self._path)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from seqcompress.gradients.statistics import LEVEL, Estimate, Interval
-from seqcompress.json_files import FieldError, check_names, read_json, take, take_version
+from seqcompress.json_files import FieldError, check_names, read_json, take, take_version, write_json
 from seqcompress.strategy import Strategy
 
 if TYPE_CHECKING:
@@ -198,10 +197,7 @@ class GradientErrorReport:
                 for entry in self.entries
             ],
         }
-        text = json.dumps(content, indent=2) + "\n"
-        if path is not None:
-            Path(path).write_text(text, encoding="utf-8")
-        return text
+        return write_json(content, path)
 
     @classmethod
     def from_json(cls, source: str | os.PathLike[str]) -> GradientErrorReport:
