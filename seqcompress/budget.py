@@ -9,8 +9,7 @@ from typing import Any
 from torch import nn
 
 from seqcompress.compression import compressed_embeds_of
-from seqcompress.compressors import CompressedPatchEmbed
-from seqcompress.cost import encoder_flops, num_tokens
+from seqcompress.cost import Flops, num_tokens
 from seqcompress.families import find_encoder
 from seqcompress.strategy import Strategy
 
@@ -44,7 +43,7 @@ class Budget:
 
     def __init__(self, model_or_models: nn.Module | Sequence[nn.Module]) -> None:
         self._embeds = compressed_embeds_of(model_or_models)
-        self._costs: dict[tuple[int, int], float] = {}
+        self._flops = Flops(embed.encoder for embed in self._embeds)
         self._earlier = 0.0
         self.reset()
 
@@ -85,17 +84,11 @@ class Budget:
         return f"Budget(units={self.units:.6g})"
 
     def _counted(self) -> float:
-        total = 0.0
-        for number, embed in enumerate(self._embeds):
-            for forward, calls in embed.tally.items():
-                weight = 3 if forward.graph else 1
-                total += calls * forward.view[0] * weight * self._cost(number, embed, forward.tokens)
-        return total
+        spent = (self._flops.of(number, embed.tally) / self._unit(number) for number, embed in enumerate(self._embeds))
+        return sum(spent, start=0.0)
 
-    def _cost(self, number: int, embed: CompressedPatchEmbed, tokens: int) -> float:
-        if (number, tokens) not in self._costs:
-            family, encoder = find_encoder(embed.encoder)
-            full = num_tokens(encoder, Strategy(), family.image_size(encoder))
-            flops = (encoder_flops(family, encoder, length) for length in (tokens, full))
-            self._costs[number, tokens] = next(flops) / next(flops)
-        return self._costs[number, tokens]
+    def _unit(self, number: int) -> int:
+        """FLOPs of a unit, in one of the encoders."""
+        family, encoder = find_encoder(self._embeds[number].encoder)
+        full = num_tokens(encoder, Strategy(), family.image_size(encoder))
+        return self._flops.of_one_view(number, full)

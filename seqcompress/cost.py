@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from seqcompress.compressors.patch_embed import Forward
 from seqcompress.compressors.patch_scaling import grid_size
 from seqcompress.compressors.token_dropout import num_kept
 from seqcompress.families import Family, find_encoder
 from seqcompress.families.family import Encoder
 from seqcompress.strategy import Strategy
 
-__all__ = ["encoder_flops", "num_tokens", "relative_cost"]
+__all__ = ["Flops", "encoder_flops", "num_tokens", "relative_cost"]
 
 
 def num_tokens(model: nn.Module, strategy: Strategy, image_size: int | tuple[int, int]) -> int:
@@ -76,6 +77,35 @@ def encoder_flops(family: Family, encoder: Encoder, tokens: int) -> int:
     """
     patches = tokens - family.num_prefix_tokens(encoder)
     return 2 * patches * encoder.patch_embed.proj.weight.numel() + _flops_after_embedding(family, encoder, tokens)
+
+
+class Flops:
+    """FLOPs of training steps in encoders: three for a forward that is differentiated against one for another.
+
+    Args:
+        encoders: supported ViTs. Each forward is counted once for each view, with the tokens it really had.
+    """
+
+    def __init__(self, encoders: Iterable[nn.Module]) -> None:
+        self._encoders = [find_encoder(encoder) for encoder in encoders]
+        self._known: dict[tuple[int, int], int] = {}
+
+    def __call__(self, tallies: Iterable[Counter[Forward]]) -> int:
+        """Those of the forwards that were counted, one tally an encoder."""
+        return sum(self.of(number, tally) for number, tally in enumerate(tallies))
+
+    def of(self, number: int, tally: Counter[Forward]) -> int:
+        """Those of one encoder, named by its number."""
+        return sum(
+            calls * forward.view[0] * (3 if forward.graph else 1) * self.of_one_view(number, forward.tokens)
+            for forward, calls in tally.items()
+        )
+
+    def of_one_view(self, number: int, tokens: int) -> int:
+        """Those of one view's forward through one encoder; see ``encoder_flops``."""
+        if (number, tokens) not in self._known:
+            self._known[number, tokens] = encoder_flops(*self._encoders[number], tokens)
+        return self._known[number, tokens]
 
 
 def _flops_after_embedding(family: Family, encoder: Encoder, tokens: int) -> int:

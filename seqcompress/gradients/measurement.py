@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from seqcompress.compression import compressed_embeds, is_compressed
 from seqcompress.compressors import CompressedPatchEmbed, SubsetStream
-from seqcompress.compressors.patch_embed import Compression, Forward, When
-from seqcompress.cost import encoder_flops
+from seqcompress.compressors.patch_embed import Compression, When
+from seqcompress.cost import Flops
 from seqcompress.families import Family, find_encoder
 from seqcompress.families.family import Encoder
 from seqcompress.gradients.report import CostKind, GradientErrorReport, canonical
@@ -285,28 +285,6 @@ class _Ran(NamedTuple):
     flops: int
 
 
-class Flops:
-    """FLOPs of training steps in the encoders, three for a forward that is differentiated against one for another."""
-
-    def __init__(self, encoders: Sequence[MeasuredEncoder]) -> None:
-        self._encoders = encoders
-        self._known: dict[tuple[int, int], int] = {}
-
-    def __call__(self, tallies: Iterable[Counter[Forward]]) -> int:
-        """Those of the forwards that were counted, one tally an encoder."""
-        return sum(
-            calls * forward.view[0] * (3 if forward.graph else 1) * self._of_one_view(number, forward.tokens)
-            for number, tally in enumerate(tallies)
-            for forward, calls in tally.items()
-        )
-
-    def _of_one_view(self, number: int, tokens: int) -> int:
-        if (number, tokens) not in self._known:
-            measured = self._encoders[number]
-            self._known[number, tokens] = encoder_flops(measured.family, measured.encoder, tokens)
-        return self._known[number, tokens]
-
-
 @contextmanager
 def running(
     encoders: Sequence[MeasuredEncoder],
@@ -371,7 +349,7 @@ class Runner:
         self._number = first
         self._warm_up = warm_up
         self._order = random.Random(seed)
-        self._flops = Flops(encoders)
+        self._flops = Flops(measured.encoder for measured in encoders)
         self._batch = Snapshot(())
 
     def measure(self, batch: Any, uses: Mapping[Strategy, Use]) -> dict[Strategy, float]:

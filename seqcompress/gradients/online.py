@@ -19,10 +19,9 @@ from torch import distributed as dist
 
 from seqcompress.compression import compressed_embeds_of
 from seqcompress.compressors.patch_embed import Forward
-from seqcompress.cost import num_tokens
+from seqcompress.cost import Flops, num_tokens
 from seqcompress.gradients.measurement import (
     SKETCH_SIZE,
-    Flops,
     MeasuredEncoder,
     checked_strategies,
     listed,
@@ -169,7 +168,7 @@ class OnlineScheduler(SequenceScheduler):
         starts = list(dict.fromkeys(canonical(embed.compression.plan(0.0), own) for embed in embeds))
         if len(starts) > 1:
             raise ValueError(f"model_or_models must begin with one strategy, got {' / '.join(map(str, starts))}")
-        flops = Flops(encoders)
+        flops = Flops(measured.encoder for measured in encoders)
         wanted = _default_ladder(encoders, flops) if strategies is None else checked_strategies(strategies)
         ladder = list(dict.fromkeys(canonical(strategy, own) for strategy in (*wanted, *starts, _BASE)))
         for encoder in encoders:
