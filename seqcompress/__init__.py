@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from seqcompress.schedules import Constant, Cosine, Linear, Schedule, Stepwise
     from seqcompress.sequence_scheduler import SequenceScheduler
     from seqcompress.strategy import Strategy
+    from seqcompress.views import scale_views
 
 __all__ = [
     "Budget",
@@ -56,6 +57,7 @@ __all__ = [
     "rehearse",
     "relative_cost",
     "restore",
+    "scale_views",
     "schedules",
     "set_strategy",
 ]
@@ -87,6 +89,7 @@ _MODULES = {
     "rehearse": "rehearsal",
     "relative_cost": "cost",
     "restore": "compression",
+    "scale_views": "views",
     "set_strategy": "compression",
 }
 

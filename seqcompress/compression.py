@@ -81,8 +81,9 @@ def compress(
     for name, (family, encoder) in found.items():
         _check(family, encoder, schedule, name)
 
-    compression = Compression(schedule, schedule(0.0))
     encoders = [encoder for _, encoder in found.values()]
+    views = next((embed.compression.views for embed in compressed_embeds(*encoders)), None)
+    compression = Compression(schedule, schedule(0.0), views=views)
     for embed in compressed_embeds(*encoders):
         for partner in embed.partners():
             if partner.encoder not in encoders:
@@ -96,15 +97,20 @@ def compress(
             embed.when = when if is_student else "train"
         else:
             family.attach(encoder, compression, drops_tokens=is_student, when=when if is_student else "train")
+    if views is not None:
+        views.ask_for(compression.strategy)
     return model
 
 
 def restore(model: Model) -> Model:
     """Undo [compress][seqcompress.compress] completely, for all encoders that were compressed together.
 
-    A model that is not compressed is left as it is. ``model`` may contain the encoders at any depth.
+    A model that is not compressed is left as it is. ``model`` may contain the encoders at any depth. Loaders that
+    made smaller views for it make full ones from now on.
     """
     for embed in compressed_embeds(_module(model)):
+        if embed.compression.views is not None:
+            embed.compression.views.ask_for(Strategy())
         for partner in embed.partners():
             _detach(partner)
     return model
@@ -136,7 +142,10 @@ def set_strategy(model: nn.Module, strategy: Strategy) -> None:
         raise TypeError(f"strategy must be a Strategy, got {strategy!r}")
     embeds = _one_compression(model)
     check_plan(embeds, Constant(strategy))
-    embeds[0].compression.strategy = strategy
+    compression = embeds[0].compression
+    compression.strategy = strategy
+    if compression.views is not None:
+        compression.views.ask_for(strategy)
 
 
 def resolve_plan(plan: Plan | None, family: Family, encoder: nn.Module) -> Schedule:

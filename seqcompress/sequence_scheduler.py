@@ -187,6 +187,9 @@ class SequenceScheduler:
         self._schedule, self._total_steps, self._last_step = schedule, total_steps, last_step
         for model, compression in enumerate(dict.fromkeys(compression for _, compression in self._driven)):
             compression.stream.anchor(self._seed, last_step, model)
+            if compression.views is not None:
+                ahead = schedule(min(1.0, (last_step + compression.views.lookahead) / total_steps))
+                compression.views.ask_for(compression.strategy, ahead)
 
     def _agreed(self, step: int) -> int:
         """Rank 0's step. Agreed on the CPU, so that no device has to wait."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 from weakref import WeakSet
 
 import torch
@@ -32,6 +32,9 @@ from seqcompress.compressors.token_dropout import (
 from seqcompress.schedules import Schedule
 from seqcompress.strategy import Strategy
 
+if TYPE_CHECKING:
+    from seqcompress.views import ScaledViews
+
 __all__ = ["CompressedPatchEmbed", "Compression", "When"]
 
 When = Literal["grad", "train"]
@@ -40,11 +43,15 @@ Size = tuple[int, int]
 
 @dataclass(eq=False)
 class Compression:
-    """What the encoders that were compressed together share: one plan, one strategy, one random stream."""
+    """What the encoders that were compressed together share: one plan, one strategy, one random stream.
+
+    ``views`` is there if loaders make smaller views for them.
+    """
 
     plan: Schedule
     strategy: Strategy
     stream: SubsetStream = field(default_factory=SubsetStream)
+    views: ScaledViews | None = None
 
 
 class Forward(NamedTuple):
@@ -249,8 +256,11 @@ class CompressedPatchEmbed(nn.Module):
         graph = _builds_graph(views, self.encoder)
         strategy = self.strategy if graph or self.when == "train" else Strategy()
         base, view = patch_size(self.embed), (views.shape[2], views.shape[3])
+        full = view if self.compression.views is None else self.compression.views.full_size(view)
         patch = base if strategy.patch_size is None else (strategy.patch_size, strategy.patch_size)
-        grid = grid_size(view, patch)
+        grid = grid_size(full, patch)
+        if full != view:  # made smaller: the same grid, whose patches have fewer pixels here
+            patch = (max(base[0], round(view[0] / grid[0])), max(base[1], round(view[1] / grid[1])))
         patches = grid[0] * grid[1]
         kept = num_kept(patches, strategy.token_dropout)
         prefix: int = self.encoder.num_prefix_tokens
@@ -261,7 +271,7 @@ class CompressedPatchEmbed(nn.Module):
         uneven = view[0] % base[0] != 0 or view[1] % base[1] != 0
         refused = uneven or (view != self.embed.img_size and getattr(self.embed, "strict_img_size", False))
         compressing = graph or self.when == "train"
-        if patch == base and kept == patches and not (refused and compressing):
+        if patch == base and kept == patches and full == view and not (refused and compressing):
             return None
         subset = patch_rows = None
         if kept < patches:

@@ -1,0 +1,387 @@
+"""Loaders make the views that the strategy needs, and the encoder takes them for what they stand for."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision.transforms as v1
+import torchvision.transforms.v2 as v2
+from lightly.transforms import DINOTransform, MoCoV2Transform, SimCLRTransform, SwaVTransform
+from PIL import Image
+from sklearn.datasets import load_sample_image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torchvision.datasets import ImageFolder
+
+from seqcompress import Budget, SequenceScheduler, Stepwise, Strategy, compress, rehearse, restore, set_strategy
+from seqcompress.compressors import resize_pinv
+from seqcompress.compressors.patch_scaling import resample_views
+from seqcompress.views import scale_views
+from seqcompress.views.transforms import ScaledTransforms, SmallerJPEGs
+
+SCALED = Strategy(patch_size=16)  # of a ViT with patches of 8 px: half the side, a quarter of the tokens
+RELAXING = Stepwise({0.0: Strategy(0.5, 16), 0.5: Strategy()})
+
+
+class Photos(Dataset[Any]):
+    """Pieces of a photograph, and the process that made each view."""
+
+    def __init__(self, transform: Callable[[Any], Any], images: int = 64, side: int = 96) -> None:
+        self.transform, self.images, self.side = transform, images, side
+        self.photo = Image.fromarray(load_sample_image("china.jpg"))
+
+    def __len__(self) -> int:
+        return self.images
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        left, top = 7 * index % 500, 5 * index % 300
+        return self.transform(self.photo.crop((left, top, left + self.side, top + self.side))), os.getpid()
+
+
+def crop_to(side: int) -> Any:
+    return v1.Compose([v1.RandomResizedCrop(side, scale=(0.3, 1.0)), v1.ToTensor()])
+
+
+def loader_of(transform: Any, batch_size: int = 4, images: int = 64, **settings: Any) -> DataLoader[Any]:
+    return DataLoader(Photos(transform, images), batch_size=batch_size, **settings)
+
+
+def sides(views: Any) -> list[int]:
+    return [view.shape[-1] for view in (views if isinstance(views, list) else [views])]
+
+
+def seed_all(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+
+
+PIPELINES = {
+    "Lightly's SimCLR": SimCLRTransform(input_size=64),
+    "Lightly's MoCo v2": MoCoV2Transform(input_size=64),
+    "Lightly's DINO": DINOTransform(global_crop_size=64, local_crop_size=32, n_local_views=2),
+    "Lightly's SwaV": SwaVTransform(crop_sizes=(64, 32), crop_counts=(2, 2)),
+    "torchvision v1": v1.Compose(
+        [v1.RandomResizedCrop(64), v1.RandomHorizontalFlip(), v1.GaussianBlur(9, (0.1, 2.0)), v1.ToTensor()]
+    ),
+    "torchvision v2": v2.Compose(
+        [
+            v2.ToImage(),
+            v2.RandomResizedCrop((64, 64), antialias=True),
+            v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+            v2.GaussianBlur(9, (0.1, 2.0)),
+            v2.ToDtype(torch.float32, scale=True),
+        ]
+    ),
+    "resize and crop": v1.Compose([v1.Resize(80), v1.CenterCrop(64), v1.ToTensor()]),
+    "resize only": v2.Compose([v2.Resize((64, 64)), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]),
+}
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("patch_size", [16, 32])
+def test_a_smaller_view_shows_what_the_full_one_shows(name: str, patch_size: int, tiny_vit: Any) -> None:
+    """Compared with the full view whose patches are resampled as the encoder would."""
+    dataset = Photos(copy.deepcopy(PIPELINES[name]))
+    transforms = ScaledTransforms(dataset, (8, 8))
+    shrink = resize_pinv(8, patch_size, torch.float32, torch.device("cpu"))
+    for index in range(4):
+        made = []
+        for size in (None, patch_size):
+            transforms.apply(size)
+            seed_all(index)
+            views = dataset[index][0]
+            made.append(views if isinstance(views, list) else [views])
+        for full, small in zip(*made, strict=True):
+            grid = (full.shape[1] // patch_size, full.shape[2] // patch_size)
+            assert small.shape[1:] == (8 * grid[0], 8 * grid[1])
+            resampled = resample_views(full[None], grid, shrink, shrink)[0]
+            if name != "padded crop":  # whose random shift is a whole number of pixels
+                assert (small - resampled).square().mean().sqrt() < 0.25 * resampled.std()
+    transforms.apply(None)
+    assert sides(dataset[0][0])[0] == 64
+
+
+def test_blurs_and_borders_shrink_with_the_view() -> None:
+    pipeline = v1.Compose([v1.RandomCrop(64, padding=8), v1.GaussianBlur(23, (0.1, 2.0)), v1.Resize(32, max_size=48)])
+    lightly = SimCLRTransform(input_size=64, sigmas=(0.2, 2.0))
+    dataset = Photos([pipeline, lightly])  # type: ignore[arg-type]
+    transforms = ScaledTransforms(dataset, (8, 8))
+    crop, blur, resize = pipeline.transforms
+    lightly_blur = next(step for step in lightly.transforms[0].transform.transforms if hasattr(step, "sigmas"))
+
+    def settings() -> tuple[Any, ...]:
+        return (*crop.size, crop.padding, blur.kernel_size, blur.sigma, resize.size, resize.max_size)
+
+    before = settings()
+    transforms.apply(16)
+    assert settings() == (32, 32, 4, (11, 11), (0.05, 1.0), 16, 24)
+    assert lightly_blur.sigmas == (0.1, 1.0)
+    transforms.apply(None)
+    assert settings() == before
+    assert lightly_blur.sigmas == (0.2, 2.0)
+
+
+def test_jpeg_files_are_decoded_smaller_and_others_whole(tmp_path: Path, tiny_vit: Any) -> None:
+    (tmp_path / "class").mkdir()
+    photo = Image.fromarray(load_sample_image("china.jpg")).crop((0, 0, 201, 120))
+    for name in ("a.jpg", "b.png"):
+        photo.save(tmp_path / "class" / name)
+    dataset = ImageFolder(str(tmp_path), transform=crop_to(32))
+    plain = dataset.loader
+    vit = compress(tiny_vit(), Strategy(patch_size=32))
+    scale_views(DataLoader(dataset, batch_size=2), vit)
+    assert isinstance(dataset.loader, SmallerJPEGs)
+    assert [dataset.loader(path).size for path, _ in dataset.samples] == [(51, 30), (201, 120)]
+    assert dataset[0][0].shape == (3, 8, 8)
+    restore(vit)
+    assert dataset.loader is plain
+    whole = np.asarray(plain(dataset.samples[0][0]))
+    assert np.array_equal(np.asarray(SmallerJPEGs(1)(dataset.samples[0][0])), whole)
+
+
+def test_an_upsampled_view_and_the_view_itself_give_the_same_features(tiny_vit: Any) -> None:
+    """METHOD's identity: what the smaller view lacks is what the resize matrix makes up."""
+    vit = compress(tiny_vit(), SCALED).train()
+    scale_views(loader_of(crop_to(32)), vit)
+    small = torch.rand(2, 3, 16, 16)
+    up = F.interpolate(torch.eye(8)[None, None], size=(16, 8), mode="bicubic", antialias=True)[0, 0]  # (16, 8)
+    patches = small.unflatten(2, (2, 8)).unflatten(4, (2, 8))  # (2, 3, gh, 8, gw, 8)
+    full = torch.einsum("nciajb,ya,xb->nciyjx", patches, up, up).flatten(4).flatten(2, 3)
+    assert full.shape == (2, 3, 32, 32)
+    torch.testing.assert_close(vit(small), vit(full), rtol=1e-5, atol=1e-5)
+
+
+def test_with_real_crops_features_of_both_forms_differ_by_a_few_percent(tiny_vit: Any) -> None:
+    vit = compress(tiny_vit(), SCALED).train()
+    loader = scale_views(loader_of(SimCLRTransform(input_size=32)), vit)
+    features = []
+    for strategy in (Strategy(), SCALED):  # decides the size of the views
+        set_strategy(vit, strategy)
+        seed_all(3)
+        views = next(iter(loader))[0][0]
+        set_strategy(vit, SCALED)
+        features.append(vit(views).detach())
+        assert views.shape[-1] == (32 if strategy == Strategy() else 16)
+    full, small = features
+    another = full.roll(1, 0)
+    distance = (small - full).square().mean().sqrt()
+    assert 0 < distance < 0.25 * (another - full).square().mean().sqrt()
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_loaders_change_over_with_the_schedule_and_never_too_late(
+    workers: int, tiny_vit: Any, first_tokens: Any
+) -> None:
+    vit = compress(tiny_vit(), RELAXING).train()
+    settings = {"num_workers": workers, "persistent_workers": True} if workers else {}
+    loader = scale_views(loader_of(crop_to(32), **settings), vit)  # 16 batches an epoch
+    scheduler, steps = SequenceScheduler(vit, total_steps=32), 0
+    made, makers = [], set()
+    for _ in range(2):
+        for views, makers_of_batch in loader:
+            made.append(views.shape[-1])
+            makers.update(makers_of_batch.tolist())
+            assert first_tokens(vit, views).shape[1] == (1 + 2 if steps < 16 else 1 + 16)
+            steps += 1
+            scheduler.step()
+    assert len(makers) == max(1, workers)  # the same workers all along
+    assert set(made[: 16 - 1 - 3 * workers]) == {16}
+    assert set(made[16:]) == {32}
+
+
+def test_where_views_are_to_shrink_they_follow_within_the_batches_under_way(tiny_vit: Any) -> None:
+    vit = compress(tiny_vit(), Stepwise({0.0: Strategy(), 0.5: SCALED})).train()
+    loader = scale_views(loader_of(crop_to(32), num_workers=1, prefetch_factor=2), vit)
+    scheduler, made = SequenceScheduler(vit, total_steps=16), []
+    for views, _ in loader:
+        made.append(views.shape[-1])
+        scheduler.step()
+    assert set(made[:8]) == {32}
+    assert made[-1] == 16
+    assert made == sorted(made, reverse=True)
+
+
+def test_workers_that_are_spawned_follow_as_well(tiny_vit: Any) -> None:
+    vit = compress(tiny_vit(), RELAXING)
+    loader = loader_of(crop_to(32), images=40, num_workers=1, multiprocessing_context="spawn", prefetch_factor=1)
+    scale_views(loader, vit)
+    scheduler, made = SequenceScheduler(vit, total_steps=10), []
+    for views, _ in loader:
+        made.append(views.shape[-1])
+        scheduler.step()
+    assert made[0] == 16
+    assert set(made[5:]) == {32}
+
+
+def test_a_view_that_comes_too_small_has_the_tokens_of_its_step(tiny_vit: Any, first_tokens: Any) -> None:
+    for settings in ({}, {"dynamic_img_size": True}):
+        vit = compress(tiny_vit(**settings), SCALED).train()
+        loader = scale_views(loader_of(crop_to(32)), vit)
+        small = next(iter(loader))[0]
+        assert small.shape[-1] == 16
+        budget = Budget(vit)
+        assert first_tokens(vit, small).shape[1] == 1 + 4
+        spent = budget.units
+        set_strategy(vit, Strategy())
+        assert first_tokens(vit, small).shape[1] == 1 + 16
+        assert budget.units - spent == pytest.approx(3 * len(small))
+        set_strategy(vit, Strategy(0.5, 32))
+        assert first_tokens(vit, small).shape[1] == 1 + 1
+
+
+def test_a_teacher_and_local_views_get_theirs_too(tiny_vit: Any, first_tokens: Any) -> None:
+    student, teacher = tiny_vit(dynamic_img_size=True), tiny_vit(dynamic_img_size=True).requires_grad_(False)
+    compress(student, Strategy(0.5, 16), teacher=teacher)
+    pipeline = DINOTransform(global_crop_size=64, local_crop_size=40, n_local_views=2)
+    views = next(iter(scale_views(loader_of(pipeline), student.train())))[0]
+    assert sides(views) == [32, 32, 16, 16]  # a local view of 40 px has round(40 / 16) = 2 patches a side
+    assert [first_tokens(student, view).shape[1] for view in views] == [1 + 8, 1 + 8, 1 + 2, 1 + 2]
+    teacher.train()
+    with torch.no_grad():
+        assert [first_tokens(teacher, view).shape[1] for view in views[:2]] == [1 + 16, 1 + 16]
+
+
+def test_a_rehearsal_runs_at_full_length_on_small_views(tiny_vit: Any, first_tokens: Any) -> None:
+    vit = compress(tiny_vit(), RELAXING).train()
+    loader = scale_views(loader_of(crop_to(32)), vit)
+    scheduler, lengths = SequenceScheduler(vit, total_steps=100), []
+    rehearse(scheduler, lambda: lengths.append(first_tokens(vit, next(iter(loader))[0]).shape[1]))
+    assert lengths == [1 + 16]
+    assert next(iter(loader))[0].shape[-1] == 16
+
+
+def test_no_random_number_is_used_up(tiny_vit: Any) -> None:
+    vit, loader = compress(tiny_vit(), SCALED), loader_of(SimCLRTransform(input_size=32))
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    scale_views(loader, vit)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before[1:]
+
+
+def test_restoring_the_model_brings_the_full_views_back(tiny_vit: Any) -> None:
+    vit = compress(tiny_vit(), SCALED)
+    loader = scale_views(loader_of(crop_to(32)), vit)
+    assert next(iter(loader))[0].shape[-1] == 16
+    restore(vit)
+    views = next(iter(loader))[0]
+    assert views.shape[-1] == 32
+    vit.train()(views)
+
+
+def test_a_model_that_is_planned_anew_keeps_its_loader(tiny_vit: Any) -> None:
+    vit = compress(tiny_vit(), SCALED)
+    loader = scale_views(loader_of(crop_to(32)), vit)
+    compress(vit, Strategy(patch_size=32))
+    assert next(iter(loader))[0].shape[-1] == 8
+    compress(vit, Strategy())
+    assert next(iter(loader))[0].shape[-1] == 32
+
+
+def test_a_loader_may_follow_another_model_later(tiny_vit: Any) -> None:
+    loader = loader_of(crop_to(32))
+    scale_views(loader, compress(tiny_vit(), SCALED))
+    scale_views(loader, compress(tiny_vit(), Strategy(patch_size=32)))
+    assert next(iter(loader))[0].shape[-1] == 8
+
+
+def test_two_loaders_may_follow_one_model(tiny_vit: Any) -> None:
+    vit = compress(tiny_vit(dynamic_img_size=True), SCALED)
+    loaders = [scale_views(loader_of(crop_to(side)), vit) for side in (32, 48)]
+    assert [next(iter(loader))[0].shape[-1] for loader in loaders] == [16, 24]
+    set_strategy(vit, Strategy())
+    assert [next(iter(loader))[0].shape[-1] for loader in loaders] == [32, 48]
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_the_model_takes_small_views_and_drives_no_loader(
+    duplicate: Any, tiny_vit: Any, first_tokens: Any
+) -> None:
+    vit = compress(tiny_vit(), SCALED).train()
+    loader = scale_views(loader_of(crop_to(32)), vit)
+    other = duplicate(vit)
+    set_strategy(other, Strategy())
+    small = next(iter(loader))[0]
+    assert small.shape[-1] == 16
+    assert first_tokens(other, small).shape[1] == 1 + 16
+
+
+def test_smaller_patches_than_the_models_own_leave_the_views_alone(tiny_vit: Any, first_tokens: Any) -> None:
+    vit = compress(tiny_vit(), Strategy(patch_size=4)).train()
+    views = next(iter(scale_views(loader_of(crop_to(32)), vit)))[0]
+    assert views.shape[-1] == 32
+    assert first_tokens(vit, views).shape[1] == 1 + 64
+
+
+class _UnknownCrop:
+    def __call__(self, image: Any) -> Tensor:
+        return F.interpolate(v1.functional.to_tensor(image)[None], size=(32, 32))[0]
+
+
+class _UnknownBlur:
+    sigma: float
+
+    def __init__(self) -> None:
+        self.sigma = 2.0
+
+    def __call__(self, view: Tensor) -> Tensor:
+        return view
+
+
+class _Endless(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        yield torch.zeros(3, 32, 32)
+
+
+def test_what_cannot_be_scaled_is_refused_and_nothing_changes(tiny_vit: Any) -> None:
+    vit = compress(tiny_vit(dynamic_img_size=True), SCALED)
+    cases: list[tuple[Any, type[Exception], str]] = [
+        (Photos(crop_to(32)), TypeError, r"loader must be a torch.utils.data.DataLoader, got .*Photos"),
+        (DataLoader(_Endless()), TypeError, r"loader must have a map-style data set, got the iterable _Endless"),
+        (loader_of(_UnknownCrop()), ValueError, r"known crop, found none in .*Photos; known: torchvision's RandomRes"),
+        (
+            loader_of(v1.Compose([v1.RandomCrop(40), _UnknownCrop()])),
+            ValueError,
+            r"views of sizes \[\(16, 16\)\] for patch_size 16, got \[\(32, 32\)\]: something that is not known",
+        ),
+        (
+            loader_of(v1.Compose([*crop_to(32).transforms, _UnknownBlur()])),
+            ValueError,
+            r"_UnknownBlur with sigma in pixels, which is not known",
+        ),
+        (loader_of(v1.RandomResizedCrop(32)), ValueError, r"views as tensors \(C, H, W\), found none"),
+        (
+            loader_of(DINOTransform(global_crop_size=64, local_crop_size=32)),
+            ValueError,
+            r"views of 64 x 64 px made for patch_size 16 would look like those of 32 x 32 px",
+        ),
+        (loader_of(crop_to(8)), ValueError, r"patch_size must not be larger than a side of the view"),
+    ]
+    for loader, kind, message in cases:
+        collate = getattr(loader, "collate_fn", None)
+        with pytest.raises(kind, match=message):
+            scale_views(loader, vit)
+        assert getattr(loader, "collate_fn", None) is collate
+        assert vit.patch_embed.compression.views is None
+    assert sides(cases[6][0].dataset[0][0])[:3] == [64, 64, 32]
+
+    loader = loader_of(crop_to(32))
+    with pytest.raises(ValueError, match=r"must be compressed first"):
+        scale_views(loader, tiny_vit())
+    apart = torch.nn.ModuleList([compress(tiny_vit(), SCALED) for _ in range(2)])
+    with pytest.raises(ValueError, match=r"one compress\(\) call, got 2 that were compressed apart"):
+        scale_views(loader, apart)
+    running = loader_of(crop_to(32), num_workers=1, persistent_workers=True)
+    next(iter(running))
+    with pytest.raises(ValueError, match=r"must not have started its persistent workers"):
+        scale_views(running, vit)
