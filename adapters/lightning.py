@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from seqcompress.budget import Budget
+    from seqcompress.rehearsal import Foresight
     from seqcompress.sequence_scheduler import SequenceScheduler
     from seqcompress.strategy import Strategy
 
@@ -33,7 +34,9 @@ class SequenceCompression:
     as ``seq_drop``, ``seq_patch``, ``seq_tokens`` and ``seq_budget``.
 
     On a device with memory of its own, the second step is run at the schedule's most expensive strategy, as soon
-    as the optimizer has its state: a run that will not fit stops there and not at three quarters.
+    as the optimizer has its state: a run that will not fit stops there and not at three quarters. The log says what
+    the longest sequences need; if they do not fit, torch's error is raised as ever, and the log says, on CUDA
+    devices and by estimate from the first step, what they need and what would fit.
     """
 
     def __init__(self) -> None:
@@ -41,10 +44,20 @@ class SequenceCompression:
         self._scheduler: SequenceScheduler | None = None
         self._budget: Budget | None = None
         self._loaded: dict[str, Any] = {}
-        self._to_rehearse: Strategy | None = None
+        self._foresight: Foresight | None = None  # until the rehearsal is over
         self._rehearsing: Strategy | None = None
         self._ranks = 1
         self._looked = False
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
+        """Have full views made at first: workers start before it is known how far training has come."""
+        if _is_compressed(pl_module):
+            from seqcompress.compression import compressed_embeds
+            from seqcompress.strategy import Strategy
+
+            for embed in compressed_embeds(pl_module):
+                if embed.compression.views is not None:
+                    embed.compression.views.ask_for(Strategy())
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Forget what an interrupted fit may have left."""
@@ -64,9 +77,16 @@ class SequenceCompression:
         step = _steps_done(trainer, pl_module, batch_idx)
         if self._scheduler.last_step != step:
             self._scheduler.step(step)
-        if self._to_rehearse is not None and step > 0:
-            self._rehearsing, self._to_rehearse = self._to_rehearse, None
-            self._scheduler.use(self._rehearsing)
+        if self._foresight is not None:
+            if step > 0:
+                self._rehearsing = self._scheduler.most_expensive()
+                self._scheduler.use(self._rehearsing)
+            self._foresight.begin()
+
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        """Note what the step has needed so far."""
+        if self._foresight is not None:
+            self._foresight.note_backward()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log what this step was run at, and what has been spent so far."""
@@ -89,19 +109,26 @@ class SequenceCompression:
             pl_module.log(f"seqcompress/{name}", value, on_step=True, on_epoch=False, batch_size=1)
             # A terminal is narrow: the progress bar would cut a longer name, and then there is no number.
             pl_module.log(short, value, on_step=True, on_epoch=False, batch_size=1, prog_bar=True, logger=False)
-        if self._rehearsing is not None:
-            from seqcompress.rehearsal import Rehearsal, memory_use
-
-            _logger.info("seqcompress: %s", Rehearsal(self._rehearsing, *memory_use(pl_module.device)))
-            self._rehearsing = None
-            self._scheduler.step(self._scheduler.last_step)
+        if self._foresight is None:
+            return
+        if self._rehearsing is None:
+            self._foresight.fitted(self._scheduler.strategy)
+        else:
+            if trainer.is_global_zero:
+                _logger.info("seqcompress: %s", self._foresight.rehearsal(self._rehearsing))
+            if self._rehearsing != self._scheduler.strategy:
+                self._scheduler.step(self._scheduler.last_step)
+            self._foresight = self._rehearsing = None
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Say why, if it was the longest sequences that did not fit."""
-        if self._rehearsing is not None and "out of memory" in str(exception).lower():
-            from seqcompress.rehearsal import does_not_fit
+        """Say why and what would help, if the longest sequences do not fit, or not even the first ones."""
+        if self._foresight is None or self._scheduler is None:
+            return
+        from seqcompress.rehearsal import is_out_of_memory
 
-            _logger.error("seqcompress: %s", does_not_fit(self._rehearsing))
+        if is_out_of_memory(exception):
+            self._foresight.ran_out(self._rehearsing or self._scheduler.strategy)
+            _logger.error("seqcompress: %s", self._foresight.shortage())
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Let go of the model; the strategy stays where the schedule left it."""
@@ -128,12 +155,18 @@ class SequenceCompression:
             self._scheduler.load_state_dict({**self._scheduler.state_dict(), "seed": self._loaded["seed"]})
             self._budget.load_state_dict({"units": self._loaded["units"] / self._ranks})
         self._scheduler.step(_steps_done(trainer, pl_module, batch_idx))
-        if pl_module.device.type != "cpu" and not self._loaded:
-            longest = self._scheduler.most_expensive()
-            self._to_rehearse = None if longest == self._scheduler.strategy else longest
+        if not self._loaded:
+            self._foresight = self._foresight_on(pl_module.device)
+
+    def _foresight_on(self, device: Any) -> Foresight | None:
+        if self._scheduler is None or device.type == "cpu":
+            return None
+        from seqcompress.rehearsal import DeviceMemory, Foresight
+
+        return Foresight(self._scheduler, DeviceMemory.of(device))
 
     def _forget(self) -> None:
-        self._scheduler = self._budget = self._to_rehearse = self._rehearsing = None
+        self._scheduler = self._budget = self._foresight = self._rehearsing = None
 
     def state_dict(self) -> dict[str, Any]:
         """Seed of the random subsets and units spent by all ranks. The step is the Trainer's own."""
