@@ -13,7 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["SubsetStream", "gather_patches", "in_backward", "num_kept", "random_subset", "rows_of_patches"]
+__all__ = [
+    "SubsetStream",
+    "first_rows",
+    "gather_patches",
+    "in_backward",
+    "num_kept",
+    "random_subset",
+    "rows_of_patches",
+]
+
+_REMEMBERED = 10_000  # forwards; far more than ever wait for their backward pass at once
 
 
 def num_kept(num_patches: int, token_dropout: float) -> int:
@@ -43,7 +53,7 @@ def gather_patches(views: Tensor, kept: Tensor, patch_rows: Tensor, patch: tuple
     """Read only the kept patches from views.
 
     Args:
-        views: pixels of shape (B, C, gh * h, gw * w).
+        views: pixels of shape (B, C, gh * h, gw * w), contiguous or in channels-last format: any other is copied.
         kept: indices of patches, counted row by row, of shape (B, K).
         patch_rows: which rows each patch consists of, from ``rows_of_patches``.
         patch: height h and width w of a patch, in pixels.
@@ -52,12 +62,25 @@ def gather_patches(views: Tensor, kept: Tensor, patch_rows: Tensor, patch: tuple
         Pixels of shape (B, K, C, h, w).
     """
     batch, channels = views.shape[:2]
+    channels_last = not views.is_contiguous() and views.is_contiguous(memory_format=torch.channels_last)
+    if channels_last:
+        # There the w pixels of a row lie with those of all other channels: the rows of one channel are all rows.
+        views, patch_rows = views.permute(0, 2, 3, 1), patch_rows[:, : patch[0]]  # (B, H, W, C), (N, h)
     # A row of a patch is w pixels that lie side by side: selecting such rows copies whole pieces of memory.
-    in_a_view = patch_rows.numel()
-    rows = views.reshape(batch * in_a_view, patch[1])  # (B * C * gh * h * gw, w)
-    index = F.embedding(kept, patch_rows)  # (B, K, C * h)
-    index = index + in_a_view * torch.arange(batch, device=views.device).view(-1, 1, 1)
-    return rows.index_select(0, index.flatten()).view(*kept.shape, channels, *patch)
+    rows = views.reshape(batch * patch_rows.numel(), -1)  # (B * C * gh * h * gw, w) or (B * gh * h * gw, w * C)
+    index = F.embedding(kept, patch_rows)  # (B, K, C * h) or (B, K, h)
+    index += first_rows(batch, patch_rows.numel(), views.device)
+    pixels = rows.index_select(0, index.flatten())
+    if channels_last:
+        return pixels.view(*kept.shape, *patch, channels).movedim(-1, 2)
+    return pixels.view(*kept.shape, channels, *patch)
+
+
+@lru_cache(maxsize=64)
+def first_rows(batch: int, in_a_view: int, device: torch.device) -> Tensor:
+    """Where each view's rows begin among those of the batch: (B, 1, 1)."""
+    with torch.inference_mode(False):  # cached for good, so never an inference tensor, whoever asks first
+        return (in_a_view * torch.arange(batch, device=device)).view(-1, 1, 1)
 
 
 @lru_cache(maxsize=64)
@@ -86,12 +109,14 @@ class SubsetStream:
 
     def __init__(self) -> None:
         self._anchor: tuple[int, int, int] | None = None
-        self._forwards: dict[int, int] = {}
+        self._forwards: dict[int, int] = {}  # the latest of this step: their numbers by their tags
+        self._count = 0
 
     def anchor(self, seed: int, step: int, model: int = 0) -> None:
         """From now on draw what belongs to ``step`` of the run that ``seed`` names, for its ``model``-th model."""
         self._anchor = (seed, step, model)
         self._forwards.clear()
+        self._count = 0
 
     def next_seed(self) -> int:
         """The seed of the forward that is about to run. Takes one number from torch's CPU random state.
@@ -105,9 +130,18 @@ class SubsetStream:
         elif tag not in self._forwards and in_backward():
             raise RuntimeError("gradient checkpointing of a compressed encoder needs preserve_rng_state=True")
         else:
-            parts = (*self._anchor, self._forwards.setdefault(tag, len(self._forwards)), _rank())
+            parts = (*self._anchor, self._number(tag), _rank())
         digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
         return int.from_bytes(digest, "little") >> 1
+
+    def _number(self, tag: int) -> int:
+        """Which forward of the step it is: a new one, or one that is run again."""
+        if tag not in self._forwards:
+            if len(self._forwards) == _REMEMBERED:  # an anchor is thrown, but no step is ever taken
+                del self._forwards[next(iter(self._forwards))]
+            self._forwards[tag] = self._count
+            self._count += 1
+        return self._forwards[tag]
 
 
 def in_backward() -> bool:
