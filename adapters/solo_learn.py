@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
+    from torch.utils.data import DataLoader
 
     from seqcompress.compression import Plan
     from seqcompress.schedules import Schedule
 
-__all__ = ["METHODS", "Settings", "SoloLearn", "accelerate", "read_settings"]
+__all__ = ["METHODS", "ForeachMomentumUpdater", "Settings", "SoloLearn", "accelerate", "read_settings"]
 
 METHODS = (
     "all4one",
@@ -52,7 +53,7 @@ TeacherShare = Literal["patch_size", "both", "none"]
 _SHORT = ("token_dropout", "patch_size")
 _SCHEDULE = ("schedule", "start", "end", "stages")
 _KINDS = ("linear", "cosine", "stepwise")
-_KEYS = ("enabled", "plan", *_SHORT, *_SCHEDULE, "teacher")
+_KEYS = ("enabled", "plan", *_SHORT, *_SCHEDULE, "teacher", "scale_views")
 
 
 @dataclass(frozen=True)
@@ -63,14 +64,16 @@ class Settings:
         plan: as in [compress][seqcompress.compress]; ``None`` for the preset "default".
         teacher: what the momentum encoder gets of it: its "patch_size", "both" patch size and token dropout, or
             "none". ``None`` if the config does not say, which means "patch_size".
+        scale_views: whether the training loader makes smaller views where the plan has larger patches.
     """
 
     plan: Plan | None = None
     teacher: TeacherShare | None = None
+    scale_views: bool = False
 
 
 class SoloLearn:
-    """Compresses the encoders of a solo-learn method at set-up, if its config says so.
+    """Compresses the encoders of a solo-learn method at set-up, if its config says so, and speeds up their averaging.
 
     The schedule is then advanced, logged and resumed by
     [SequenceCompression][seqcompress.adapters.lightning.SequenceCompression], as for any LightningModule.
@@ -88,9 +91,14 @@ class SoloLearn:
         settings = _settings_of(pl_module)
         if settings is None:
             return
+        loader = _training_loader(trainer) if settings.scale_views else None
         schedule = accelerate(pl_module, settings)
         share = (settings.teacher or "patch_size") if _teacher_of(pl_module) is not None else None
         self._applied = {"plan": schedule.to_json(), "teacher": share}
+        if loader is not None:
+            self._scale_views(loader, pl_module)
+        if _is_solo_learns(getattr(pl_module, "momentum_updater", None)):
+            pl_module.momentum_updater = ForeachMomentumUpdater(pl_module.momentum_updater)
         if trainer.is_global_zero:
             print(f"seqcompress: {_summary(pl_module, schedule, share)}")
 
@@ -109,6 +117,19 @@ class SoloLearn:
             from seqcompress.compression import restore
 
             restore(pl_module)
+        updater = getattr(pl_module, "momentum_updater", None)
+        if isinstance(updater, ForeachMomentumUpdater):
+            pl_module.momentum_updater = updater.replaced
+
+    def _scale_views(self, loader: DataLoader[Any], pl_module: Any) -> None:
+        from seqcompress.views import scale_views
+
+        try:
+            scale_views(loader, pl_module)
+        except (TypeError, ValueError) as error:
+            self._restore(pl_module)
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"seqcompress.scale_views: {error}") from error
 
     def state_dict(self) -> dict[str, Any]:
         """Plan and teacher's share, to be compared when the run goes on."""
@@ -125,6 +146,53 @@ class SoloLearn:
             f"seqcompress: the checkpoint was trained {how}. If auto-resume found it by mistake, rename this run.",
             stacklevel=2,
         )
+
+
+def _passed_on(name: str) -> Any:
+    def read(updater: ForeachMomentumUpdater) -> Any:
+        return getattr(updater.replaced, name)
+
+    def write(updater: ForeachMomentumUpdater, value: Any) -> None:
+        setattr(updater.replaced, name, value)
+
+    return property(read, write)
+
+
+class ForeachMomentumUpdater:
+    """Stands in for solo-learn's ``MomentumUpdater``: the same averages, in place and all parameters at once.
+
+    solo-learn's makes two temporary tensors and new storage for every parameter at every step. Results differ by
+    rounding only. Where a parameter and its average differ in dtype or device, or are not of floating point, the whole
+    network is left to solo-learn's.
+
+    Args:
+        replaced: solo-learn's own, which keeps tau and its schedule.
+    """
+
+    base_tau = _passed_on("base_tau")
+    cur_tau = _passed_on("cur_tau")
+    final_tau = _passed_on("final_tau")
+
+    def __init__(self, replaced: Any) -> None:
+        self.replaced = replaced
+
+    def update(self, online_net: nn.Module, momentum_net: nn.Module) -> None:
+        """Move the parameters of the momentum network towards the online network's, by ``1 - cur_tau``."""
+        from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+        # Looked up anew at every step, which takes about a millisecond: a list that is kept would miss new parameters.
+        pairs = list(zip(online_net.parameters(), momentum_net.parameters(), strict=False))  # as solo-learn does
+        if not pairs:
+            return
+        if not all(_alike(online, average) for online, average in pairs):
+            self.replaced.update(online_net, momentum_net)
+            return
+        parameters, averages = zip(*pairs, strict=True)
+        get_ema_multi_avg_fn(self.cur_tau)(averages, parameters, None)
+
+    def update_tau(self, cur_step: int, max_steps: int) -> None:
+        """As solo-learn does."""
+        self.replaced.update_tau(cur_step, max_steps)
 
 
 def read_settings(section: object) -> Settings | None:
@@ -164,7 +232,10 @@ def read_settings(section: object) -> Settings | None:
     if "teacher" in given and teacher not in get_args(TeacherShare):
         kind = ValueError if isinstance(teacher, str) else TypeError
         raise kind(f"seqcompress.teacher must be one of {', '.join(get_args(TeacherShare))}, got {teacher!r}")
-    return Settings(_plan(given), teacher)
+    scale_views = given.get("scale_views", False)
+    if not isinstance(scale_views, bool):
+        raise TypeError(f"seqcompress.scale_views must be true or false, got {scale_views!r}")
+    return Settings(_plan(given), teacher, scale_views)
 
 
 def accelerate(method: Any, settings: Settings) -> Schedule:
@@ -206,6 +277,11 @@ def accelerate(method: Any, settings: Settings) -> Schedule:
             )
     if teacher is None and settings.teacher is not None:
         raise ValueError(f"seqcompress.teacher must be left out for method={name!r}, which has no momentum encoder")
+    if settings.scale_views and settings.teacher not in (None, "patch_size"):
+        raise ValueError(
+            f"seqcompress.scale_views=true needs seqcompress.teacher=patch_size, got {settings.teacher!r}: the "
+            "momentum encoder gets the same small views, and has to know of them"
+        )
     if is_compressed(method):
         raise ValueError(
             f"seqcompress.enabled must be left out for a {type(method).__name__} that is compressed already"
@@ -223,6 +299,30 @@ def accelerate(method: Any, settings: Settings) -> Schedule:
 
 def _teacher_of(method: Any) -> nn.Module | None:
     return getattr(method, "momentum_backbone", None)
+
+
+def _is_solo_learns(updater: object) -> bool:
+    kind = type(updater)
+    return (kind.__module__, kind.__qualname__) == ("solo.utils.momentum", "MomentumUpdater")
+
+
+def _alike(online: Tensor, average: Tensor) -> bool:
+    return average.is_floating_point() and (online.dtype, online.device) == (average.dtype, average.device)
+
+
+def _training_loader(trainer: Any) -> DataLoader[Any]:
+    """The loader that ``trainer.fit`` was given; its iterator is not made yet."""
+    from torch.utils.data import DataLoader
+
+    # Lightning has no public name for it that is filled before training starts.
+    source = getattr(getattr(trainer, "fit_loop", None), "_data_source", None)
+    loader = getattr(source, "instance", None)
+    if not isinstance(loader, DataLoader):
+        raise ValueError(
+            "seqcompress.scale_views needs a torch DataLoader for training, given to trainer.fit as such, found "
+            f"{'nothing' if loader is None else f'a {type(loader).__name__}'}; DALI cannot be told to scale views"
+        )
+    return loader
 
 
 def _settings_of(pl_module: Any) -> Settings | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import math
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +20,8 @@ import torch.nn.functional as F
 from omegaconf import OmegaConf
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import RandomResizedCrop
 
 from seqcompress import get_strategy, is_compressed
 
@@ -35,6 +37,26 @@ class Seen(NamedTuple):
     tokens: int  # a view, as they reached the first block
 
 
+class MomentumUpdater:
+    """Averages one parameter after the other, each into new storage; what that costs is what is to be saved."""
+
+    def __init__(self, base_tau: float = 0.996, final_tau: float = 1.0) -> None:
+        self.base_tau = self.cur_tau = base_tau
+        self.final_tau = final_tau
+
+    @torch.no_grad()
+    def update(self, online_net: nn.Module, momentum_net: nn.Module) -> None:
+        for online, average in zip(online_net.parameters(), momentum_net.parameters(), strict=False):
+            average.data = self.cur_tau * average.data + (1 - self.cur_tau) * online.data
+
+    def update_tau(self, cur_step: int, max_steps: int) -> None:
+        remaining = (math.cos(math.pi * cur_step / max_steps) + 1) / 2
+        self.cur_tau = self.final_tau - (self.final_tau - self.base_tau) * remaining
+
+
+MomentumUpdater.__module__ = "solo.utils.momentum"  # by which it is known
+
+
 def make_vit() -> VisionTransformer:
     """A ViT of 16 patches, 8 px each, with one class token: 17 tokens. It takes small crops too."""
     with torch.random.fork_rng():
@@ -47,13 +69,14 @@ def make_vit() -> VisionTransformer:
     return vit
 
 
-def make_config(section: Any = ABSENT, *, method: str = "mocov3", small_crops: int = 0) -> Any:
+def make_config(section: Any = ABSENT, *, method: str = "mocov3", small_crops: int = 0, final_tau: float = 0.9) -> Any:
     """What Hydra would make of a method's YAML, with ``section`` under ``seqcompress``."""
     config: dict[str, Any] = {
         "name": "contract",
         "method": method,
         "backbone": {"name": "vit_tiny", "kwargs": {"img_size": SIZE, "patch_size": 8}},
         "data": {"num_classes": 3, "num_large_crops": 2, "num_small_crops": small_crops},
+        "momentum": {"base_tau": 0.9, "final_tau": final_tau},
     }
     if section is not ABSENT:
         config["seqcompress"] = section
@@ -79,6 +102,25 @@ def validation_loader() -> DataLoader[Any]:
     return DataLoader(samples, batch_size=4)  # type: ignore[arg-type]
 
 
+class Pictures(Dataset[Any]):
+    """16 pictures of 48 px, of each of which a transform makes two crops."""
+
+    def __init__(self) -> None:
+        self.pictures = torch.randn(16, 3, 48, 48, generator=torch.Generator().manual_seed(2))
+        self.transform = RandomResizedCrop(SIZE, antialias=True)
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> tuple[int, list[Tensor], int]:
+        return index, [self.transform(self.pictures[index]) for _ in range(2)], index % 3
+
+
+def picture_loader() -> DataLoader[Any]:
+    """As ``loader``, but its crops are made when they are asked for."""
+    return DataLoader(Pictures(), batch_size=4)
+
+
 def method_class(pl: Any) -> Any:
     """The LightningModule, for one of the two Lightning packages."""
 
@@ -93,10 +135,13 @@ def method_class(pl: Any) -> Any:
             self.num_small_crops = cfg.data.num_small_crops
             if momentum:
                 self.momentum_backbone = copy.deepcopy(self.backbone).requires_grad_(False)
+                self.momentum_updater = MomentumUpdater(cfg.momentum.base_tau, cfg.momentum.final_tau)
             self.losses: list[float] = []
             self.seen: list[Seen] = []
             self.compressed_in: set[tuple[str, bool]] = set()
             self.strategies: list[str] = []
+            self.updaters: set[str] = set()
+            self.view_sizes: list[int] = []
             for name in ("backbone", "momentum_backbone"):
                 blocks = getattr(getattr(self, name, None), "blocks", None)
                 if blocks is not None:
@@ -115,6 +160,7 @@ def method_class(pl: Any) -> Any:
             self.compressed_in.add(("training", is_compressed(self)))
             self.strategies.append(str(get_strategy(self.backbone)) if is_compressed(self) else "plain")
             _, crops, targets = batch
+            self.view_sizes.append(crops[0].shape[-1])
             large = crops[: self.num_large_crops]
             features = [self.backbone(crop) for crop in large]
             losses = [F.cross_entropy(self.classifier(feature.detach()), targets) for feature in features]
@@ -136,9 +182,9 @@ def method_class(pl: Any) -> Any:
 
         def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
             if hasattr(self, "momentum_backbone") and self.trainer.global_step > self.last_step:
-                pairs = zip(self.backbone.parameters(), self.momentum_backbone.parameters(), strict=True)
-                for parameter, average in pairs:
-                    average.data.lerp_(parameter.data, 0.1)
+                self.updaters.add(type(self.momentum_updater).__name__)
+                self.momentum_updater.update(self.backbone, self.momentum_backbone)
+                self.momentum_updater.update_tau(self.trainer.global_step, self.trainer.estimated_stepping_batches)
             self.last_step = self.trainer.global_step
 
         def validation_step(self, batch: Any, batch_idx: int) -> None:

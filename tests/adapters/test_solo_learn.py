@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import importlib.resources
 import importlib.util
@@ -23,11 +24,12 @@ from omegaconf import OmegaConf
 from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from seqcompress import Strategy, compress, get_strategy, is_compressed, num_tokens, relative_cost
-from seqcompress.adapters.solo_learn import METHODS, Settings, accelerate, read_settings
+from seqcompress.adapters.solo_learn import METHODS, ForeachMomentumUpdater, Settings, accelerate, read_settings
 from seqcompress.schedules import Cosine, Linear, Schedule, Stepwise
 
 HELPER = Path(__file__).with_name("solo_learn_module.py")
@@ -203,6 +205,224 @@ def test_mixed_precision_trains_at_the_same_lengths(make_method: Build, make_tra
     make_trainer(max_epochs=5, precision="bf16-mixed").fit(method, contract.loader())
     assert tokens(method) == twice(DEFAULT)
     assert all(map(math.isfinite, method.losses))
+
+
+# The momentum update
+
+
+def test_while_training_averages_are_made_in_place_and_solo_learns_updater_is_back_afterwards(
+    make_method: Build, make_trainer: Build
+) -> None:
+    method = make_method(ON, final_tau=1.0)
+    updater = method.momentum_updater
+    storage = [parameter.data_ptr() for parameter in method.momentum_backbone.parameters()]
+    make_trainer(max_epochs=1).fit(method, contract.loader())
+    assert method.updaters == {"ForeachMomentumUpdater"}
+    assert [parameter.data_ptr() for parameter in method.momentum_backbone.parameters()] == storage
+    assert method.momentum_updater is updater
+    assert updater.cur_tau == 1.0  # where its schedule ends
+
+
+def test_training_averages_the_same_weights_as_with_solo_learns_updater(
+    make_method: Build, make_trainer: Build
+) -> None:
+    class Other(contract.MomentumUpdater):  # type: ignore[name-defined, misc]
+        """Somebody's own."""
+
+    ours, theirs = make_method(ON), make_method(ON)
+    theirs.momentum_updater = Other(0.9, 0.9)
+    for method in (ours, theirs):
+        torch.manual_seed(0)
+        make_trainer(max_epochs=2).fit(method, contract.loader())
+    assert theirs.updaters == {"Other"}  # left where it is
+    assert ours.updaters == {"ForeachMomentumUpdater"}
+    for name, average in theirs.momentum_backbone.state_dict().items():
+        torch.testing.assert_close(ours.momentum_backbone.state_dict()[name], average, rtol=1e-5, atol=1e-6)
+
+
+def test_an_interrupted_run_has_solo_learns_updater_back_with_its_tau(make_method: Build, make_trainer: Build) -> None:
+    method = make_method(ON, final_tau=1.0)
+    updater, whole = method.momentum_updater, method.on_train_batch_end
+
+    def stop(outputs: Any, batch: Any, batch_idx: int) -> None:
+        whole(outputs, batch, batch_idx)
+        if batch_idx == 1:
+            raise RuntimeError("stop")
+
+    method.on_train_batch_end = stop
+    with pytest.raises(RuntimeError, match="stop"):
+        make_trainer(max_epochs=1).fit(method, contract.loader())
+    assert method.momentum_updater is updater
+    assert updater.cur_tau == pytest.approx(0.95)  # half of the way from 0.9 to 1
+
+
+@pytest.mark.parametrize("section", [contract.ABSENT, OFF], ids=["absent", "off"])
+def test_without_the_flag_solo_learns_updater_is_used(make_method: Build, make_trainer: Build, section: Any) -> None:
+    method = make_method(section)
+    make_trainer(max_epochs=1).fit(method, contract.loader())
+    assert method.updaters == {"MomentumUpdater"}
+
+
+@pytest.fixture(params=["contract", pytest.param("solo-learn", marks=needs_solo)])
+def updater_class(request: pytest.FixtureRequest) -> Any:
+    """The updater of the contract, and solo-learn's own."""
+    theirs = request.param == "solo-learn"
+    return importlib.import_module("solo.utils.momentum").MomentumUpdater if theirs else contract.MomentumUpdater
+
+
+class Parameters(nn.Module):
+    """Nothing but parameters; ``None`` stands for the first one once more."""
+
+    def __init__(self, *tensors: Tensor | None) -> None:
+        super().__init__()
+        for index, tensor in enumerate(tensors):
+            shared = self.get_parameter("0") if tensor is None else nn.Parameter(tensor, requires_grad=False)
+            self.register_parameter(str(index), shared)
+
+
+def average_ten_times(updater: Any, online: nn.Module, average: nn.Module) -> None:
+    """Ten steps between which the online network moves by a tenth, and tau as in training."""
+    generator = torch.Generator().manual_seed(6)
+    for step in range(10):
+        with torch.no_grad():
+            for parameter in online.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter), alpha=0.1)
+        updater.update(online, average)
+        updater.update_tau(step + 1, 10)
+
+
+FLOATS = torch.float32, torch.float64, torch.bfloat16
+
+
+@pytest.mark.parametrize("dtypes", [*[(dtype, dtype) for dtype in FLOATS], FLOATS[:2]], ids=str)
+def test_ten_averages_are_those_of_solo_learn_to_a_few_units_in_the_last_place(
+    updater_class: Any, dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
+    one, other = dtypes
+    online = Parameters(
+        torch.randn(7, 5).to(one),
+        torch.randn(()).to(other),
+        torch.randn(0, 3).to(one),
+        None,
+        torch.randn(3, 4).T.to(one),
+    )
+    average = copy.deepcopy(online)
+    ends = []
+    for kind in (updater_class, lambda *tau: ForeachMomentumUpdater(updater_class(*tau))):
+        pair = copy.deepcopy((online, average))
+        average_ten_times(kind(0.9, 1.0), *pair)
+        ends.append(pair[1])
+    for theirs, ours, start in zip(*(end.parameters() for end in ends), average.parameters(), strict=True):
+        assert ours.dtype == theirs.dtype
+        assert start.numel() == 0 or not torch.equal(ours, start)
+        largest = torch.maximum(theirs.abs(), start.abs()).clamp(min=1.0)
+        assert bool(((ours - theirs).abs() <= 8 * torch.finfo(ours.dtype).eps * largest).all())
+
+
+def test_an_average_keeps_its_storage_and_is_one_operation_for_all_parameters(updater_class: Any) -> None:
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            called.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    called: list[str] = []
+    online, average = contract.make_vit(), contract.make_vit()
+    storage = [parameter.data_ptr() for parameter in average.parameters()]
+    with Recorder():
+        ForeachMomentumUpdater(updater_class(0.9, 1.0)).update(online, average)
+    assert called == ["aten._foreach_lerp_.Scalar"]
+    assert [parameter.data_ptr() for parameter in average.parameters()] == storage
+
+
+@pytest.mark.parametrize(
+    ("online", "average"),
+    [
+        (torch.tensor([5, 9]), torch.tensor([5, 7])),
+        (torch.tensor([2.0, 3.0]), torch.tensor([1.0, 1.0], dtype=torch.bfloat16)),
+    ],
+    ids=["whole numbers", "another dtype"],
+)
+def test_what_torch_cannot_average_in_place_is_left_to_solo_learn(
+    updater_class: Any, online: Tensor, average: Tensor
+) -> None:
+    ends = []
+    for updater in (updater_class(0.9, 1.0), ForeachMomentumUpdater(updater_class(0.9, 1.0))):
+        momentum_net = Parameters(average.clone(), torch.zeros(2))
+        updater.update(Parameters(online, torch.ones(2)), momentum_net)
+        ends.append([parameter.data for parameter in momentum_net.parameters()])
+    for theirs, ours in zip(*ends, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert torch.equal(ours, theirs)
+    torch.testing.assert_close(ends[1][0].double(), 0.9 * average.double() + 0.1 * online.double(), rtol=0, atol=0.01)
+
+
+def test_networks_without_parameters_have_no_average(updater_class: Any) -> None:
+    ForeachMomentumUpdater(updater_class(0.9, 1.0)).update(nn.Identity(), nn.Identity())
+
+
+def test_tau_is_solo_learns_and_can_be_read_and_set(updater_class: Any) -> None:
+    theirs = updater_class(0.9, 1.0)
+    ours = ForeachMomentumUpdater(theirs)
+    ours.update_tau(1, 2)
+    assert (ours.base_tau, ours.cur_tau, ours.final_tau) == (0.9, pytest.approx(0.95), 1.0)
+    ours.cur_tau = 0.5
+    assert theirs.cur_tau == 0.5
+    online, average = Parameters(torch.tensor([1.0])), Parameters(torch.tensor([0.0]))
+    ours.update(online, average)
+    assert average.get_parameter("0").item() == 0.5
+
+
+# Smaller views
+
+
+def test_with_scale_views_the_loader_makes_smaller_crops_and_encoders_see_as_many_tokens(
+    make_method: Build, make_trainer: Build
+) -> None:
+    method, loader = make_method({**ON, "scale_views": True}), contract.picture_loader()
+    make_trainer(max_epochs=5).fit(method, loader, contract.validation_loader())
+    assert tokens(method) == twice(DEFAULT)
+    assert tokens(method, "momentum_backbone") == twice(DEFAULT_TEACHER)
+    assert method.view_sizes[:14] == [16] * 14  # 32 px cut into patches of 16, in the pixels of patches of 8
+    assert method.view_sizes[15:] == [32] * 5
+    assert next(iter(loader))[1][0].shape == (4, 3, 32, 32)  # as before, once training is over
+
+
+@pytest.mark.parametrize("section", [{**ON, "scale_views": False}, ON], ids=["false", "absent"])
+def test_without_scale_views_crops_keep_their_size(make_method: Build, make_trainer: Build, section: Any) -> None:
+    method = make_method(section)
+    make_trainer(max_epochs=5).fit(method, contract.picture_loader())
+    assert method.view_sizes == [32] * 20
+
+
+def test_scale_views_works_without_a_momentum_encoder(make_method: Build, make_trainer: Build) -> None:
+    method = make_method({**ON, "scale_views": True, "patch_size": 16}, momentum=False)
+    make_trainer(max_epochs=1).fit(method, contract.picture_loader())
+    assert tokens(method) == twice([5] * 4)
+    assert method.view_sizes == [16] * 4
+
+
+@pytest.mark.parametrize(
+    ("loaders", "found"), [(lambda: [contract.picture_loader()], "a list"), (lambda: None, "a Method")]
+)
+def test_scale_views_is_refused_where_the_loader_is_not_torchs_own(
+    make_method: Build, make_trainer: Build, loaders: Any, found: str
+) -> None:
+    method = make_method({**ON, "scale_views": True})
+    method.train_dataloader = contract.picture_loader
+    updater = method.momentum_updater
+    with pytest.raises(ValueError, match=rf"seqcompress.scale_views needs a torch DataLoader .* found {found}; DALI"):
+        make_trainer().fit(method, loaders())
+    assert not is_compressed(method)
+    assert method.momentum_updater is updater
+
+
+def test_an_error_of_the_data_set_leaves_a_plain_module(make_method: Build, make_trainer: Build) -> None:
+    method, loader = make_method({**ON, "scale_views": True}), contract.picture_loader()
+    updater, loader.dataset.pictures = method.momentum_updater, []
+    with pytest.raises(IndexError):
+        make_trainer().fit(method, loader)
+    assert not is_compressed(method)
+    assert method.momentum_updater is updater
 
 
 # Without the flag, and afterwards
@@ -492,6 +712,19 @@ BAD_SECTIONS: list[tuple[Any, type[Exception], str]] = [
     (keys(schedule="sine", start={}), ValueError, "schedule must be one of linear, cosine, stepwise, got 'sine'"),
     (keys(start={}), ValueError, "seqcompress.schedule must be one of linear, cosine, stepwise, got None"),
     (keys(schedule={"start": {}}), ValueError, "seqcompress.schedule must be one of linear, cosine, stepwise, got {"),
+    (keys(scale_views="yes"), TypeError, "seqcompress.scale_views must be true or false, got 'yes'"),
+    (keys(scale_views=1), TypeError, "seqcompress.scale_views must be true or false, got 1"),
+    (keys(scale_views=True), ValueError, "seqcompress.scale_views: loader must .* holds? a known crop"),
+    (
+        keys(scale_views=True, teacher="none"),
+        ValueError,
+        "seqcompress.scale_views=true needs seqcompress.teacher=patch_size, got 'none'",
+    ),
+    (
+        keys(scale_views=True, teacher="both"),
+        ValueError,
+        "seqcompress.scale_views=true needs seqcompress.teacher=patch_size, got 'both'",
+    ),
     (keys(teacher=True), TypeError, "seqcompress.teacher must be one of patch_size, both, none, got True"),
     (keys(schedule="linear"), ValueError, "seqcompress.schedule: field 'start': is missing"),
     (keys(schedule="linear", start=0.5), ValueError, "seqcompress.schedule: field 'start': a strategy must be an obj"),
@@ -508,6 +741,7 @@ BAD_SECTIONS: list[tuple[Any, type[Exception], str]] = [
 def assert_refused(method: Any, trainer: Any, kind: type[Exception], message: str) -> None:
     """The run stops at set-up, and nothing has changed."""
     before, modules = weights_of(method), [type(module) for module in method.modules()]
+    updater = getattr(method, "momentum_updater", None)
     with pytest.raises(kind, match=message) as caught:
         trainer.fit(method, contract.loader(), contract.validation_loader())
     assert type(caught.value) is kind
@@ -516,6 +750,7 @@ def assert_refused(method: Any, trainer: Any, kind: type[Exception], message: st
     assert not is_compressed(method)
     assert [type(module) for module in method.modules()] == modules
     assert_same_weights(method.state_dict(), before)
+    assert getattr(method, "momentum_updater", None) is updater
     assert method.seen == []
 
 
@@ -758,6 +993,28 @@ def test_without_the_flag_solo_learn_trains_as_without_seqcompress(
     assert_same_weights(ends[1], ends[2])
 
 
+@needs_solo
+@pytest.mark.parametrize("name", ["mocov3", "dino"])
+@pytest.mark.parametrize("pl", ["lightning.pytorch"], indirect=True)
+def test_solo_learns_own_methods_average_as_before_with_the_updater_that_stands_in(
+    name: str, pl: Any, make_trainer: Build
+) -> None:
+    used = set()
+
+    class Note(pl.Callback):  # type: ignore[misc]
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            used.add(type(pl_module.momentum_updater).__name__)
+
+    module = fit_real(name, keys(token_dropout=0), make_trainer(max_epochs=1, callbacks=[Note()]))[0]
+    plain = fit_real(name, contract.ABSENT, make_trainer(max_epochs=1))[0]
+    assert used == {"ForeachMomentumUpdater"}
+    assert type(module.momentum_updater) is type(plain.momentum_updater)
+    assert module.momentum_updater.cur_tau == plain.momentum_updater.cur_tau
+    for one, other in zip(module.momentum_pairs, plain.momentum_pairs, strict=True):
+        for average, expected in zip(one[1].parameters(), other[1].parameters(), strict=True):
+            torch.testing.assert_close(average, expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for each of two classes, with four pictures of 40 px."""
@@ -804,6 +1061,14 @@ def test_solo_learns_own_script_is_accelerated_by_the_flag(pictures: Path, tmp_p
     assert logged["seqcompress/tokens"] == [3, 3, 5, 9]
     assert len(logged["train_contrastive_loss_step"]) == 4
     assert "mocov3 trains at drop 0.5, patch 16 (3 tokens a view) at first, base (17 tokens a view)" in run.stdout
+
+
+@needs_solo
+def test_solo_learns_own_script_makes_smaller_crops_with_scale_views(pictures: Path, tmp_path: Path) -> None:
+    run = pretrain(tmp_path, pictures, *VIT, "++seqcompress.enabled=true", "++seqcompress.scale_views=true")
+    logged = logged_by(run, tmp_path)
+    assert logged["seqcompress/tokens"] == [3, 3, 5, 9]
+    assert all(map(math.isfinite, logged["train_contrastive_loss_step"]))
 
 
 @needs_solo
