@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from seqcompress import Strategy, compress, num_tokens
 from seqcompress.compressors import grid_size, resample_patches, resize_pinv
+from seqcompress.compressors.patch_scaling import resample_positions
 
 
 def _timm_tokens(vit: Any, views: Tensor, patch: int) -> Tensor:
@@ -190,3 +191,29 @@ def test_a_patch_larger_than_the_view_is_an_error_that_names_both(tiny_vit: Any)
         num_tokens(vit, Strategy(0.0, 33), 32)
     with pytest.raises(ValueError, match="patch_size 32 x 32 for a view of 24 x 32 px"):
         compress(vit, patch_size=32).train()(torch.randn(1, 3, 24, 32))
+
+
+@pytest.mark.parametrize(
+    "grids", [((14, 14), (7, 7)), ((4, 6), (3, 2)), ((4, 4), (4, 4)), ((4, 4), (6, 5)), ((3, 3), (1, 1))]
+)
+def test_positions_are_interpolated_as_timm_does(grids: Any) -> None:
+    old, new = grids
+    positions = torch.randn(1, old[0] * old[1], 8, requires_grad=True)
+    expected = resample_abs_pos_embed(positions, new_size=list(new), old_size=list(old), num_prefix_tokens=0)
+    resampled = resample_positions(positions, old, new)
+    torch.testing.assert_close(resampled, expected, rtol=1e-5, atol=1e-5)
+    weights = torch.randn_like(expected)
+    (gradient,), (expected_gradient,) = (
+        torch.autograd.grad((result * weights).sum(), positions) for result in (resampled, expected)
+    )
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-5)
+
+
+def test_positions_keep_half_precision_and_are_interpolated_in_full() -> None:
+    positions = torch.randn(1, 196, 8)
+    expected = resample_positions(positions, (14, 14), (7, 7))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(resample_positions(positions, (14, 14), (7, 7)), expected)
+    half = resample_positions(positions.half(), (14, 14), (7, 7))
+    assert half.dtype == torch.float16
+    torch.testing.assert_close(half.float(), expected, rtol=2e-3, atol=2e-3)

@@ -17,10 +17,16 @@ import torch
 import torch.nn.functional as F
 from timm.layers.format import Format, nchw_to
 from timm.layers.patch_embed import PatchEmbed
-from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from seqcompress.compressors.patch_scaling import fit_to_grid, grid_size, resample_patches, resample_views, resize_pinv
+from seqcompress.compressors.patch_scaling import (
+    fit_to_grid,
+    grid_size,
+    resample_patches,
+    resample_positions,
+    resample_views,
+    resize_pinv,
+)
 from seqcompress.compressors.token_dropout import (
     SubsetStream,
     gather_patches,
@@ -239,9 +245,7 @@ class CompressedPatchEmbed(nn.Module):
         if blank.shape[0] != 1 or blank.shape[1] != prefix + grid[0] * grid[1]:
             raise RuntimeError(_changed(blank, f"{prefix} prefix tokens and {grid[0] * grid[1]} positions"))
         before, positions = blank.split((prefix, grid[0] * grid[1]), dim=1)
-        positions = resample_abs_pos_embed(
-            positions, new_size=list(pending.grid), old_size=list(grid), num_prefix_tokens=0
-        )
+        positions = resample_positions(positions, (grid[0], grid[1]), pending.grid)
         if pending.kept is not None:
             positions = F.embedding(pending.kept, positions[0])  # (B, K, D)
         tokens = pending.tokens + positions
@@ -313,10 +317,9 @@ class CompressedPatchEmbed(nn.Module):
     def _blank(self, tokens: Tensor) -> Tensor:
         """The embedding of one view of the model's own size, all zero, in the format the model expects."""
         height, width = self.embed.grid_size
-        blank = tokens.new_zeros(1, tokens.shape[-1], height, width)
         if self.embed.flatten:
-            return blank.flatten(2).transpose(1, 2)  # (1, N, D)
-        return nchw_to(blank, self.embed.output_fmt)
+            return tokens.new_zeros(1, height * width, tokens.shape[-1])  # (1, N, D)
+        return nchw_to(tokens.new_zeros(1, tokens.shape[-1], height, width), self.embed.output_fmt)
 
 
 _live: WeakSet[CompressedPatchEmbed] = WeakSet()

@@ -67,7 +67,8 @@ def gather_patches(views: Tensor, kept: Tensor, patch_rows: Tensor, patch: tuple
         # There the w pixels of a row lie with those of all other channels: the rows of one channel are all rows.
         views, patch_rows = views.permute(0, 2, 3, 1), patch_rows[:, : patch[0]]  # (B, H, W, C), (N, h)
     # A row of a patch is w pixels that lie side by side: selecting such rows copies whole pieces of memory.
-    rows = views.reshape(batch * patch_rows.numel(), -1)  # (B * C * gh * h * gw, w) or (B * gh * h * gw, w * C)
+    length = patch[1] * (channels if channels_last else 1)
+    rows = views.reshape(batch * patch_rows.numel(), length)  # (B * C * gh * h * gw, w) or (B * gh * h * gw, w * C)
     index = F.embedding(kept, patch_rows)  # (B, K, C * h) or (B, K, h)
     index += first_rows(batch, patch_rows.numel(), views.device)
     pixels = rows.index_select(0, index.flatten())
