@@ -6,6 +6,7 @@ within every repeat, and only ratios of times from one and the same repeat are r
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -13,7 +14,10 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -27,12 +31,94 @@ Step: TypeAlias = Callable[[], object]
 Times: TypeAlias = dict[str, dict[str, list[float]]]
 
 
+class Stopwatch:
+    """Adds up seconds by part of a step. On CUDA it never makes the host wait for the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Count what runs inside as ``name``."""
+        if self._device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            yield
+            end.record()
+            self._events.append((name, start, end))
+        else:
+            begun = now(self._device)
+            yield
+            self._seconds[name] += now(self._device) - begun
+
+    def read(self) -> dict[str, float]:
+        """Seconds by part since the last reading."""
+        _synchronize(self._device)
+        for name, start, end in self._events:
+            self._seconds[name] += start.elapsed_time(end) / 1000
+        read = dict(self._seconds)
+        self._events.clear()
+        self._seconds.clear()
+        return read
+
+
+@dataclass(frozen=True)
+class InParts:
+    """A step that tells a stopwatch where its parts begin and end."""
+
+    run: Callable[[Stopwatch], object]
+    stopwatch: Stopwatch
+
+    def __call__(self) -> None:
+        self.run(self.stopwatch)
+
+
 class Ratio(NamedTuple):
     """Median over repeats of a ratio of two times, with a 95 % confidence interval for that median."""
 
     median: float
     low: float
     high: float
+
+
+def add_options(parser: argparse.ArgumentParser, name: str) -> None:
+    """The options of every benchmark that times steps of a model; ``name`` is that of its results."""
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument(
+        "--min-seconds", type=float, default=0.2, help="repeat shorter steps, 0: none, within a measurement"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
+    parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the encoders")
+    parser.add_argument("--output", type=Path, help=f"where to write, without suffix; default: results/{name}-DEVICE")
+    parser.set_defaults(name=name)
+
+
+def prepare(parser: argparse.ArgumentParser, options: argparse.Namespace) -> torch.device:
+    """Check these options, fill in where to write, and set torch up; returns the device."""
+    if options.repeats < 6:
+        parser.error(f"--repeats must be at least 6 for a 95 % interval, got {options.repeats}")
+    device = torch.device(options.device)
+    options.output = options.output or Path(__file__).parent / "results" / f"{options.name}-{device.type}"
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    return device
+
+
+def conditions(options: argparse.Namespace) -> str:
+    """What a report's title says of these options."""
+    precision = "bfloat16 autocast" if options.amp else "float32"
+    how = ", torch.compile" if options.compile else ""
+    return f"{options.device}, {precision}, batch {options.batch_size}{how}"
+
+
+def setup_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The same for a report's JSON."""
+    return {name: getattr(options, name) for name in ("batch_size", "amp", "compile", "device", "repeats")}
 
 
 def interleaved_times(
@@ -43,6 +129,7 @@ def interleaved_times(
     Variants of a group are compared with each other, so they run back to back, in an order drawn anew every time.
     Where steps are shorter than ``min_seconds``, a repeat is the mean of several such turns; on CUDA it is one turn
     of several calls, because the host may run ahead of the device from one call to the next, as it does in training.
+    Of a step ``InParts`` each part is reported as well, as a variant "name: part".
     """
     order = random.Random(0)
     asynchronous = device.type == "cuda"
@@ -50,17 +137,24 @@ def interleaved_times(
     for group, variants in tqdm(groups.items(), desc=f"{title}: warm-up", unit="group"):
         for step in variants.values():
             _seconds(step, 1, device)
-        fastest = min(_seconds(step, 1, device) for step in variants.values())
-        counts[group] = math.ceil(min_seconds / fastest)
+        counts[group] = 1
+        if min_seconds > 0:
+            fastest = min(_seconds(step, 1, device) for step in variants.values())
+            counts[group] = math.ceil(min_seconds / fastest)
+        for step in variants.values():
+            if isinstance(step, InParts):
+                step.stopwatch.read()
 
-    times: Times = {group: {name: [] for name in variants} for group, variants in groups.items()}
+    times: Times = {group: defaultdict(list) for group in groups}
     for _ in tqdm(range(repeats), desc=title, unit="repeat"):
         for group in order.sample(list(groups), len(groups)):
-            turns: dict[str, list[float]] = {name: [] for name in groups[group]}
+            turns: defaultdict[str, list[float]] = defaultdict(list)
             for _ in range(1 if asynchronous else counts[group]):
-                for name in order.sample(list(turns), len(turns)):
-                    calls = counts[group] if asynchronous else 1
-                    turns[name].append(_seconds(groups[group][name], calls, device))
+                for name in order.sample(list(groups[group]), len(groups[group])):
+                    step, calls = groups[group][name], counts[group] if asynchronous else 1
+                    turns[name].append(_seconds(step, calls, device))
+                    for part, elapsed in step.stopwatch.read().items() if isinstance(step, InParts) else ():
+                        turns[f"{name}: {part}"].append(elapsed / calls)
             for name, seconds in turns.items():
                 times[group][name].append(sum(seconds) / len(seconds))
     return times
@@ -75,6 +169,12 @@ def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Ratio:
         outside += math.comb(len(ratios), rank) * 0.5 ** len(ratios)
     rank = max(0, rank - 1)
     return Ratio(statistics.median(ratios), ratios[rank], ratios[-1 - rank])
+
+
+def percent(share: Ratio, digits: int = 1) -> str:
+    """A ratio and its interval in percent."""
+    median, low, high = (f"{100 * value:.{digits}f}" for value in share)
+    return f"{median} % [{low}, {high}]"
 
 
 def peak_memory(step: Step, device: torch.device) -> int:
@@ -123,14 +223,17 @@ def uses_cpu_time(device: torch.device) -> bool:
     return device.type == "cpu" and torch.get_num_threads() == 1
 
 
-def _seconds(step: Step, calls: int, device: torch.device) -> float:
-    clock = time.process_time if uses_cpu_time(device) else time.perf_counter
+def now(device: torch.device) -> float:
+    """Seconds on the clock in use, as soon as the device has done all it was given."""
     _synchronize(device)
-    start = clock()
+    return time.process_time() if uses_cpu_time(device) else time.perf_counter()
+
+
+def _seconds(step: Step, calls: int, device: torch.device) -> float:
+    start = now(device)
     for _ in range(calls):
         step()
-    _synchronize(device)
-    return (clock() - start) / calls
+    return (now(device) - start) / calls
 
 
 def _synchronize(device: torch.device) -> None:

@@ -1,0 +1,79 @@
+"""All benchmarks, one after the other, each in a process of its own, with settings that suit the device.
+
+Results go to ``benchmarks/results/NAME-DEVICE.md`` and ``.json``; of a quick look, to ``build/benchmarks``. One that
+fails does not stop the others. Each can be run on its own, with more options: see ``benchmarks/README.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+FOLDER = Path(__file__).parent
+QUICK = ("--model", "vit_tiny_patch16_224", "--batch-size", "4", "--repeats", "6", "--min-seconds", "0")
+SLOW = ("--batch-size", "8")
+WHOLE = ("--repeats", "8", "--min-seconds", "0")  # a whole step on a CPU is long enough to be timed by itself
+FAST = ("--model", "vit_base_patch16_224", "--batch-size", "256", "--amp", "--repeats", "30")
+LARGER = ("--batch-size", "32")
+# An encoder so small that a core runs it about as fast as another core makes its views, as a fast GPU does with ViT-B.
+SMALL = ("--model", "vit_tiny_patch16_224", "--width", "64", "--depth", "4", "--method", "simclr", "--repeats", "12")
+
+
+def benchmarks(device: str, quick: bool) -> dict[str, list[str]]:
+    """Names of results, and the arguments that lead to them."""
+    on = ["--device", device]
+    if device == "cpu":
+        steps = {
+            f"encoder-{device}": ["encoder.py", *on, *(QUICK if quick else (*SLOW, "--repeats", "12"))],
+            f"training_step-{device}": ["training_step.py", *on, *(QUICK if quick else (*SLOW, *WHOLE))],
+        }
+    else:
+        steps = {
+            f"{name}-{device}{suffix}": [f"{name}.py", *on, *(QUICK if quick else FAST), *compiled]
+            for name in ("encoder", "training_step")
+            for suffix, compiled in (("", []), ("-compile", ["--compile"]))
+        }
+    if find_spec("solo") is not None:
+        of_step = steps[f"training_step-{device}"]
+        steps[f"training_step-solo-learn-{device}"] = [*of_step, "--host", "solo-learn"]
+    return {
+        **steps,
+        f"parts-{device}": [
+            "parts.py",
+            *on,
+            *(QUICK if quick else FAST if device == "cuda" else ("--batch-size", "32")),
+        ],
+        "views-cpu": ["views.py", *(("--repeats", "6", "--min-seconds", "0.05") if quick else ())],
+        f"end_to_end-{device}": ["end_to_end.py", *on, *(QUICK if quick else FAST if device == "cuda" else SMALL)],
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--quick", action="store_true", help="a look: ViT-Ti, small batches, few repeats")
+    parser.add_argument("--output", type=Path, help="folder to write to")
+    options = parser.parse_args()
+    output = options.output or (FOLDER.parent / "build" / "benchmarks" if options.quick else FOLDER / "results")
+    if find_spec("solo") is None:
+        print("Without the steps of solo-learn, which is not installed.", flush=True)
+
+    failed = []
+    for name, (script, *arguments) in benchmarks(options.device, options.quick).items():
+        command = [sys.executable, str(FOLDER / script), *arguments, "--output", str(output / name)]
+        print(f"\n$ {shlex.join(command)}", flush=True)
+        if subprocess.run(command).returncode != 0:
+            failed.append(name)
+    if failed:
+        print(f"Failed: {', '.join(failed)}.", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
