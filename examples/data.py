@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 Pixels = NDArray[np.uint8]  # (N, H, W)
 Labels = NDArray[np.int64]  # (N,)
 
-_LOCAL_SIZE = 16  # of DINO's local views, in pixels
+_LOCAL_SIZE, _LOCAL_VIEWS = 16, 4  # DINO's local views: their side in pixels, and how many of an image
 
 _IDX_FILES = {
     "train_images": "train-images-idx3-ubyte",
@@ -136,15 +136,15 @@ def view_transform(method: str, data: ImageData) -> Callable[[Image.Image], list
         global_crop_scale=(0.4, 1.0),
         local_crop_size=_LOCAL_SIZE,
         local_crop_scale=(0.1, 0.4),
-        n_local_views=4,
+        n_local_views=_LOCAL_VIEWS,
         gaussian_blur=(0.0, 0.0, 0.0),
         **common,
     )
 
 
 def view_sizes(method: str, data: ImageData) -> tuple[int, ...]:
-    """Sides of the views that ``view_transform`` makes, in pixels."""
-    return (data.image_size, _LOCAL_SIZE) if method == "dino" else (data.image_size,)
+    """Sides of the views that ``view_transform`` makes of an image, in pixels."""
+    return (data.image_size,) * 2 + ((_LOCAL_SIZE,) * _LOCAL_VIEWS if method == "dino" else ())
 
 
 def view_loader(

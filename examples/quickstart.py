@@ -46,6 +46,8 @@ def pretrain(name: str, plan: str | Strategy, data: ImageData, arguments: argpar
 
     # The one line. The plain run takes it too, with a strategy that changes nothing: its budget is counted.
     seqcompress.compress(backbone, plan, teacher=model.backbone_momentum)
+    if arguments.scale_views:
+        seqcompress.scale_views(loader, backbone)
     scheduler, budget = SequenceScheduler(model, total_steps=total_steps), Budget(model)
 
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3, weight_decay=0.05)
@@ -55,6 +57,7 @@ def pretrain(name: str, plan: str | Strategy, data: ImageData, arguments: argpar
     evaluate_after = {round(arguments.epochs * part / EVALUATIONS) for part in range(1, EVALUATIONS + 1)}
     curve = [Point(epoch=0, units=0.0, seconds=0.0, knn=evaluator.knn(backbone))]
     seconds, tokens, views_seen = 0.0, 0, 0
+    sides = view_sizes(arguments.method, data)
     with tqdm(total=total_steps, desc=f"{name:<11}", unit="step") as progress:
         for epoch in range(arguments.epochs):
             started = time.perf_counter()
@@ -68,7 +71,7 @@ def pretrain(name: str, plan: str | Strategy, data: ImageData, arguments: argpar
                 model.update_teacher(cosine_schedule(scheduler.last_step, total_steps, 0.95, 1.0))
 
                 strategy = get_strategy(backbone)
-                lengths = [num_tokens(backbone, strategy, view.shape[-1]) for view in views]
+                lengths = [num_tokens(backbone, strategy, side) for side in sides]
                 tokens, views_seen = tokens + sum(lengths), views_seen + len(lengths)
                 progress.set_postfix(loss=f"{loss.item():.3f}", strategy=strategy, tokens=lengths[0], budget=budget)
                 progress.update()
@@ -102,6 +105,9 @@ def parsed(argv: list[str] | None = None) -> tuple[argparse.Namespace, ImageData
         default=max(0, min(8, (os.cpu_count() or 1) - 2)),  # the first two cores are for training
         help="processes that make the views; 0 for the training process itself",
     )
+    parser.add_argument(
+        "--scale-views", action="store_true", help="make smaller views where patches are larger, which takes less time"
+    )
     parser.add_argument("--output", type=Path, default=Path("quickstart-output"), help="folder for the results")
     arguments = parser.parse_args(argv)
 
@@ -111,6 +117,8 @@ def parsed(argv: list[str] | None = None) -> tuple[argparse.Namespace, ImageData
         data = digits() if arguments.data == "digits" else fashion_mnist(arguments.data_dir)
     except (OSError, ValueError) as error:
         parser.error(f"argument --data-dir: {error}")
+    if arguments.scale_views and arguments.method == "dino":
+        parser.error("argument --scale-views: not with --method dino, whose local views here are half the global ones")
     if arguments.seed >= 2**63:
         parser.error(f"argument --seed: must be below 2**63, got {arguments.seed}")
     if arguments.images is not None:
@@ -124,7 +132,7 @@ def parsed(argv: list[str] | None = None) -> tuple[argparse.Namespace, ImageData
     try:
         encoder = seqcompress.compress(small_vit(data.image_size, data.patch_size), arguments.plan)
         for strategy in SequenceScheduler(encoder, total_steps=1).schedule.strategies():
-            for side in view_sizes(arguments.method, data):
+            for side in set(view_sizes(arguments.method, data)):
                 num_tokens(encoder, strategy, side)  # raises where a patch would not fit into a view
     except (OSError, ValueError) as error:
         parser.error(f"argument --plan: {error}")

@@ -59,7 +59,8 @@ def idx_files(folder: Path, *, gzipped: bool, images: int = 40) -> None:
     [("moco", 2 * 3 + 2), ("simclr", 2 * 3), ("dino", pytest.approx(2 * 3 + 2 + 4 * 3 / 4, rel=0.03))],
 )
 def test_quickstart_compares_a_plain_and_an_accelerated_run(tmp_path: Path, method: str, units_per_image: Any) -> None:
-    content, printed = results(tmp_path, *TINY, "--method", method)
+    scaling = ["--scale-views"] if method == "simclr" else []
+    content, printed = results(tmp_path, *TINY, "--method", method, *scaling)
     plain, accelerated = content["runs"]["plain"], content["runs"]["accelerated"]
 
     assert plain["curve"][-1]["units"] / (2 * 96) == units_per_image
@@ -128,6 +129,7 @@ def test_there_is_no_speedup_where_training_reached_nothing(monkeypatch: pytest.
         (["--images", "10", "--batch-size", "16"], "--batch-size"),
         (["--seed", "-1"], "--seed"),
         (["--device", "abacus"], "--device"),
+        (["--method", "dino", "--scale-views"], "--scale-views"),
     ],
 )  # fmt: skip
 def test_a_bad_argument_is_answered_with_one_error_that_names_it(
