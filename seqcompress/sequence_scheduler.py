@@ -188,8 +188,9 @@ class SequenceScheduler:
         for model, compression in enumerate(dict.fromkeys(compression for _, compression in self._driven)):
             compression.stream.anchor(self._seed, last_step, model)
             if compression.views is not None:
-                ahead = schedule(min(1.0, (last_step + compression.views.lookahead) / total_steps))
-                compression.views.ask_for(compression.strategy, ahead)
+                until = last_step + compression.views.lookahead
+                coming = [*range(last_step, until, max(1, compression.views.lookahead // 8)), until]
+                compression.views.ask_for(*(schedule(min(1.0, step / total_steps)) for step in coming))
 
     def _agreed(self, step: int) -> int:
         """Rank 0's step. Agreed on the CPU, so that no device has to wait."""

@@ -23,7 +23,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.datasets import ImageFolder
 
-from seqcompress import Budget, SequenceScheduler, Stepwise, Strategy, compress, rehearse, restore, set_strategy
+from seqcompress import (
+    Budget,
+    OnlineScheduler,
+    SequenceScheduler,
+    Stepwise,
+    Strategy,
+    compress,
+    gradient_error,
+    rehearse,
+    restore,
+    set_strategy,
+)
 from seqcompress.compressors import resize_pinv
 from seqcompress.compressors.patch_scaling import resample_views
 from seqcompress.views import scale_views
@@ -113,11 +124,11 @@ def test_a_smaller_view_shows_what_the_full_one_shows(name: str, patch_size: int
 
 
 def test_blurs_and_borders_shrink_with_the_view() -> None:
-    pipeline = v1.Compose([v1.RandomCrop(64, padding=8), v1.GaussianBlur(23, (0.1, 2.0)), v1.Resize(32, max_size=48)])
+    pipeline = v1.Compose([v1.Resize(32, max_size=48), v1.RandomCrop(64, padding=8), v1.GaussianBlur(23, (0.1, 2))])
     lightly = SimCLRTransform(input_size=64, sigmas=(0.2, 2.0))
     dataset = Photos([pipeline, lightly])  # type: ignore[arg-type]
     transforms = ScaledTransforms(dataset, (8, 8))
-    crop, blur, resize = pipeline.transforms
+    resize, crop, blur = pipeline.transforms
     lightly_blur = next(step for step in lightly.transforms[0].transform.transforms if hasattr(step, "sigmas"))
 
     def settings() -> tuple[Any, ...]:
@@ -196,7 +207,7 @@ def test_loaders_change_over_with_the_schedule_and_never_too_late(
             steps += 1
             scheduler.step()
     assert len(makers) == max(1, workers)  # the same workers all along
-    assert set(made[: 16 - 1 - 3 * workers]) == {16}
+    assert set(made[workers : 16 - 1 - 4 * workers]) == {16}  # each worker looks after its first batch
     assert set(made[16:]) == {32}
 
 
@@ -220,7 +231,7 @@ def test_workers_that_are_spawned_follow_as_well(tiny_vit: Any) -> None:
     for views, _ in loader:
         made.append(views.shape[-1])
         scheduler.step()
-    assert made[0] == 16
+    assert made[1] == 16
     assert set(made[5:]) == {32}
 
 
@@ -350,7 +361,7 @@ def test_what_cannot_be_scaled_is_refused_and_nothing_changes(tiny_vit: Any) -> 
         (DataLoader(_Endless()), TypeError, r"loader must have a map-style data set, got the iterable _Endless"),
         (loader_of(_UnknownCrop()), ValueError, r"known crop, found none in .*Photos; known: torchvision's RandomRes"),
         (
-            loader_of(v1.Compose([v1.RandomCrop(40), _UnknownCrop()])),
+            loader_of(v1.Compose([v1.RandomResizedCrop(40), _UnknownCrop()])),
             ValueError,
             r"views of sizes \[\(16, 16\)\] for patch_size 16, got \[\(32, 32\)\]: something that is not known",
         ),
@@ -385,3 +396,75 @@ def test_what_cannot_be_scaled_is_refused_and_nothing_changes(tiny_vit: Any) -> 
     next(iter(running))
     with pytest.raises(ValueError, match=r"must not have started its persistent workers"):
         scale_views(running, vit)
+
+
+def test_a_new_loader_on_the_same_data_set_makes_the_same_views(tiny_vit: Any, first_tokens: Any) -> None:
+    images = Photos(crop_to(32))
+    scale_views(DataLoader(images, batch_size=4), compress(tiny_vit(), SCALED))
+    vit = compress(tiny_vit(), SCALED).train()
+    views = next(iter(scale_views(DataLoader(images, batch_size=4), vit)))[0]
+    assert views.shape[-1] == 16
+    assert first_tokens(vit, views).shape[1] == 1 + 4
+
+
+@pytest.mark.parametrize("sigmas", [(1, 2), (0.1, 2)])
+def test_widths_of_blurs_that_are_whole_numbers_are_not_rounded(sigmas: Any) -> None:
+    lightly = SimCLRTransform(input_size=64, sigmas=sigmas)
+    transforms = ScaledTransforms(Photos(lightly), (8, 8))
+    transforms.apply(28)
+    blur = next(step for step in lightly.transforms[0].transform.transforms if hasattr(step, "sigmas"))
+    assert blur.sigmas == (sigmas[0] * 8 / 28, sigmas[1] * 8 / 28)
+
+
+@pytest.mark.parametrize("crop", [v1.RandomCrop(32, padding=4), v1.RandomCrop(32), v1.CenterCrop(32)])
+def test_a_window_of_the_image_as_it_is_is_refused(crop: Any, tiny_vit: Any) -> None:
+    with pytest.raises(ValueError, match="a smaller one would show less"):
+        scale_views(loader_of(v1.Compose([crop, v1.ToTensor()])), compress(tiny_vit(), SCALED))
+
+
+def test_a_stage_shorter_than_the_look_ahead_gets_full_views(tiny_vit: Any) -> None:
+    plan = Stepwise({0.0: SCALED, 0.5: Strategy(), 0.6: SCALED})
+    vit = compress(tiny_vit(), plan).train()
+    loader = scale_views(loader_of(crop_to(32), images=400, num_workers=2, prefetch_factor=4), vit)
+    scheduler, made = SequenceScheduler(vit, total_steps=100), []
+    for views, _ in loader:
+        made.append(views.shape[-1])
+        scheduler.step()
+    assert set(made[50:60]) == {32}
+
+
+def test_a_model_from_a_file_drives_workers(tiny_vit: Any, tmp_path: Path) -> None:
+    vit = compress(tiny_vit(), SCALED)
+    scale_views(loader_of(crop_to(32)), vit)
+    torch.save(vit, tmp_path / "model.pt")
+    vit = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert vit.patch_embed.compression.views.shared.is_shared()
+
+
+def test_with_workers_a_data_set_that_shares_the_transforms_keeps_full_views(tiny_vit: Any) -> None:
+    vit = compress(tiny_vit(), SCALED)
+    loader = loader_of(crop_to(32), num_workers=1)
+    validation = Photos(loader.dataset.transform)  # type: ignore[attr-defined]
+    made = [views.shape[-1] for views, _ in scale_views(loader, vit)]
+    assert made == [32] + [16] * 15
+    assert validation[0][0].shape[-1] == 32
+
+
+def test_views_that_would_look_alike_at_different_stages_are_refused(tiny_vit: Any) -> None:
+    vit = compress(
+        tiny_vit(dynamic_img_size=True), Stepwise({0.0: Strategy(patch_size=32), 0.5: Strategy(patch_size=14)})
+    )
+    loader = loader_of(DINOTransform(global_crop_size=96, local_crop_size=48))
+    with pytest.raises(
+        ValueError, match=r"96 x 96 px made for patch_size 32 would look like those of 48 x 48"
+    ):
+        scale_views(loader, vit)
+
+
+def test_gradient_error_asks_for_full_views(tiny_vit: Any) -> None:
+    vit = compress(tiny_vit(), SCALED).train()
+    loader = scale_views(loader_of(crop_to(32)), vit)
+    with pytest.raises(ValueError, match=r"must get full views, got some of 16 x 16 px that scale_views made smaller"):
+        gradient_error(vit, lambda batch: vit(batch[0]).square().mean(), list(loader)[:2], [SCALED], cost="flops")
+    with pytest.raises(ValueError, match="must not have scale_views for an online schedule with patch sizes"):
+        OnlineScheduler(vit, lambda batch: vit(batch[0]).square().mean(), total_steps=100)

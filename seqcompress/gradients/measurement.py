@@ -5,6 +5,7 @@ Definitions: Lin et al., NeurIPS 2024 (arXiv 2410.22364) for CA-MSE; the paired,
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import random
@@ -222,7 +223,9 @@ def measured_encoders(model: nn.Module, teacher: nn.Module | None = None) -> lis
 def _compressed(encoders: Sequence[MeasuredEncoder]) -> Iterator[Compression]:
     """Compress the encoders with a compression of their own; afterwards they are as they were."""
     stream = _PacedStream()
-    compression = Compression(Constant(_BASE), _BASE, stream)
+    found = compressed_embeds(*(measured.encoder for measured in encoders))
+    views = next((embed.compression.views for embed in found), None)
+    compression = Compression(Constant(_BASE), _BASE, stream, copy.deepcopy(views))
     undo: list[Callable[[], object]] = []
     try:
         for measured in encoders:
@@ -403,6 +406,13 @@ class Runner:
             raise ValueError(f"{where} must return a finite loss, got {value}")
         if not any(forward.graph for embed in self._embeds for forward in embed.tally):
             raise ValueError(f"{where} must run the encoder in train mode, got a loss that did not pass through it")
+        views = self._compression.views
+        for size in {(forward.view[2], forward.view[3]) for embed in self._embeds for forward in embed.tally}:
+            if views is not None and views.full_size(size) != size:
+                raise ValueError(
+                    f"{where} must get full views, got some of {size[0]} x {size[1]} px that scale_views made smaller: "
+                    f"no gradient without compression can be had from them"
+                )
         use(self._gradient(where))
         flops = self._flops(embed.tally for embed in self._embeds)
         if complete and self._after_backward is not None:

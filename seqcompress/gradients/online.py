@@ -173,6 +173,11 @@ class OnlineScheduler(SequenceScheduler):
         ladder = list(dict.fromkeys(canonical(strategy, own) for strategy in (*wanted, *starts, _BASE)))
         for encoder in encoders:
             encoder.check_strategies(ladder)
+        if any(embed.compression.views is not None for embed in embeds) and any(rung.patch_size for rung in ladder):
+            raise ValueError(
+                "model_or_models must not have scale_views for an online schedule with patch sizes: gradient error is "
+                "measured on full views"
+            )
         super().__init__(model_or_models, Stepwise({0.0: starts[0]}), total_steps=total_steps)
         self._ladder = tuple(_by_cost(ladder, encoders, flops))
         self._compute_share = compute_share
@@ -447,7 +452,9 @@ def _under(
         counted: Counter[Forward] = Counter()
         for forward, calls in tally.items():
             here = mine if forward.graph or measured.when == "train" else _BASE
-            tokens = num_tokens(measured.encoder, here, (forward.view[2], forward.view[3]))
+            views = measured.encoder.patch_embed.compression.views
+            size = (forward.view[2], forward.view[3])
+            tokens = num_tokens(measured.encoder, here, size if views is None else views.full_size(size))
             counted[forward._replace(tokens=tokens)] += calls
         changed.append(counted)
     return changed

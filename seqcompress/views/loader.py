@@ -77,26 +77,29 @@ def scale_views(loader: DataLoader[Any], model: nn.Module) -> DataLoader[Any]:
         raise ValueError(f"model must hold encoders of one patch size, got {sorted(bases)}")
     (base,) = bases
 
-    collate = loader.collate_fn
-    if isinstance(collate, FollowingCollate):  # followed another model, or an earlier plan
-        collate.transforms.apply(None)
-        collate = collate.collate
+    followed = loader.collate_fn if isinstance(loader.collate_fn, FollowingCollate) else None  # earlier, or another
+    collate = loader.collate_fn if followed is None else followed.collate
     transforms = ScaledTransforms(loader.dataset, base)
     sizes = {strategy.patch_size or 0 for strategy in (*compression.plan.strategies(), compression.strategy)}
     patch_sizes = sorted(size for size in sizes if size > max(base))
-    full = _checked_views(loader.dataset, transforms, patch_sizes)
+    full = _checked_views(loader.dataset, transforms, patch_sizes, (embeds[0].embed.proj.in_channels, *base))
     views = compression.views or ScaledViews(base)
     trial = copy.deepcopy(views)
-    trial.add(transforms, full, 0)
+    trial.add(None, full, 0)
     for patch_size in patch_sizes:
         problem = trial.conflict(patch_size)
         if problem is not None:
             raise ValueError(f"loader: {problem}")
+        trial.note(patch_size)
 
-    views.add(transforms, full, _steps_ahead(loader))
-    compression.views = views
-    loader.collate_fn = FollowingCollate(collate, transforms, views.shared)
-    views.ask_for(compression.strategy)
+    if followed is not None:
+        followed.views.drop(followed.transforms)
+    # Workers look for themselves; in this process, where other data sets may have the same transforms, nothing changes.
+    views.add(None if loader.num_workers else transforms, full, _steps_ahead(loader))
+    loader.collate_fn = FollowingCollate(collate, transforms, views)
+    if compression.views is None:
+        compression.views = views
+        views.ask_for(compression.strategy)
     return loader
 
 
@@ -107,49 +110,71 @@ class FollowingCollate:
     set's own: in a worker, both come out of the same fork or pickle.
     """
 
-    def __init__(self, collate: Callable[[list[Any]], Any], transforms: ScaledTransforms, shared: Tensor) -> None:
-        self.collate, self.transforms, self.shared = collate, transforms, shared
+    def __init__(self, collate: Callable[[list[Any]], Any], transforms: ScaledTransforms, views: ScaledViews) -> None:
+        self.collate, self.transforms, self.views = collate, transforms, views
 
     def __call__(self, batch: list[Any]) -> Any:
         collated = self.collate(batch)
-        self.transforms.apply(int(self.shared) or None)
+        self.transforms.apply(int(self.views.shared) or None)
         return collated
 
 
 def _steps_ahead(loader: DataLoader[Any]) -> int:
     """Steps from the moment at which a worker looks for the size of its next batch until that batch is used."""
-    return 1 + loader.num_workers * (1 + (loader.prefetch_factor or 0))
+    # One round of the workers more than are under way: from one epoch to the next, a worker may wait for its turn.
+    return 1 + loader.num_workers * (2 + (loader.prefetch_factor or 0))
 
 
-def _checked_views(dataset: Any, transforms: ScaledTransforms, patch_sizes: list[int]) -> set[Size]:
+def _checked_views(
+    dataset: Any, transforms: ScaledTransforms, patch_sizes: list[int], patch: tuple[int, int, int]
+) -> set[Size]:
     """Sizes of the full views, after a look at one sample for every patch size."""
-    full = _view_sizes(dataset)
+    put_back = transforms.snapshot()
+    transforms.apply(None)
+    try:
+        full = _view_sizes(dataset, patch)
+        _check_sizes(dataset, transforms, patch_sizes, patch, full)
+    finally:
+        put_back()
+    return set(full)
+
+
+def _check_sizes(
+    dataset: Any, transforms: ScaledTransforms, patch_sizes: list[int], patch: tuple[int, int, int], full: list[Size]
+) -> None:
+    """Raise ValueError unless views become exactly as small as they should."""
     if not full:
         raise ValueError(
             f"loader must have a data set whose samples hold views as tensors (C, H, W), "
             f"found none in the first sample of {type(dataset).__name__}"
         )
-    try:
-        for patch_size in patch_sizes:
-            expected = [scaled_size(size, patch_size, transforms.base) for size in full]
-            transforms.apply(patch_size)
-            got = _view_sizes(dataset)
-            if got != expected:
-                raise ValueError(
-                    f"loader must make views of sizes {expected} for patch_size {patch_size}, got {got}: something "
-                    f"that is not known decides their size; known: {known()}"
-                )
-    finally:
-        transforms.apply(None)
-    return set(full)
+    for patch_size in patch_sizes:
+        expected = [scaled_size(size, patch_size, transforms.base) for size in full]
+        transforms.apply(patch_size)
+        got = _view_sizes(dataset, patch)
+        if got != expected:
+            raise ValueError(
+                f"loader must make views of sizes {expected} for patch_size {patch_size}, got {got}: something "
+                f"that is not known decides their size; known: {known()}"
+            )
 
 
-def _view_sizes(dataset: Any) -> list[Size]:
-    """Height and width of every view in the first sample."""
+def _view_sizes(dataset: Any, patch: tuple[int, int, int]) -> list[Size]:
+    """Height and width of every view in the first sample: of what has an encoder's channels and room for a patch."""
     with _same_random_numbers():
-        # A copy: what a data set opens at its first sample must not be open when workers are forked.
-        sample = copy.copy(dataset)[0]
-    return [(int(tensor.shape[1]), int(tensor.shape[2])) for tensor in _tensors(sample) if tensor.ndim == 3]
+        try:
+            # A copy: a file that the data set opens at its first sample should not be open when workers are forked.
+            sample = copy.copy(dataset)[0]
+        except Exception as error:
+            raise ValueError(
+                f"loader must have a data set whose first sample can be made at every patch size, got {error!r}"
+            ) from error
+    shapes = [tuple(tensor.shape) for tensor in _tensors(sample) if tensor.ndim == 3]
+    return [
+        (height, width)
+        for channels, height, width in shapes
+        if channels == patch[0] and height >= patch[1] and width >= patch[2]
+    ]
 
 
 def _tensors(sample: Any) -> Iterator[Tensor]:

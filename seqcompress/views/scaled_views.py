@@ -15,8 +15,8 @@ __all__ = ["ScaledViews", "scaled_size"]
 Size = tuple[int, int]
 
 
-class Scalable(Protocol):
-    """A pipeline in this process that can make its views for another patch size."""
+class Pipeline(Protocol):
+    """Makes views, for whatever patch size."""
 
     def apply(self, patch_size: int | None) -> None: ...
 
@@ -57,25 +57,37 @@ class ScaledViews:
         self.shared = torch.zeros((), dtype=torch.int64).share_memory_()  # in pixels; 0 for full views
         self._full: set[Size] = set()
         self._asked_for: dict[Size, Size] = {}
-        self._here: list[Scalable] = []
+        self._here: list[Pipeline] = []
         self._last: int | None = None
 
-    def add(self, pipeline: Scalable, full: Iterable[Size], lookahead: int) -> None:
-        """Let a pipeline follow.
+    def add(self, pipeline: Pipeline | None, full: Iterable[Size], lookahead: int) -> None:
+        """Expect views of these sizes.
 
         Args:
-            pipeline: is told of every change in this process.
+            pipeline: what makes them, if it does so in this process; it is then told of every change.
             full: sizes of its views at the encoder's own patch size.
             lookahead: steps between the making of a view and its use.
         """
-        self._here.append(pipeline)
-        self._last = None
+        if pipeline is not None:
+            self._here.append(pipeline)
         self._full.update(full)
         self.lookahead = max(self.lookahead, lookahead)
+        self._make(int(self.shared) or None)  # what was asked for with the schedule's next steps in view
+
+    def drop(self, pipeline: Pipeline) -> None:
+        """Tell this pipeline no more."""
+        self._here = [other for other in self._here if other is not pipeline]
 
     def full_size(self, view: Size) -> Size:
         """Size of the full view that a view stands for: its own, unless a smaller one was asked for."""
         return self._asked_for.get(view, view)
+
+    def note(self, patch_size: int | None) -> None:
+        """Views for this patch size may arrive from now on."""
+        for full in self._full:
+            size = scaled_size(full, patch_size, self.base)
+            if size != full:
+                self._asked_for[size] = full
 
     def conflict(self, patch_size: int) -> str | None:
         """Why views cannot be made for this patch size, or None if they can."""
@@ -97,11 +109,10 @@ class ScaledViews:
         if smallest == self._last:
             return
         self._last = smallest
-        patch_size = None if smallest <= max(self.base) or self.conflict(smallest) else smallest
-        for full in self._full:
-            size = scaled_size(full, patch_size, self.base)
-            if size != full:
-                self._asked_for[size] = full
+        self._make(None if smallest <= max(self.base) or self.conflict(smallest) else smallest)
+
+    def _make(self, patch_size: int | None) -> None:
+        self.note(patch_size)
         self.shared.fill_(patch_size or 0)
         for pipeline in self._here:
             pipeline.apply(patch_size)
@@ -112,7 +123,11 @@ class ScaledViews:
         return other
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_here": []}
+        return {**vars(self), "_here": [], "_last": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.shared = self.shared.cpu().share_memory_()  # a file keeps the number only, on whatever device
 
 
 def _px(size: Size | None) -> str:

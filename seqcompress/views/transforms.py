@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -34,20 +35,24 @@ def _sides(value: Any, patch_size: int, base: Size) -> Any:
 
 
 def _length(value: Any, patch_size: int, base: Size) -> Any:
-    """A length in pixels, such as the width of a blur, of a border, or of what a crop is then taken from."""
+    """A length in pixels that need not be whole, such as the width of a blur."""
     if isinstance(value, (tuple, list)):
         return type(value)(_length(item, patch_size, base) for item in value)
-    if value is None or isinstance(value, bool):
-        return value
-    scaled = value * min(base) / patch_size
-    return round(scaled) if isinstance(value, int) else scaled
+    return value * min(base) / patch_size
+
+
+def _pixels(value: Any, patch_size: int, base: Size) -> Any:
+    """A number of pixels, such as the width of a border or the size of what a crop is then taken from."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(_pixels(item, patch_size, base) for item in value)
+    return None if value is None else round(value * min(base) / patch_size)
 
 
 def _odd(value: Any, patch_size: int, base: Size) -> Any:
     """The size of a kernel, which has a pixel in its middle."""
     if isinstance(value, (tuple, list)):
         return type(value)(_odd(item, patch_size, base) for item in value)
-    return 2 * round((value * min(base) / patch_size - 1) / 2) + 1 if value > 1 else value
+    return max(3, 2 * round((value * min(base) / patch_size - 1) / 2) + 1) if value > 1 else value
 
 
 def _loader(value: Any, patch_size: int, base: Size) -> Any:
@@ -59,10 +64,10 @@ def _loader(value: Any, patch_size: int, base: Size) -> Any:
 
 _KNOWN: dict[tuple[str, str], dict[str, Scaling]] = {
     ("torchvision", "RandomResizedCrop"): {"size": _sides},
-    ("torchvision", "RandomCrop"): {"size": _sides, "padding": _length},
+    ("torchvision", "RandomCrop"): {"size": _sides, "padding": _pixels},
     ("torchvision", "CenterCrop"): {"size": _sides},
-    ("torchvision", "Resize"): {"size": _length, "max_size": _length},
-    ("torchvision", "Pad"): {"padding": _length},
+    ("torchvision", "Resize"): {"size": _pixels, "max_size": _pixels},
+    ("torchvision", "Pad"): {"padding": _pixels},
     ("torchvision", "GaussianBlur"): {"kernel_size": _odd, "sigma": _length},
     ("torchvision", "ElasticTransform"): {"alpha": _length, "sigma": _length},
     ("torchvision", "GaussianNoise"): {},  # its sigma is one of intensity
@@ -72,6 +77,10 @@ _KNOWN: dict[tuple[str, str], dict[str, Scaling]] = {
     ("lightly", "DatasetFolder"): {"loader": _loader},
     ("solo", "GaussianBlur"): {"sigma": _length},
 }
+_full: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
+"""Settings for full views of everything that is scaled at the moment, by whomever."""
+_RESIZES = ("Resize", "RandomResizedCrop", "RandomResizedCropAndInterpolation")
+_WINDOWS = ("RandomCrop", "CenterCrop")
 _IN_PIXELS = {"kernel_size", "radius", "sigma", "sigmas"}
 _LONGEST_LIST = 256  # of transforms; longer ones are lists of samples
 
@@ -98,13 +107,15 @@ class ScaledTransforms:
 
     def __init__(self, dataset: object, base: Size) -> None:
         self.base = base
-        self.patch_size: int | None = None
         self._settings: list[tuple[Any, str, Any, Scaling]] = []
         for held in _walk(dataset):
             rules = _rules(held)
             if rules is not None:
                 attributes = [name for name in rules if hasattr(held, name)]
-                self._settings += [(held, name, getattr(held, name), rules[name]) for name in attributes]
+                full = _full.get(held, {})  # another loader may have scaled it
+                self._settings += [
+                    (held, name, full.get(name, getattr(held, name)), rules[name]) for name in attributes
+                ]
                 continue
             unknown = _IN_PIXELS & set(vars(held)) if callable(held) else set()
             if unknown:
@@ -112,6 +123,7 @@ class ScaledTransforms:
                     f"loader has a {type(held).__module__}.{type(held).__qualname__} with {min(unknown)} in pixels, "
                     f"which is not known and so cannot be scaled; known: {known()}"
                 )
+        _check_order(dataset)
         if not any(name == "size" for _, name, _, _ in self._settings):
             raise ValueError(
                 f"loader must have a data set that holds a known crop, found none in "
@@ -120,11 +132,25 @@ class ScaledTransforms:
 
     def apply(self, patch_size: int | None) -> None:
         """Make views for this patch size from now on; ``None`` for full views."""
-        if patch_size == self.patch_size:
-            return
         for held, attribute, full, scaling in self._settings:
+            _full.setdefault(held, {})[attribute] = full
             setattr(held, attribute, full if patch_size is None else scaling(full, patch_size, self.base))
-        self.patch_size = patch_size
+        if patch_size is None:
+            for held, *_ in self._settings:
+                _full.pop(held, None)
+
+    def snapshot(self) -> Callable[[], None]:
+        """What puts everything back as it is now, whoever scaled it."""
+        before = [(held, attribute, getattr(held, attribute)) for held, attribute, _, _ in self._settings]
+        scaled = [(held, dict(_full[held])) for held, *_ in self._settings if held in _full]
+
+        def put_back() -> None:
+            for held, attribute, value in before:
+                setattr(held, attribute, value)
+            for held, full in scaled:
+                _full[held] = full
+
+        return put_back
 
 
 class SmallerJPEGs:
@@ -162,6 +188,35 @@ def _reads_with_pil(loader: Any) -> bool:
 def _rules(held: object) -> Mapping[str, Scaling] | None:
     rules = (_KNOWN.get((kind.__module__.partition(".")[0], kind.__name__)) for kind in type(held).__mro__)
     return next((found for found in rules if found is not None), None)
+
+
+def _check_order(dataset: object) -> None:
+    """Raise ValueError unless what is measured in pixels of a view comes after what gives the view its size."""
+    pipelines = [held for held in _walk(dataset) if type(held).__name__ == "Compose"]
+    inner = {id(held) for pipeline in pipelines for held in _walk(pipeline.transforms)}
+    sized: set[int] = set()  # whatever comes after a resize
+    for pipeline in (held for held in pipelines if id(held) not in inner):
+        steps = [list(_walk(step)) for step in pipeline.transforms]
+        resizing = [number for number, parts in enumerate(steps) if any(_is(part, *_RESIZES) for part in parts)]
+        if not resizing:
+            continue
+        earlier = [part for parts in steps[: resizing[0]] for part in parts if _rules(part)]
+        if earlier:
+            raise ValueError(
+                f"loader has a {type(earlier[0]).__name__} before what resizes the image: it is measured in pixels of "
+                "the image, not of the view, and so cannot be scaled; put it behind"
+            )
+        sized.update(id(part) for parts in steps[resizing[0] + 1 :] for part in parts)
+    for held in _walk(dataset):
+        if _is(held, *_WINDOWS) and id(held) not in sized:
+            raise ValueError(
+                f"loader has a {type(held).__name__} of the image as it is: a smaller one would show less of it. Put a "
+                "Resize before it, in one Compose, or use RandomResizedCrop"
+            )
+
+
+def _is(held: object, *names: str) -> bool:
+    return _rules(held) is not None and any(kind.__name__ in names for kind in type(held).__mro__)
 
 
 def _walk(root: object) -> Iterator[Any]:
