@@ -83,9 +83,9 @@ class Variant:
         assert self.loader.batch_size is not None
         seqcompress.set_strategy(self.training.student, self.strategy)
         batches = iter(self.loader)
-        for _ in range(len(self.loader) - 2 * self.steps):
+        self._train(next(batches))
+        for _ in range(len(self.loader) - 2 * self.steps - 1):  # batches that were made while nobody took any
             batch = next(batches)
-        self._train(batch)
         loading = partial(self._load, batches)
         stepping = partial(self._repeat, batch)
         taken = {
@@ -125,7 +125,6 @@ def variants(options: argparse.Namespace, folder: Path, device: torch.device) ->
     training = compressed(plain_training(options.method, options, device, **options.settings))
     encoders = torch.nn.ModuleList([module for module in (training.student, training.teacher) if module is not None])
     workers = options.num_workers
-    # In the middle of a run: batches that were made ahead while nobody took any are used up first.
     ahead = 2 + workers * (2 + 1)
 
     def loader() -> DataLoader[Any]:
@@ -163,7 +162,7 @@ def report(options: argparse.Namespace, described: Mapping[str, str], results: l
     ]
     return f"""# Loader and step together: {TITLES[options.method]}, {options.title}, {conditions(options)}
 
-Written by `benchmarks/end_to_end.py`. {options.num_workers} workers, JPEG files of {SIZE[0]} x {SIZE[1]} px, Lightly's
+Written by `benchmarks/end_to_end.py`. Workers: {options.num_workers}; JPEG files of {SIZE[0]} x {SIZE[1]} px, Lightly's
 transforms. Wall-clock rates of one run, in which all variants took turns in random order: medians of {options.repeats}
 repeats of their ratios. Uncompressed and with full views, {results[0]["images_per_second"]:.3g} images a second were
 trained on.
