@@ -455,9 +455,7 @@ def test_views_that_would_look_alike_at_different_stages_are_refused(tiny_vit: A
         tiny_vit(dynamic_img_size=True), Stepwise({0.0: Strategy(patch_size=32), 0.5: Strategy(patch_size=14)})
     )
     loader = loader_of(DINOTransform(global_crop_size=96, local_crop_size=48))
-    with pytest.raises(
-        ValueError, match=r"96 x 96 px made for patch_size 32 would look like those of 48 x 48"
-    ):
+    with pytest.raises(ValueError, match=r"96 x 96 px made for patch_size 32 would look like those of 48 x 48"):
         scale_views(loader, vit)
 
 
