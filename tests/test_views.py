@@ -21,7 +21,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
-from torchvision.datasets import ImageFolder
+from torchvision.datasets import FakeData, ImageFolder
 
 from seqcompress import (
     Budget,
@@ -225,7 +225,9 @@ def test_where_views_are_to_shrink_they_follow_within_the_batches_under_way(tiny
 
 def test_workers_that_are_spawned_follow_as_well(tiny_vit: Any) -> None:
     vit = compress(tiny_vit(), RELAXING)
-    loader = loader_of(crop_to(32), images=40, num_workers=1, multiprocessing_context="spawn", prefetch_factor=1)
+    # A data set of a package: a spawned worker cannot import this module, and then its parent waits for ever.
+    images = FakeData(size=40, image_size=(3, 96, 96), transform=crop_to(32))
+    loader = DataLoader(images, batch_size=4, num_workers=1, multiprocessing_context="spawn", prefetch_factor=1)
     scale_views(loader, vit)
     scheduler, made = SequenceScheduler(vit, total_steps=10), []
     for views, _ in loader:
