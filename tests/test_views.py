@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
+import gc
+import itertools
 import os
 import pickle
 import random
@@ -12,16 +15,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 import torchvision.transforms as v1
 import torchvision.transforms.v2 as v2
 from lightly.transforms import DINOTransform, MoCoV2Transform, SimCLRTransform, SwaVTransform
+from omegaconf import OmegaConf
 from PIL import Image
 from sklearn.datasets import load_sample_image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset
 from torchvision.datasets import FakeData, ImageFolder
+from torchvision.datasets.folder import pil_loader
 
 from seqcompress import (
     Budget,
@@ -117,8 +123,7 @@ def test_a_smaller_view_shows_what_the_full_one_shows(name: str, patch_size: int
             grid = (full.shape[1] // patch_size, full.shape[2] // patch_size)
             assert small.shape[1:] == (8 * grid[0], 8 * grid[1])
             resampled = resample_views(full[None], grid, shrink, shrink)[0]
-            if name != "padded crop":  # whose random shift is a whole number of pixels
-                assert (small - resampled).square().mean().sqrt() < 0.25 * resampled.std()
+            assert (small - resampled).square().mean().sqrt() < 0.25 * resampled.std()
     transforms.apply(None)
     assert sides(dataset[0][0])[0] == 64
 
@@ -143,6 +148,68 @@ def test_blurs_and_borders_shrink_with_the_view() -> None:
     assert lightly_blur.sigmas == (0.2, 2.0)
 
 
+@pytest.mark.parametrize("patch_size", [16, 24, 32])
+def test_blurs_shrink_as_much_as_their_own_view(patch_size: int) -> None:
+    pipeline = DINOTransform(global_crop_size=64, local_crop_size=40, n_local_views=1)
+    transforms = ScaledTransforms(Photos(pipeline), (8, 8))
+    transforms.apply(patch_size)
+    for view, side in zip(pipeline.transforms, (64, 64, 40), strict=True):
+        crop, blur = (
+            next(step for step in view.transform.transforms if hasattr(step, name)) for name in ("size", "sigmas")
+        )
+        size = crop.size if isinstance(crop.size, int) else crop.size[0]
+        assert size == 8 * round(side / patch_size)
+        assert blur.sigmas[1] == pytest.approx(2.0 * size / side)
+
+
+@pytest.mark.parametrize("transforms", [v1, v2])
+@pytest.mark.parametrize("patch_size", [16, 32])
+def test_elastic_distortions_keep_their_share_of_the_view(transforms: Any, patch_size: int) -> None:
+    def distortion(side: int) -> float:
+        """Root mean square shift of a pixel, in parts of the view: of a picture whose values are its columns."""
+        columns = torch.linspace(0, 1, side).expand(3, side, side)
+        shifted = torch.stack([elastic(columns) for _ in range(20)])
+        inside = slice(side // 8, -side // 8)  # away from the border, where values end
+        return (shifted - columns)[..., inside, inside].square().mean().sqrt().item()
+
+    elastic = transforms.ElasticTransform(alpha=60.0, sigma=8.0)
+    scaled = ScaledTransforms(Photos(transforms.Compose([transforms.RandomResizedCrop(128), elastic])), (8, 8))
+    full = distortion(128)
+    scaled.apply(patch_size)
+    assert distortion(128 * 8 // patch_size) == pytest.approx(full, rel=0.1)
+    scaled.apply(None)
+    assert (elastic.alpha, elastic.sigma) == ([60.0, 60.0], [8.0, 8.0])
+
+
+@pytest.mark.parametrize("patch_size", [20, 24, 28])  # none of which divides 64 px
+@pytest.mark.parametrize(
+    "crop",
+    [
+        v1.Compose([v1.Resize(64), v1.CenterCrop(64)]),
+        v1.Compose([v1.Resize(66), v1.RandomCrop(64)]),
+        v2.Compose([v2.Resize((64, 64))]),
+        v2.Compose([v2.Resize([64]), v2.CenterCrop(64)]),
+        v1.Compose([v1.Resize(80), v1.CenterCrop(72), v1.CenterCrop(64)]),
+    ],
+    ids=["resize and crop", "random crop", "resize only", "resize in a list", "two crops"],
+)
+def test_views_that_patches_do_not_divide_get_no_border_and_keep_their_crop(
+    crop: Any, patch_size: int, tiny_vit: Any
+) -> None:
+    pipeline = v1.Compose([crop, v1.ToTensor()])
+    images = Photos(copy.deepcopy(pipeline))
+    images.photo = Image.new("RGB", images.photo.size, "white")
+    vit = compress(tiny_vit(img_size=64), Strategy(patch_size=patch_size))
+    (view, *_), _ = next(iter(scale_views(DataLoader(images, batch_size=2), vit)))
+    side = 8 * round(64 / patch_size)
+    assert view.shape == (3, side, side)
+    assert view.min() == 1
+    resized, *rest = (step.size for step in images.transform.transforms[0].transforms)  # type: ignore[attr-defined]
+    before = crop.transforms[0].size
+    if rest and isinstance(before, int):
+        assert rest[-1][0] / resized == pytest.approx(64 / before, abs=1.1 / side)
+
+
 def test_jpeg_files_are_decoded_smaller_and_others_whole(tmp_path: Path, tiny_vit: Any) -> None:
     (tmp_path / "class").mkdir()
     photo = Image.fromarray(load_sample_image("china.jpg")).crop((0, 0, 201, 120))
@@ -159,6 +226,34 @@ def test_jpeg_files_are_decoded_smaller_and_others_whole(tmp_path: Path, tiny_vi
     assert dataset.loader is plain
     whole = np.asarray(plain(dataset.samples[0][0]))
     assert np.array_equal(np.asarray(SmallerJPEGs(1)(dataset.samples[0][0])), whole)
+
+
+class Rotated(ImageFolder):
+    """Does something of its own with what it has read."""
+
+    def __getitem__(self, index: int) -> Any:
+        return self.transform(self.loader(self.samples[index][0]).rotate(90))
+
+
+@functools.wraps(pil_loader)
+def _rotating_loader(path: str) -> Any:
+    return pil_loader(path).rotate(90)
+
+
+@pytest.mark.parametrize(
+    ("folder", "reader"),
+    [(Rotated, pil_loader), (ImageFolder, _rotating_loader), (ImageFolder, functools.cache(pil_loader))],
+    ids=["data set", "loader", "cache"],
+)
+def test_files_that_the_users_code_reads_are_decoded_whole(
+    folder: Any, reader: Any, tmp_path: Path, tiny_vit: Any
+) -> None:
+    (tmp_path / "class").mkdir()
+    Image.fromarray(load_sample_image("china.jpg")).save(tmp_path / "class" / "a.jpg")
+    images = folder(str(tmp_path), transform=crop_to(32), loader=reader)
+    views = next(iter(scale_views(DataLoader(images), compress(tiny_vit(), SCALED))))
+    assert (views[0] if isinstance(views, list) else views).shape[-1] == 16
+    assert images.loader is reader
 
 
 def test_an_upsampled_view_and_the_view_itself_give_the_same_features(tiny_vit: Any) -> None:
@@ -209,6 +304,34 @@ def test_loaders_change_over_with_the_schedule_and_never_too_late(
     assert len(makers) == max(1, workers)  # the same workers all along
     assert set(made[workers : 16 - 1 - 4 * workers]) == {16}  # each worker looks after its first batch
     assert set(made[16:]) == {32}
+
+
+class _Lazy(Photos):
+    """Opens a file at its first sample, as data sets in one large file do, and keeps handles by name."""
+
+    file: Any = None
+
+    def __init__(self, transform: Any) -> None:
+        super().__init__(transform)
+        self.handles: dict[str, Any] = {}
+
+    def __getitem__(self, index: int) -> Any:
+        if self.file is None:
+            self.file = self.handles["samples"] = Path(__file__).open("rb")  # noqa: SIM115
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda images: images, lambda images: Subset(images, range(8)), lambda images: ConcatDataset(300 * [images])],
+)
+def test_no_file_is_open_when_workers_start(wrap: Any, tiny_vit: Any) -> None:
+    images = _Lazy(crop_to(32))
+    loader = DataLoader(wrap(images), batch_size=2, num_workers=1)
+    views = [views.shape[-1] for views, _ in itertools.islice(scale_views(loader, compress(tiny_vit(), SCALED)), 4)]
+    assert views[1:] == [16, 16, 16]
+    assert images.file is None
+    assert images.handles == {}
 
 
 def test_where_views_are_to_shrink_they_follow_within_the_batches_under_way(tiny_vit: Any) -> None:
@@ -301,6 +424,32 @@ def test_a_model_that_is_planned_anew_keeps_its_loader(tiny_vit: Any) -> None:
     assert next(iter(loader))[0].shape[-1] == 32
 
 
+def test_without_model_and_loader_a_data_set_makes_full_views_again(tiny_vit: Any) -> None:
+    images = Photos(crop_to(32))
+    vit = compress(tiny_vit(), SCALED)
+    for _ in range(3):  # loaders come and go
+        loader = scale_views(DataLoader(images, batch_size=4), vit)
+    assert len(vit.patch_embed.compression.views._here) == 1
+    assert images[0][0].shape[-1] == 16
+    del vit, loader
+    gc.collect()
+    assert images[0][0].shape[-1] == 32
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda images: pickle.loads(pickle.dumps(images))])
+def test_a_copy_of_a_data_set_whose_views_are_small_knows_their_full_size(duplicate: Any, tiny_vit: Any) -> None:
+    images = Photos(SimCLRTransform(input_size=32))
+    scale_views(DataLoader(images, batch_size=4), other := compress(tiny_vit(), SCALED))
+    vit = compress(tiny_vit(), SCALED)
+    loader = scale_views(DataLoader(duplicate(images), batch_size=4), vit)
+    assert next(iter(loader))[0][0].shape[-1] == 16
+    restore(vit)
+    assert next(iter(loader))[0][0].shape[-1] == 32
+    assert images[0][0][0].shape[-1] == 16
+    restore(other)
+    assert images[0][0][0].shape[-1] == 32
+
+
 def test_a_loader_may_follow_another_model_later(tiny_vit: Any) -> None:
     loader = loader_of(crop_to(32))
     scale_views(loader, compress(tiny_vit(), SCALED))
@@ -341,14 +490,63 @@ class _UnknownCrop:
         return F.interpolate(v1.functional.to_tensor(image)[None], size=(32, 32))[0]
 
 
-class _UnknownBlur:
-    sigma: float
-
-    def __init__(self) -> None:
-        self.sigma = 2.0
+class _Unknown:
+    def __init__(self, **settings: float) -> None:
+        vars(self).update(settings)
 
     def __call__(self, view: Tensor) -> Tensor:
         return view
+
+
+class _UnknownBlur(_Unknown):
+    """A blur by its name."""
+
+
+class _Module(torch.nn.Module):
+    """A module that brings a network and the transform for its data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = torch.nn.Sequential(torch.nn.Conv2d(3, 8, kernel_size=3), timm.layers.ConvNormAct(8, 8, 3))
+        self.crop = crop_to(32)
+
+    def transform(self, image: Any) -> Any:
+        return self.crop(image)
+
+
+class _Stacked(Photos):
+    def __getitem__(self, index: int) -> Any:
+        return torch.stack([super(_Stacked, self).__getitem__(index)[0] for _ in range(2)]), 0
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        v1.Compose([v1.Compose([v1.Resize(40), v1.RandomCrop(32)]), v1.ToTensor()]),
+        torch.nn.Sequential(v2.PILToTensor(), v2.Resize(40), v2.RandomCrop(32)),
+        v1.Compose(
+            [
+                v1.RandomChoice([v1.RandomResizedCrop(32), v1.Compose([v1.Resize(40), v1.CenterCrop(32)])]),
+                v1.ToTensor(),
+            ]
+        ),
+        v1.Compose([v1.Resize(OmegaConf.create([32, 32])), v1.ToTensor()]),
+        _Module().transform,
+    ],
+    ids=["compose", "sequential", "choice", "hydra", "method"],
+)
+def test_crops_are_found_wherever_they_are(transform: Any, tiny_vit: Any) -> None:
+    vit = compress(tiny_vit(), SCALED)
+    loader = scale_views(loader_of(copy.deepcopy(transform)), vit)
+    assert next(iter(loader))[0].shape[-1] == 16
+    restore(vit)
+    assert next(iter(loader))[0].shape[-1] == 32
+
+
+def test_views_may_come_stacked(tiny_vit: Any) -> None:
+    images = _Stacked(crop_to(32))
+    views = next(iter(scale_views(DataLoader(images, batch_size=4), compress(tiny_vit(), SCALED))))[0]
+    assert views.shape == (4, 2, 3, 16, 16)
 
 
 class _Endless(IterableDataset[Any]):
@@ -367,10 +565,13 @@ def test_what_cannot_be_scaled_is_refused_and_nothing_changes(tiny_vit: Any) -> 
             ValueError,
             r"views of sizes \[\(16, 16\)\] for patch_size 16, got \[\(32, 32\)\]: something that is not known",
         ),
-        (
-            loader_of(v1.Compose([*crop_to(32).transforms, _UnknownBlur()])),
-            ValueError,
-            r"_UnknownBlur with sigma in pixels, which is not known",
+        *(
+            (loader_of(v1.Compose([*crop_to(32).transforms, blur])), ValueError, message)
+            for blur, message in (
+                (_Unknown(sigma=2.0), r"_Unknown with sigma in pixels, which is not known"),
+                (_Unknown(prob=0.5, radius_min=0.1), r"_Unknown with radius_min in pixels, which is not known"),
+                (_UnknownBlur(r=11), r"_UnknownBlur, which is not known and so cannot be scaled"),
+            )
         ),
         (loader_of(v1.RandomResizedCrop(32)), ValueError, r"views as tensors \(C, H, W\), found none"),
         (
@@ -386,7 +587,8 @@ def test_what_cannot_be_scaled_is_refused_and_nothing_changes(tiny_vit: Any) -> 
             scale_views(loader, vit)
         assert getattr(loader, "collate_fn", None) is collate
         assert vit.patch_embed.compression.views is None
-    assert sides(cases[6][0].dataset[0][0])[:3] == [64, 64, 32]
+    multi_crop = next(loader for loader, _, message in cases if "look like" in message)
+    assert sides(multi_crop.dataset[0][0])[:3] == [64, 64, 32]
 
     loader = loader_of(crop_to(32))
     with pytest.raises(ValueError, match=r"must be compressed first"):
@@ -413,9 +615,9 @@ def test_a_new_loader_on_the_same_data_set_makes_the_same_views(tiny_vit: Any, f
 def test_widths_of_blurs_that_are_whole_numbers_are_not_rounded(sigmas: Any) -> None:
     lightly = SimCLRTransform(input_size=64, sigmas=sigmas)
     transforms = ScaledTransforms(Photos(lightly), (8, 8))
-    transforms.apply(28)
+    transforms.apply(28)  # which makes 2 x 2 patches of 8 px of a view of 64 px
     blur = next(step for step in lightly.transforms[0].transform.transforms if hasattr(step, "sigmas"))
-    assert blur.sigmas == (sigmas[0] * 8 / 28, sigmas[1] * 8 / 28)
+    assert blur.sigmas == (sigmas[0] * 16 / 64, sigmas[1] * 16 / 64)
 
 
 @pytest.mark.parametrize("crop", [v1.RandomCrop(32, padding=4), v1.RandomCrop(32), v1.CenterCrop(32)])

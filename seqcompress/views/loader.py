@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from seqcompress.compression import compressed_embeds_of
 from seqcompress.families import find_encoder
 from seqcompress.views.scaled_views import ScaledViews, Size, scaled_size
-from seqcompress.views.transforms import ScaledTransforms, known
+from seqcompress.views.transforms import ScaledTransforms, known, objects_in
 
 __all__ = ["scale_views"]
 
@@ -24,10 +24,9 @@ __all__ = ["scale_views"]
 def scale_views(loader: DataLoader[Any], model: nn.Module) -> DataLoader[Any]:
     """Have a loader make smaller views while the strategy scales patches, in place.
 
-    Where a strategy cuts a view of 224 px into patches of 32 px, the loader's workers crop it to 112 px at once: the
-    same crop of the image with the same grid of tokens, made and moved for a fraction of the price. Blurs and borders
-    shrink along, and JPEG files are decoded at half their size where torchvision or Lightly reads them. The random
-    numbers of the augmentation stay the same.
+    Where a strategy cuts a view of 224 px into patches of 32 px, the loader's workers crop it to 112 px at once: a
+    crop of the same distribution with the same grid of tokens, made and moved for a fraction of the price. Blurs and
+    borders shrink along, and JPEG files are decoded at half their size where torchvision or Lightly reads them.
 
     The loader changes over with the schedule, without a restart of its workers: a little ahead where views grow, so
     that none is ever too small for its step, and a few batches behind where they shrink. The encoder takes both sizes,
@@ -163,13 +162,13 @@ def _view_sizes(dataset: Any, patch: tuple[int, int, int]) -> list[Size]:
     """Height and width of every view in the first sample: of what has an encoder's channels and room for a patch."""
     with _same_random_numbers():
         try:
-            # A copy: a file that the data set opens at its first sample should not be open when workers are forked.
-            sample = copy.copy(dataset)[0]
+            with _as_it_was(dataset):
+                sample = dataset[0]
         except Exception as error:
             raise ValueError(
                 f"loader must have a data set whose first sample can be made at every patch size, got {error!r}"
             ) from error
-    shapes = [tuple(tensor.shape) for tensor in _tensors(sample) if tensor.ndim == 3]
+    shapes = [tuple(tensor.shape[-3:]) for tensor in _tensors(sample) if tensor.ndim >= 3]
     return [
         (height, width)
         for channels, height, width in shapes
@@ -184,6 +183,23 @@ def _tensors(sample: Any) -> Iterator[Tensor]:
         yield from (tensor for item in sample.values() for tensor in _tensors(item))
     elif isinstance(sample, (list, tuple)):
         yield from (tensor for item in sample for tensor in _tensors(item))
+
+
+@contextmanager
+def _as_it_was(dataset: Any) -> Iterator[None]:
+    """Undo what a first sample does to a data set: a file that it opens should not be open when workers are forked."""
+    before: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
+    for held in objects_in(dataset):
+        if isinstance(held, dict):
+            before.append((held, dict(held)))
+        elif not isinstance(held, (list, tuple)) and hasattr(type(held), "__getitem__"):  # one within another, too
+            before.append((vars(held), dict(vars(held))))
+    try:
+        yield
+    finally:
+        for attributes, values in before:
+            attributes.clear()
+            attributes.update(values)
 
 
 @contextmanager

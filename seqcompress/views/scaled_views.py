@@ -20,6 +20,8 @@ class Pipeline(Protocol):
 
     def apply(self, patch_size: int | None) -> None: ...
 
+    def overlaps(self, other: Any) -> bool: ...
+
 
 def scaled_size(size: Size, patch_size: int | None, base: Size) -> Size:
     """Size of the view that has as many base patches as the full view has larger ones.
@@ -52,12 +54,12 @@ class ScaledViews:
     """
 
     def __init__(self, base: Size) -> None:
+        self._here: list[Pipeline] = []
         self.base = base
         self.lookahead = 0
         self.shared = torch.zeros((), dtype=torch.int64).share_memory_()  # in pixels; 0 for full views
         self._full: set[Size] = set()
         self._asked_for: dict[Size, Size] = {}
-        self._here: list[Pipeline] = []
         self._last: int | None = None
 
     def add(self, pipeline: Pipeline | None, full: Iterable[Size], lookahead: int) -> None:
@@ -68,8 +70,8 @@ class ScaledViews:
             full: sizes of its views at the encoder's own patch size.
             lookahead: steps between the making of a view and its use.
         """
-        if pipeline is not None:
-            self._here.append(pipeline)
+        if pipeline is not None:  # in place of an earlier loader's on the same data set
+            self._here = [other for other in self._here if not pipeline.overlaps(other)] + [pipeline]
         self._full.update(full)
         self.lookahead = max(self.lookahead, lookahead)
         self._make(int(self.shared) or None)  # what was asked for with the schedule's next steps in view
@@ -116,6 +118,10 @@ class ScaledViews:
         self.shared.fill_(patch_size or 0)
         for pipeline in self._here:
             pipeline.apply(patch_size)
+
+    def __del__(self) -> None:
+        for pipeline in self._here:  # neither model nor loader is left
+            pipeline.apply(None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ScaledViews:
         other = ScaledViews(self.base)
