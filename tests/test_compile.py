@@ -239,6 +239,20 @@ def test_equal_batch_and_length_at_the_first_step_bring_one_compilation_more(vit
     assert compiler.compilations == 2  # torch takes the two for one, until they differ
 
 
+@pytest.mark.parametrize("single", [((1, 64),), ((2, 8),)], ids=["one view", "one token"])
+def test_a_batch_of_one_view_or_views_of_one_token_are_compiled_for_themselves(
+    single: tuple[tuple[int, int], ...], tiny_vit: Any, compiler: Compiler
+) -> None:
+    vit = tiny_vit(img_size=64, dynamic_img_size=True, class_token=False, global_pool="avg").train()
+    scheduler = SequenceScheduler(compress(vit, EVERY_STEP), total_steps=STEPS)
+    _compile_blocks(vit, compiler)
+    for views in (*4 * [VIEWS], *4 * [single], *4 * [VIEWS]):
+        for batch, side in views:
+            vit(torch.randn(batch, 3, side, side)).sum().backward()
+        scheduler.step()
+    assert compiler.compilations == 2
+
+
 # The whole model
 
 
