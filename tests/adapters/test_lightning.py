@@ -16,9 +16,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from seqcompress import Strategy, compress, get_strategy, num_tokens, relative_cost, restore, set_strategy
+from seqcompress.adapters import lightning
 from seqcompress.adapters.lightly import accelerate
 from seqcompress.adapters.lightning import SequenceCompression
 from seqcompress.rehearsal import Foresight
@@ -168,6 +170,125 @@ def test_the_progress_bar_shows_strategy_tokens_and_budget(
     assert trainer.progress_bar_metrics == pytest.approx(shown, rel=1e-6)
     printed = capsys.readouterr()
     assert re.search(r"seq_tokens[:=]\s*9\.0", printed.out + printed.err)
+
+
+def test_the_numbers_of_a_step_stand_beside_what_else_is_logged_at_it(
+    pl: Any, make_pair: Build, make_trainer: Build, images: Images, tmp_path: Path
+) -> None:
+    module, logger = accelerate(make_pair(), RELAXING), pl.loggers.CSVLogger(tmp_path)
+    module.on_train_batch_end = lambda *_: module.log("loss", torch.tensor(module.losses[-1]))
+    make_trainer(logger=logger, log_every_n_steps=3).fit(module, images)
+    with (Path(logger.log_dir) / "metrics.csv").open() as file:
+        rows = [
+            (int(row["step"]), row["loss"] and float(row["loss"]), float(row["seqcompress/tokens"]))
+            for row in csv.DictReader(file)
+        ]
+    assert rows == [
+        *((step, pytest.approx(module.losses[step]), TOKENS_OF_8_STEPS[step]) for step in (2, 5)),
+        (7, "", TOKENS_OF_8_STEPS[7]),  # how it ended: not a step to be logged, so nothing else is there
+    ]
+
+
+def test_a_step_that_is_logged_since_training_is_stopped_has_its_own_numbers(
+    pl: Any, make_pair: Build, make_trainer: Build, images: Images, tmp_path: Path
+) -> None:
+    module, logger = accelerate(make_pair(), RELAXING), pl.loggers.CSVLogger(tmp_path)
+    trainer = make_trainer(logger=logger, log_every_n_steps=3)
+
+    def log_and_stop(*_: Any) -> None:
+        module.log("loss", torch.tensor(module.losses[-1]))
+        trainer.should_stop = len(module.losses) == 7
+
+    module.on_train_batch_end = log_and_stop
+    trainer.fit(module, images)
+    logged = metrics(logger.log_dir)
+    assert logged["loss"] == pytest.approx([module.losses[step] for step in (2, 5, 6)])
+    assert logged["seqcompress/tokens"] == [TOKENS_OF_8_STEPS[step] for step in (2, 5, 6)]
+    budget = float(trainer.callback_metrics["seqcompress/budget"])
+    assert logged["seqcompress/budget"][-1] == pytest.approx(budget, rel=1e-6)
+
+
+class UsedOfTorch(TorchFunctionMode):
+    """Notes every function of torch that is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_that_is_neither_logged_nor_ends_an_epoch_makes_no_tensor(
+    make_pair: Build, make_trainer: Build, images: Images
+) -> None:
+    module = accelerate(make_pair(), RELAXING)
+    trainer = make_trainer(log_every_n_steps=3)
+    (callback,) = our_callbacks(trainer)
+    made: list[list[str]] = []
+
+    def noting(hook: Any) -> Any:
+        def noted(*args: Any) -> None:
+            with UsedOfTorch() as used:
+                hook(*args)
+            made.append(used.names)
+
+        return noted
+
+    for name in ("on_train_batch_start", "on_after_backward", "on_train_batch_end"):
+        setattr(callback, name, noting(getattr(callback, name)))
+    trainer.fit(module, images)
+    (start, backward, end) = (made[hook::3] for hook in range(3))
+    assert start[1:] == backward[1:] == [[]] * 7  # at the first step, the encoders are looked for
+    assert [step for step, names in enumerate(end) if names] == [2, 3, 5, 7]
+    assert all("tensor" in end[step] for step in (2, 3, 5, 7))
+
+
+def test_logging_makes_no_tensor_on_the_device(make_pair: Build, make_trainer: Build, images: Images) -> None:
+    module = accelerate(make_pair(), Strategy(0.5))
+    logged: list[tuple[str, Any]] = []
+    module.log = lambda name, value, **_: logged.append((name, value))
+    make_trainer(log_every_n_steps=1).fit(module, images)
+    assert [name.partition("/")[2] for name, _ in logged] == ["token_dropout", "patch_size", "tokens", "budget"] * 8
+    # Of a number, Lightning would make a tensor on the module's device.
+    assert all(isinstance(value, Tensor) and value.device.type == "cpu" for _, value in logged)
+
+
+def test_what_runs_at_validation_and_at_the_end_of_an_epoch_sees_the_latest_numbers(
+    pl: Any, make_pair: Build, make_trainer: Build, images: Images
+) -> None:
+    class Watching(pl.Callback):
+        def __init__(self) -> None:
+            self.seen: list[tuple[str, float]] = []
+
+        def see(self, trainer: Any, when: str) -> None:
+            if not trainer.sanity_checking:
+                self.seen.append((when, float(trainer.callback_metrics["seqcompress/tokens"])))
+
+        def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+            self.see(trainer, "validation")
+
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            self.see(trainer, "epoch")
+
+    watching = Watching()
+    module = accelerate(make_pair(), RELAXING)
+    make_trainer(callbacks=[watching], max_epochs=None, max_steps=7, val_check_interval=2).fit(module, images, images)
+    steps = [("validation", 1), ("validation", 3), ("epoch", 3), ("validation", 5), ("epoch", 6)]
+    assert watching.seen == [(when, module.tokens[step]) for when, step in steps]
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(0, TOKENS_OF_8_STEPS), (math.inf, [5, 5, 5, 9, 9, 9, 9, 15])])
+def test_the_progress_bar_has_numbers_from_the_first_step_and_new_ones_after_a_while(
+    make_pair: Build, make_trainer: Build, images: Images, monkeypatch: Any, seconds: float, shown: list[int]
+) -> None:
+    monkeypatch.setattr(lightning, "_SECONDS_SHOWN", seconds)
+    module, trainer = accelerate(make_pair(), RELAXING), make_trainer(enable_progress_bar=True)
+    seen: list[float] = []
+    module.on_train_batch_end = lambda *_: seen.append(trainer.progress_bar_metrics["seq_tokens"])
+    trainer.fit(module, images)
+    assert seen == shown
 
 
 @pytest.mark.parametrize("schedule", [STAGES, Linear(Strategy(0.75), Strategy(0.25))], ids=["stages", "linear"])
@@ -357,13 +478,12 @@ torch.save(
 
 
 @pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
-def test_ranks_share_the_strategies_and_drop_different_tokens(package: str, tmp_path: Path, tiny_vit: Build) -> None:
+def test_ranks_share_the_strategies_and_drop_different_tokens(
+    package: str, tmp_path: Path, tiny_vit: Build, run_ranks: Callable[..., list[str]]
+) -> None:
     script = tmp_path / "train.py"
     script.write_text(DISTRIBUTED.format(package=package))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [sys.executable, script, tmp_path], env=environment, cwd=tmp_path, check=True, timeout=120, capture_output=True
-    )
+    run_ranks([sys.executable, script, tmp_path], env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=tmp_path)
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
     assert first["tokens"] == second["tokens"] == TOKENS_OF_8_STEPS
     assert all(len(set(kept)) == tokens - 1 for kept, tokens in zip(first["kept"], first["tokens"], strict=True))
@@ -372,6 +492,35 @@ def test_ranks_share_the_strategies_and_drop_different_tokens(package: str, tmp_
     vit = tiny_vit(depth=1)
     spent = sum(2 * 4 * 3 * relative_cost(vit, RELAXING(step / 8), 32) for step in range(8))
     assert first["budget"] * 1e6 == second["budget"] * 1e6 == pytest.approx(spent, rel=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_no_hook_of_a_step_waits_for_the_device(
+    pl: Any, make_pair: Build, make_trainer: Build, images: Images, tmp_path: Path
+) -> None:
+    trainer = make_trainer(accelerator="gpu", logger=pl.loggers.CSVLogger(tmp_path), log_every_n_steps=1)
+    (callback,) = our_callbacks(trainer)
+    calls: list[str] = []
+
+    def without_waiting(hook: Any) -> Any:
+        def run(*args: Any) -> None:
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                hook(*args)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            calls.append(hook.__name__)
+
+        return run
+
+    hooks = ["on_train_batch_start", "on_after_backward", "on_train_batch_end"]
+    for name in hooks:
+        setattr(callback, name, without_waiting(getattr(callback, name)))
+    module = accelerate(make_pair(), STAGES)
+    module.on_train_batch_start = lambda *_: module.log("on the device", torch.ones((), device="cuda"), prog_bar=True)
+    trainer.fit(module, images)
+    assert calls == hooks * 8
 
 
 @pytest.mark.gpu
@@ -456,14 +605,14 @@ class SavedForBackward(torch.autograd.graph.saved_tensors_hooks):
 
 @pytest.fixture
 def train_in(pl: Any, make_trainer: Build, images: Images, caplog: pytest.LogCaptureFixture) -> Build:
-    """Trains a module for two steps, as on a device that has such a memory; gives the log."""
+    """Trains a module for two steps an epoch, as on a device that has such a memory; gives the log."""
 
-    def train(module: Any, memory: SavedForBackward) -> str:
+    def train(module: Any, memory: SavedForBackward, **settings: Any) -> str:
         class OnThatDevice(SequenceCompression, pl.Callback):
             def _foresight_on(self, device: Any) -> Any:
                 return Foresight(self._scheduler, memory)
 
-        trainer = make_trainer(callbacks=[OnThatDevice()], limit_train_batches=2, max_epochs=4)
+        trainer = make_trainer(callbacks=[OnThatDevice()], limit_train_batches=2, max_epochs=4, **settings)
         trainer.callbacks.remove(our_callbacks(trainer)[0])
         fits = nullcontext() if memory.total == math.inf else pytest.raises(torch.OutOfMemoryError)
         with caplog.at_level("INFO", logger="seqcompress.adapters.lightning"), memory, fits:
@@ -489,6 +638,17 @@ def test_what_the_longest_sequences_need_is_logged_once(
     log = train_in(accelerate(make_pair(), plan), SavedForBackward())
     (needed,) = re.findall(r"the longest sequences \(base\) need ([\d.]+) MiB", log)
     assert float(needed) == round(saved_at(accelerate(make_pair()), Strategy(), images) / 2**20, 2)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_a_rehearsal_is_logged_as_what_it_ran_at(
+    pl: Any, make_pair: Build, train_in: Build, images: Images, tmp_path: Path, every: int
+) -> None:
+    module, logger = accelerate(make_pair(), RELAXING), pl.loggers.CSVLogger(tmp_path)
+    train_in(module, SavedForBackward(), logger=logger, log_every_n_steps=every)
+    assert module.tokens == [TOKENS_OF_8_STEPS[0], 17, *TOKENS_OF_8_STEPS[2:]]
+    logged = module.tokens[every - 1 :: every] + (module.tokens[-1:] if 8 % every else [])
+    assert metrics(logger.log_dir)["seqcompress/tokens"] == logged
 
 
 def test_the_log_says_what_is_needed_and_what_would_fit(make_pair: Build, train_in: Build, images: Images) -> None:
