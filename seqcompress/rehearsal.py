@@ -17,6 +17,7 @@ from seqcompress.compressors import CompressedPatchEmbed
 from seqcompress.compressors.patch_embed import Forward
 from seqcompress.cost import num_tokens
 from seqcompress.families import find_encoder
+from seqcompress.gradients.state import RandomStates
 from seqcompress.sequence_scheduler import SequenceScheduler
 from seqcompress.strategy import Strategy
 
@@ -52,14 +53,18 @@ def rehearse(scheduler: SequenceScheduler, step: Callable[[], object]) -> Rehear
     may die at three quarters. Call this once at the start, at the full batch size; best after the first step of
     an optimizer that keeps a state, which takes memory too.
 
-    The strategy and torch's random states are as before afterwards. Gradients stay where ``step`` left them.
-
     If it does not fit, ``step`` runs up to 5 times more, with more and more or fewer tokens dropped, to find the
     longest sequences that do. Not so where several processes train together: they would wait for each other.
 
+    Afterwards the strategy, what a Budget counts, and the random states of torch (CPU and CUDA), NumPy and Python
+    are as before, whether it fits or not. Whatever else ``step`` changes stays changed, once for every time that it
+    ran: gradients, so clear them before you train on; running statistics of batch norm; buffers such as DINO's
+    centre or a queue of keys; generators of your own. So leave the momentum update out of ``step``. All of that is
+    harmless at the start of a run and not in its middle: do not rehearse as a run goes on from a checkpoint.
+
     Args:
         scheduler: the run's scheduler.
-        step: runs forward and backward on one batch, without the optimizer.
+        step: runs forward, loss and backward on one batch, without the optimizer and the momentum update.
 
     Returns:
         What the step needed.
@@ -389,14 +394,14 @@ def _without_a_trace(scheduler: SequenceScheduler) -> Iterator[None]:
     """Put back strategy, random states and tallies."""
     before = scheduler.embeds[0].compression.strategy
     tallies = [embed.tally.copy() for embed in scheduler.embeds]
-    device = _device(scheduler)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        try:
-            yield
-        finally:
-            scheduler.use(before)
-            for embed, tally in zip(scheduler.embeds, tallies, strict=True):
-                embed.tally = tally
+    random_states = RandomStates()
+    try:
+        yield
+    finally:
+        random_states.restore()
+        scheduler.use(before)
+        for embed, tally in zip(scheduler.embeds, tallies, strict=True):
+            embed.tally = tally
 
 
 def _device(scheduler: SequenceScheduler) -> torch.device:

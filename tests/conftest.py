@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,6 +46,20 @@ def patches_among() -> Callable[[Tensor, Tensor], Tensor]:
 
 
 @pytest.fixture(scope="session")
+def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
+    """Runs commands side by side, one a rank, to their end, and returns what each has printed.
+
+    Fails with what they wrote to stderr if one of them fails or takes too long. None outlives the call, nor does
+    what it started.
+    """
+
+    def run(*commands: Sequence[object], timeout: float = 240, **settings: Any) -> list[str]:
+        return _run_ranks(commands, tmp_path_factory.mktemp("ranks"), timeout, settings)
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def gradients() -> Callable[[nn.Module], dict[str, Tensor]]:
     """Copies of a model's gradients by parameter name."""
     return _gradients
@@ -73,6 +93,37 @@ def _patches_among(some: Tensor, every: Tensor) -> Tensor:
     nearest = torch.cdist(some.double(), every.double(), compute_mode="donot_use_mm_for_euclid_dist").min(dim=2)
     assert nearest.values.max() < 1e-4
     return nearest.indices
+
+
+def _run_ranks(
+    commands: Sequence[Sequence[object]], folder: Path, timeout: float, settings: dict[str, Any]
+) -> list[str]:
+    outputs = [folder / f"{rank}.out" for rank in range(len(commands))]
+    errors = [folder / f"{rank}.err" for rank in range(len(commands))]
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        for command, output, error in zip(commands, outputs, errors, strict=True):
+            # Files, since a pipe that nobody reads fills up, and an own session, to end what a rank has started too.
+            with output.open("wb") as stdout, error.open("wb") as stderr:
+                words = list(map(str, command))
+                processes.append(
+                    subprocess.Popen(words, stdout=stdout, stderr=stderr, start_new_session=True, **settings)
+                )
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline and any(process.poll() is None for process in processes):
+            if any(process.poll() for process in processes):
+                deadline = min(deadline, time.monotonic() + 5)  # the others wait for it, or are about to say why
+            time.sleep(0.02)
+        codes = [process.poll() for process in processes]
+    finally:
+        for process in processes:
+            with suppress(ProcessLookupError, PermissionError):  # it has ended, and perhaps nobody took note
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    if any(codes) or None in codes:
+        told = "\n".join(f"--- rank {rank}:\n{error.read_text()}" for rank, error in enumerate(errors))
+        pytest.fail(f"exit codes {codes}, None being for a process that was still running\n{told}", pytrace=False)
+    return [output.read_text() for output in outputs]
 
 
 def _gradients(model: nn.Module) -> dict[str, Tensor]:

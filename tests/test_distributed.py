@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,10 @@ WORKER = Path(__file__).with_name("distributed_worker.py")
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def ranks(tmp_path_factory: pytest.TempPathFactory, run_ranks: Callable[..., list[str]]) -> list[dict[str, Any]]:
     """What each of two processes under DistributedDataParallel saw."""
     folder = tmp_path_factory.mktemp("ranks")
-    commands = [[sys.executable, str(WORKER), str(rank), str(folder)] for rank in range(2)]
-    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
-    errors = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
+    run_ranks(*([sys.executable, WORKER, rank, folder] for rank in range(2)))
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -41,3 +38,22 @@ def test_ranks_of_one_seed_draw_different_subsets(ranks: list[dict[str, Any]]) -
 
 def test_weights_stay_the_same_on_all_ranks(ranks: list[dict[str, Any]]) -> None:
     assert ranks[0]["weights"] == ranks[1]["weights"]
+
+
+def test_the_ranks_of_a_test_return_what_they_print(run_ranks: Callable[..., list[str]]) -> None:
+    script = "import sys; sys.stderr.write('x' * 200_000); print(sys.argv[1] * 200_000)"  # more than a pipe holds
+    printed = run_ranks(*([sys.executable, "-c", script, letter] for letter in "ab"))
+    assert printed == ["a" * 200_000 + "\n", "b" * 200_000 + "\n"]
+
+
+@pytest.mark.parametrize(
+    ("scripts", "told"),
+    [
+        (["import sys; sys.exit('no view')", "import time; time.sleep(900)"], r"(?s)\[1, None\].*rank 0:\nno view"),
+        (["import time; time.sleep(900)"], r"exit codes \[None\]"),
+    ],
+    ids=["one fails", "one hangs"],
+)
+def test_no_rank_of_a_test_keeps_it_waiting(scripts: list[str], told: str, run_ranks: Callable[..., list[str]]) -> None:
+    with pytest.raises(pytest.fail.Exception, match=told):
+        run_ranks(*([sys.executable, "-c", script] for script in scripts), timeout=240 if len(scripts) > 1 else 1)

@@ -8,7 +8,6 @@ import io
 import json
 import logging
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -435,15 +434,14 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(changes: dict[
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+def ranks(
+    tmp_path_factory: pytest.TempPathFactory, run_ranks: Callable[..., list[str]]
+) -> dict[str, list[dict[str, Any]]]:
     """What each of two processes saw, with a step through DistributedDataParallel and with one past it."""
     seen = {}
     for way in ("through", "past"):
         folder = tmp_path_factory.mktemp(way)
-        commands = [[sys.executable, str(WORKER), str(rank), str(folder), way] for rank in range(2)]
-        processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
-        errors = [process.communicate(timeout=120)[1] for process in processes]
-        assert [process.returncode for process in processes] == [0, 0], errors
+        run_ranks(*([sys.executable, WORKER, rank, folder, way] for rank in range(2)))
         seen[way] = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
     return seen
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import random
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -47,16 +48,19 @@ def test_the_step_runs_once_at_the_most_expensive_strategy(tiny_vit: Any, first_
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_strategy_random_state_and_budget_are_as_before(fails: bool, tiny_vit: Any) -> None:
+def test_strategy_random_states_and_budget_are_as_before(fails: bool, tiny_vit: Any) -> None:
     vit = tiny_vit()
     scheduler = _scheduler(vit)
     scheduler.step(20)
     budget = Budget(vit)
     vit(torch.randn(2, 3, 32, 32))
     before = scheduler.state_dict(), get_strategy(vit), torch.get_rng_state(), budget.units
+    others = random.getstate(), np.random.get_state()[1:3]
 
     def step() -> None:
         vit(torch.randn(2, 3, 32, 32))[:, 0].sum().backward()
+        random.random()
+        np.random.rand()
         if fails:
             raise KeyError("batch")
 
@@ -69,6 +73,8 @@ def test_strategy_random_state_and_budget_are_as_before(fails: bool, tiny_vit: A
     after = scheduler.state_dict(), get_strategy(vit), torch.get_rng_state(), budget.units
     assert (after[0], after[1], after[3]) == (before[0], before[1], before[3])
     assert torch.equal(after[2], before[2])
+    assert random.getstate() == others[0]
+    assert all(map(np.array_equal, np.random.get_state()[1:3], others[1]))
 
 
 def test_a_rehearsal_does_not_change_what_the_run_draws(tiny_vit: Any, first_tokens: Any) -> None:
@@ -276,10 +282,10 @@ print("steps:", len(steps))
 """
 
 
-def test_a_rank_that_does_not_fit_tries_nothing_for_which_others_would_have_to_wait(tmp_path: Path) -> None:
-    commands = [[sys.executable, "-c", ONE_OF_TWO, str(rank), str(tmp_path)] for rank in range(2)]
-    ranks = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
-    printed = [rank.communicate(timeout=120)[0] for rank in ranks]
+def test_a_rank_that_does_not_fit_tries_nothing_for_which_others_would_have_to_wait(
+    tmp_path: Path, run_ranks: Any
+) -> None:
+    printed = run_ranks(*([sys.executable, "-c", ONE_OF_TWO, rank, tmp_path] for rank in range(2)))
     assert printed[0] == "steps: 1\n"
     assert "(base) do not fit into memory" in printed[1]
     assert printed[1].endswith("steps: 1\n")
