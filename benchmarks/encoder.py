@@ -9,7 +9,8 @@ Every figure is a ratio of times from one run. Each point of the grid compares, 
   rate set such that it keeps exactly as many tokens;
 - uncompressed: the plain model on full-size views.
 
-Then the price of a model that is compressed while no compression is active, in train and in eval mode.
+Then the price of a model that is compressed while no compression is active, in train and in eval mode: at the base
+strategy ours, timm and the limit are all the plain model.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import argparse
 import statistics
 from collections.abc import Mapping
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from measure import (
     Step,
     Times,
     add_options,
+    by_repeat,
     conditions,
     environment,
     interleaved_times,
@@ -41,6 +44,7 @@ from models import IMAGE_SIZE, compiled, native, native_size, sharing_parameters
 from timm.layers import PatchDropout
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import seqcompress
 from seqcompress import Strategy
@@ -51,14 +55,14 @@ PATCH_SIZES = (16, 32, 56)
 
 
 def train_step(model: nn.Module, views: Tensor, amp: bool, strategy: Strategy | None = None) -> None:
-    """Forward + backward, at ``strategy`` if the model is compressed."""
+    """Forward + backward, at ``strategy`` if there is one; gradients are None between steps."""
     if strategy is not None:
         seqcompress.set_strategy(model, strategy)
     model.train()
-    model.zero_grad(set_to_none=True)
     with torch.autocast(views.device.type, torch.bfloat16, enabled=amp):
         loss = model(views).square().mean()
     loss.backward()
+    model.zero_grad()
 
 
 def eval_step(model: nn.Module, views: Tensor, amp: bool) -> None:
@@ -78,104 +82,125 @@ def by_timm(model: VisionTransformer, patch_size: int, patches: int) -> VisionTr
     return own
 
 
-def grid_steps(
+def steps_to_compare(
     model: VisionTransformer, options: argparse.Namespace, device: torch.device
 ) -> dict[str, dict[str, Step]]:
-    """The steps to compare at every point of the grid, and the uncompressed one."""
+    """The steps to compare: where no compression is active, and at every point of the grid, named by its strategy."""
     ready = partial(compiled, really=options.compile)
+    idle, ours = (ready(seqcompress.compress(sharing_parameters(model), Strategy())) for _ in range(2))
     views = torch.randn(options.batch_size, 3, IMAGE_SIZE, IMAGE_SIZE, device=device)
-    ours = ready(seqcompress.compress(sharing_parameters(model), Strategy()))
-    steps: dict[str, dict[str, Step]] = {
-        "base": {"uncompressed": partial(train_step, ready(model), views, options.amp)}
+    steps = {
+        name: inactive_steps(mode, ready(model), idle, views[:size], options.amp)
+        for name, (mode, size) in inactive(options.batch_size).items()
     }
-    for patch_size in PATCH_SIZES:
-        for dropout in DROPOUTS:
-            strategy = Strategy(dropout, patch_size)
-            patches = seqcompress.num_tokens(model, strategy, IMAGE_SIZE) - model.num_prefix_tokens
-            size = native_size(patches)
-            few = torch.randn(options.batch_size, 3, *size, device=device)
-            steps[str(strategy)] = {
-                "ours": partial(train_step, ours, views, options.amp, strategy),
-                "native": partial(train_step, ready(native(model, size)), few, options.amp),
-                "timm": partial(train_step, ready(by_timm(model, patch_size, patches)), views, options.amp),
-            }
+    for patch_size, dropout in product(PATCH_SIZES, DROPOUTS):
+        strategy = Strategy(dropout, patch_size)
+        patches = seqcompress.num_tokens(model, strategy, IMAGE_SIZE) - model.num_prefix_tokens
+        if patches == model.patch_embed.num_patches:
+            continue
+        size = native_size(patches)
+        few = torch.randn(options.batch_size, 3, *size, device=device)
+        steps[str(strategy)] = {
+            "ours": partial(train_step, ours, views, options.amp, strategy),
+            "native": partial(train_step, ready(native(model, size)), few, options.amp),
+            "timm": partial(train_step, ready(by_timm(model, patch_size, patches)), views, options.amp),
+        }
     return steps
+
+
+def inactive(batch_size: int) -> dict[str, tuple[str, int]]:
+    """Mode and batch size of each case without compression; the first is the uncompressed step of the grid."""
+    return {
+        f"train, forward + backward, batch {batch_size}": ("train", batch_size),
+        "train, forward + backward, batch 1": ("train", 1),
+        "eval, forward, batch 1": ("eval", 1),
+    }
 
 
 def inactive_steps(
-    model: VisionTransformer, options: argparse.Namespace, device: torch.device
-) -> dict[str, dict[str, Step]]:
-    """Plain and compressed model while no compression is active, for one batch and for a single view."""
-    ready = partial(compiled, really=options.compile)
-    plain, ours = ready(model), ready(seqcompress.compress(sharing_parameters(model), Strategy()))
-    steps: dict[str, dict[str, Step]] = {}
-    for size in sorted({options.batch_size, 1}, reverse=True):
-        views = torch.randn(size, 3, IMAGE_SIZE, IMAGE_SIZE, device=device)
-        for mode, step in (("train, forward + backward", train_step), ("eval, forward", eval_step)):
-            steps[f"{mode}, batch {size}"] = {
-                "plain": partial(step, plain, views, options.amp),
-                "ours": partial(step, ours, views, options.amp),
-            }
-    return steps
+    mode: str, plain: VisionTransformer, idle: VisionTransformer, views: Tensor, amp: bool
+) -> dict[str, Step]:
+    """A step of the plain model, and of the compressed one while no compression is active."""
+    step = {"train": train_step, "eval": eval_step}[mode]
+    return {"plain": partial(step, plain, views, amp), "ours": partial(step, idle, views, amp)}
+
+
+def narrow_steps(name: str, device: torch.device) -> dict[str, dict[str, Step]]:
+    """The inactive steps of an encoder so narrow, on a view so small, that what is added to them can be seen."""
+    plain = native(vit(name, embed_dim=32, num_heads=1).to(device), native_size(1))
+    idle = seqcompress.compress(sharing_parameters(plain), Strategy())
+    view = torch.randn(1, 3, *native_size(1), device=device)
+    return {mode: inactive_steps(mode, plain, idle, view, amp=False) for mode in ("train", "eval")}
 
 
 def grid_results(
-    model: VisionTransformer, times: Times, memory: Mapping[str, Mapping[str, int]]
+    model: VisionTransformer, times: Times, memory: Mapping[str, Mapping[str, int]], options: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """One record for each point of the grid."""
-    uncompressed = times["base"]["uncompressed"]
+    base = next(iter(inactive(options.batch_size)))
+    uncompressed = by_repeat(times[base]["plain"], options.repeats)
     results = []
     for point, variants in times.items():
-        if point == "base":
+        if "timm" not in variants:
             continue
         strategy = Strategy.parse(point)
         results.append(
             {
                 **strategy.to_dict(),
                 "tokens": seqcompress.num_tokens(model, strategy, IMAGE_SIZE),
-                "speedup": ratio(uncompressed, variants["ours"])._asdict(),
+                "turns": len(variants["ours"]),
+                "speedup": ratio(uncompressed, by_repeat(variants["ours"], options.repeats))._asdict(),
                 "share_of_native_limit": ratio(variants["native"], variants["ours"])._asdict(),
                 "timm_share_of_native_limit": ratio(variants["native"], variants["timm"])._asdict(),
                 "speed_over_timm": ratio(variants["timm"], variants["ours"])._asdict(),
+                "peak_memory": {name: peak / memory[base]["plain"] for name, peak in memory[point].items()},
             }
         )
-        if memory:
-            base = memory["base"]["uncompressed"]
-            results[-1]["peak_memory"] = {name: peak / base for name, peak in memory[point].items()}
     return results
 
 
-def results_of(model: VisionTransformer, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def inactive_results(times: Times, narrow: Times, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One record for each case without compression."""
+    results = []
+    for name, (mode, _) in inactive(options.batch_size).items():
+        plain, ours = times[name]["plain"], times[name]["ours"]
+        added = [after - before for before, after in zip(narrow[mode]["plain"], narrow[mode]["ours"], strict=True)]
+        results.append(
+            {
+                "step": name,
+                "turns": len(ours),
+                "time": ratio(ours, plain)._asdict(),
+                "added_microseconds": ratio(added, [1e-6] * len(added))._asdict(),
+                "added_share": ratio(added, [statistics.median(plain)] * len(added))._asdict(),
+            }
+        )
+    return results
+
+
+def results_of(name: str, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Everything about one model."""
+    model = vit(name).to(device)
     measure = partial(interleaved_times, repeats=options.repeats, min_seconds=options.min_seconds, device=device)
-    inactive_times = measure(inactive_steps(model, options, device), title="inactive")
-    points = grid_steps(model, options, device)
-    times = measure(points, title="grid")
-    memory = {}
-    if device.type == "cuda":
-        memory = {
-            name: {key: peak_memory(step, device) for key, step in steps.items()} for name, steps in points.items()
-        }
+    narrow_times = measure(narrow_steps(name, device), title="inactive")
+    steps = steps_to_compare(model, options, device)
+    times = measure(steps, title="grid")
+    memory = {
+        point: {name: peak_memory(step, device) for name, step in variants.items()}
+        for point, variants in tqdm(steps.items(), desc="memory", unit="group")
+    }
     return {
-        "active": grid_results(model, times, memory),
-        "inactive": {
-            name: ratio(variants["ours"], variants["plain"])._asdict() for name, variants in inactive_times.items()
-        },
+        "active": grid_results(model, times, memory, options),
+        "inactive": inactive_results(times, narrow_times, options),
     }
 
 
 def report(options: argparse.Namespace, described: Mapping[str, str], models: Mapping[str, dict[str, Any]]) -> str:
     """The tables as Markdown."""
-    memory_note = (
-        "\n- **memory**: what a step allocates at its peak, above the weights, relative to the uncompressed step."
-        if options.device.startswith("cuda")
-        else ""
-    )
     sections = "\n".join(_section(name, results) for name, results in models.items())
     return f"""# Encoder: {", ".join(models)} at {IMAGE_SIZE} px, {conditions(options)}
 
-Written by `benchmarks/encoder.py`. Ratios of times taken in one run, in which all variants took turns in random order:
-medians of {options.repeats} repeats, in brackets 95 % intervals of the median.
+Written by `benchmarks/encoder.py`. Ratios of times taken in one run, in which variants took turns in random order:
+medians over the turns of each row, in brackets 95 % intervals of the median.
 {", ".join(f"{key} {value}" for key, value in described.items())}.
 
 Compression active, forward + backward:
@@ -184,9 +209,17 @@ Compression active, forward + backward:
 - **share of the native limit**: our speed relative to that of the plain model on views so small that it has exactly
   as many tokens.
 - **timm**: `patch_drop_rate` with `set_input_size(patch_size=...)`, keeping exactly as many tokens. Its patch size
-  is for good: the kernel is resampled once, before training, not per step.{memory_note}
+  is for good: the kernel is resampled once, before training, not per step.
+- **memory**: what a step has allocated at its peak, above weights and views, in percent of the uncompressed step's.
+  Gradients are in it, which are as large as the weights, however few tokens there are.
+- **turns**: how often each variant ran.
 
-No compression active: how much more time the compressed model takes than the plain one, at the base strategy.
+No compression active, at the base strategy:
+
+- **time over the plain model's**: of the compressed model, measured directly.
+- **added**: the same steps of an encoder of the same depth, but 32 wide and on views of one patch, so short that what
+  the compressed model adds can be seen: some Python, whose time depends neither on width nor on the number of views.
+  **Of the step**: how much that is of this row's.
 
 {sections}"""
 
@@ -201,10 +234,9 @@ def main() -> None:
     models = {}
     for name in options.model:
         try:
-            model = vit(name).to(device)
+            models[name] = results_of(name, options, device)
         except ValueError as error:
             parser.error(str(error))
-        models[name] = results_of(model, options, device)
         torch.compiler.reset()  # compiled code holds on to the models that it is for
     described = environment(device)
     text = report(options, described, models)
@@ -220,18 +252,24 @@ def _section(name: str, results: dict[str, Any]) -> str:
             "dropout": f"{point['token_dropout']:g}",
             "patch": str(point["patch_size"]),
             "tokens": str(point["tokens"]),
+            "turns": str(point["turns"]),
             "speed-up": f"{point['speedup']['median']:.2f}x",
             "share of the native limit": percent(Ratio(**point["share_of_native_limit"])),
             "timm's share": percent(Ratio(**point["timm_share_of_native_limit"])),
             "speed over timm": f"{point['speed_over_timm']['median']:.2f}x",
         }
-        if "peak_memory" in point:
-            row |= {f"memory, {name}": f"{100 * share:.1f} %" for name, share in point["peak_memory"].items()}
+        row |= {f"memory, {name}": f"{100 * share:.1f} %" for name, share in point["peak_memory"].items()}
         rows.append(row)
     shares = [point["share_of_native_limit"]["median"] for point in results["active"]]
     overheads = [
-        {"inactive": name, "time over the plain model's": percent(Ratio(*(bound - 1 for bound in more.values())), 2)}
-        for name, more in results["inactive"].items()
+        {
+            "inactive": case["step"],
+            "turns": str(case["turns"]),
+            "time over the plain model's": percent(Ratio(*(bound - 1 for bound in case["time"].values())), 2),
+            "added, microseconds": "{:.0f} [{:.0f}, {:.0f}]".format(*case["added_microseconds"].values()),
+            "of the step": percent(Ratio(**case["added_share"]), 3),
+        }
+        for case in results["inactive"]
     ]
     return f"""## {name}
 

@@ -13,15 +13,17 @@ Whichever of the first two is slower has the other waiting for it.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import random
 import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +54,10 @@ import seqcompress
 from seqcompress import Strategy
 
 TRANSFORMS = {"moco-v3": MoCoV2Transform, "simclr": SimCLRTransform, "dino": DINOTransform}
-STRATEGIES = (Strategy(), Strategy(0.75), Strategy(0.0, 32), Strategy(0.5, 32))
+STRATEGIES = (Strategy(0.75), Strategy(0.0, 32), Strategy(0.5, 32))
 RATES = ("loader", "step", "together")
+PREFETCHED = 2  # batches a worker, torch's default
+MIN_ROUNDS = 3  # batches a worker in one measurement
 
 
 def seconds(call: Any, device: torch.device) -> float:
@@ -78,38 +82,47 @@ class Variant:
     device: torch.device
     steps: int
 
+    def warm_up(self) -> None:
+        """Train once, so that what a first step takes is not measured."""
+        seqcompress.set_strategy(self.training.student, self.strategy)
+        self._train(next(iter(self.loader)))
+
     def rates(self) -> dict[str, float]:
-        """Images per second of the loader, of the step, and of both together. Workers are running before it counts."""
+        """Images per second of both together, of the loader, and of the step.
+
+        How far workers are ahead depends on what was done with their batches until then. So as many batches as they
+        can be ahead are taken first, in the same way as those that are measured.
+        """
         assert self.loader.batch_size is not None
         seqcompress.set_strategy(self.training.student, self.strategy)
         batches = iter(self.loader)
-        self._train(next(batches))
-        for _ in range(len(self.loader) - 2 * self.steps - 1):  # batches that were made while nobody took any
-            batch = next(batches)
-        loading = partial(self._load, batches)
-        stepping = partial(self._repeat, batch)
-        taken = {
-            "loader": seconds(loading, self.device),
-            "together": seconds(partial(self._train_on, batches), self.device),
-            "step": seconds(stepping, self.device),
-        }
-        return {name: self.steps * self.loader.batch_size / taken[name] for name in RATES}
+        batch = next(batches)
+        ahead, steps = ahead_of(self.loader), self.steps
+        taken = {}
+        for name, take in (("together", self._train), ("loader", lambda batch: None)):
+            for count in (ahead, steps):
+                taken[name] = seconds(partial(self._take, count, batches, take), self.device)
+        taken["step"] = seconds(partial(self._take, steps, repeat(batch), self._train), self.device)
+        return {name: steps * self.loader.batch_size / taken[name] for name in RATES}
 
-    def _load(self, batches: Any) -> None:
-        for _ in range(self.steps):
-            next(batches)
-
-    def _train_on(self, batches: Any) -> None:
-        for _ in range(self.steps):
-            self._train(next(batches))
-
-    def _repeat(self, batch: Any) -> None:
-        for _ in range(self.steps):
-            self._train(batch)
+    @staticmethod
+    def _take(count: int, batches: Iterator[Any], take: Callable[[Any], None]) -> None:
+        for batch in islice(batches, count):
+            take(batch)
 
     def _train(self, batch: Any) -> None:
         views = [view.to(self.device, non_blocking=True) for view in batch[0]]
         replace(self.training, views=views_for(self.method, views)).step()
+
+
+def ahead_of(loader: DataLoader[Any]) -> int:
+    """How many batches can be ready or in the making before anyone takes them."""
+    return loader.num_workers * (loader.prefetch_factor or 0)
+
+
+def steps_of(least: int, workers: int) -> int:
+    """Steps of one measurement: of whole rounds, as workers that started together go on finishing together."""
+    return workers * max(MIN_ROUNDS, math.ceil(least / workers))
 
 
 def views_for(method: str, views: list[Tensor]) -> Views:
@@ -125,24 +138,27 @@ def variants(options: argparse.Namespace, folder: Path, device: torch.device) ->
     training = compressed(plain_training(options.method, options, device, **options.settings))
     encoders = torch.nn.ModuleList([module for module in (training.student, training.teacher) if module is not None])
     workers = options.num_workers
-    ahead = 2 + workers * (2 + 1)
+    steps = steps_of(options.steps, workers)
 
     def loader() -> DataLoader[Any]:
         dataset = ImageFolder(str(folder), transform=TRANSFORMS[options.method]())
-        images = options.batch_size * (ahead + 2 * options.steps)
-        sampler = RandomSampler(dataset, replacement=True, num_samples=images)
-        pin_memory = device.type == "cuda"
+        images = options.batch_size * (1 + 2 * (workers * PREFETCHED + steps))
         return DataLoader(
-            dataset, options.batch_size, sampler=sampler, num_workers=workers, drop_last=True, pin_memory=pin_memory
+            dataset,
+            options.batch_size,
+            sampler=RandomSampler(dataset, replacement=True, num_samples=images),
+            num_workers=workers,
+            prefetch_factor=PREFETCHED,
+            pin_memory=device.type == "cuda",
         )
 
     full, scaled = loader(), seqcompress.scale_views(loader(), encoders)
-    teacher = None if training.teacher is None else compiled(training.teacher, really=options.compile)
-    training = replace(training, student=compiled(training.student, really=options.compile), teacher=teacher)
+    for encoder in encoders:
+        compiled(encoder, really=options.compile)
     made: dict[tuple[str, str], Variant] = {}
-    for strategy in STRATEGIES:
+    for strategy in (Strategy(), *options.strategies):
         for name, chosen in (("full", full), ("scaled", scaled)) if strategy.patch_size else (("full", full),):
-            made[str(strategy), name] = Variant(training, strategy, chosen, options.method, device, options.steps)
+            made[str(strategy), name] = Variant(training, strategy, chosen, options.method, device, steps)
     return made
 
 
@@ -185,9 +201,10 @@ def main() -> None:
     parser.add_argument("--depth", type=int, help="number of the ViT's blocks")
     parser.add_argument("--method", choices=list(TITLES), default="moco-v3")
     parser.add_argument("--dino-dim", type=int, default=65536, help="outputs of DINO's head")
+    parser.add_argument("--strategies", nargs="+", type=Strategy.parse, default=STRATEGIES, help="besides the base")
     parser.add_argument("--num-workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
     parser.add_argument("--images", type=int, default=256, help="different files")
-    parser.add_argument("--steps", type=int, default=6, help="steps of one measurement")
+    parser.add_argument("--steps", type=int, default=6, help="least steps of one measurement")
     options = parser.parse_args()
     device = prepare(parser, options)
     options.settings = {
@@ -202,7 +219,7 @@ def main() -> None:
         folder = write_photographs(Path(temporary), options.images)
         made = variants(options, folder, device)
         for variant in tqdm(made.values(), desc="end to end: warm-up", unit="variant"):
-            variant.rates()
+            variant.warm_up()
         for _ in tqdm(range(options.repeats), desc="end to end", unit="repeat"):
             for key in order.sample(list(made), len(made)):
                 for name, rate in made[key].rates().items():

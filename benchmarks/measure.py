@@ -1,7 +1,7 @@
 """What all benchmarks share: timing side by side, medians with intervals, and tables that say where they come from.
 
 A machine's speed drifts, by much more than the differences of interest. So variants take turns, in random order
-within every repeat, and only ratios of times from one and the same repeat are reported.
+within every turn, and only ratios of times from one and the same turn are reported.
 """
 
 from __future__ import annotations
@@ -18,17 +18,22 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import timm
 import torch
+from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 import seqcompress
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler tells of each time it starts
+
 Step: TypeAlias = Callable[[], object]
 Times: TypeAlias = dict[str, dict[str, list[float]]]
+CUDA_TURN = 0.1  # seconds of calls without waiting for the device
 
 
 class Stopwatch:
@@ -76,7 +81,7 @@ class InParts:
 
 
 class Ratio(NamedTuple):
-    """Median over repeats of a ratio of two times, with a 95 % confidence interval for that median."""
+    """Median over turns of a ratio of two times, with a 95 % confidence interval for that median."""
 
     median: float
     low: float
@@ -89,7 +94,7 @@ def add_options(parser: argparse.ArgumentParser, name: str) -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument(
-        "--min-seconds", type=float, default=0.2, help="repeat shorter steps, 0: none, within a measurement"
+        "--min-seconds", type=float, default=0.2, help="of a repeat, for steps that are compared; 0: one turn each"
     )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
@@ -124,23 +129,23 @@ def setup_of(options: argparse.Namespace) -> dict[str, Any]:
 def interleaved_times(
     groups: Mapping[str, Mapping[str, Step]], *, repeats: int, min_seconds: float, device: torch.device, title: str
 ) -> Times:
-    """Seconds for one call of every step, for every repeat: ``times[group][variant][repeat]``.
+    """Seconds for one call of every step, turn by turn: ``times[group][variant][turn]``.
 
-    Variants of a group are compared with each other, so they run back to back, in an order drawn anew every time.
-    Where steps are shorter than ``min_seconds``, a repeat is the mean of several such turns; on CUDA it is one turn
-    of several calls, because the host may run ahead of the device from one call to the next, as it does in training.
+    Variants of a group are compared with each other: in a turn each of them runs once, in an order drawn anew every
+    time. In every repeat a group has as many turns as fill ``min_seconds``, so that short steps, which cost little, are
+    known better. On CUDA a turn of short steps is several calls of each, because the host may run ahead of the device
+    from one call to the next, as it does in training.
     Of a step ``InParts`` each part is reported as well, as a variant "name: part".
     """
     order = random.Random(0)
-    asynchronous = device.type == "cuda"
-    counts = {}
+    turns, calls = {}, {}
     for group, variants in tqdm(groups.items(), desc=f"{title}: warm-up", unit="group"):
-        for step in variants.values():
-            _seconds(step, 1, device)
-        counts[group] = 1
-        if min_seconds > 0:
-            fastest = min(_seconds(step, 1, device) for step in variants.values())
-            counts[group] = math.ceil(min_seconds / fastest)
+        taken = [_seconds(step, 1, device) for step in variants.values()]
+        if device.type == "cuda" or sum(taken) < min_seconds:  # the first calls take longer
+            taken = [_seconds(step, 1, device) for step in variants.values()]
+        together = min(CUDA_TURN, min_seconds) if device.type == "cuda" else 0
+        calls[group] = max(1, math.ceil(together / min(taken)))
+        turns[group] = max(1, round(min_seconds / (calls[group] * sum(taken))))
         for step in variants.values():
             if isinstance(step, InParts):
                 step.stopwatch.read()
@@ -148,20 +153,23 @@ def interleaved_times(
     times: Times = {group: defaultdict(list) for group in groups}
     for _ in tqdm(range(repeats), desc=title, unit="repeat"):
         for group in order.sample(list(groups), len(groups)):
-            turns: defaultdict[str, list[float]] = defaultdict(list)
-            for _ in range(1 if asynchronous else counts[group]):
+            for _ in range(turns[group]):
                 for name in order.sample(list(groups[group]), len(groups[group])):
-                    step, calls = groups[group][name], counts[group] if asynchronous else 1
-                    turns[name].append(_seconds(step, calls, device))
+                    step = groups[group][name]
+                    times[group][name].append(_seconds(step, calls[group], device))
                     for part, elapsed in step.stopwatch.read().items() if isinstance(step, InParts) else ():
-                        turns[f"{name}: {part}"].append(elapsed / calls)
-            for name, seconds in turns.items():
-                times[group][name].append(sum(seconds) / len(seconds))
+                        times[group][f"{name}: {part}"].append(elapsed / calls[group])
     return times
 
 
+def by_repeat(times: Sequence[float], repeats: int) -> list[float]:
+    """The mean of every repeat's turns: to compare groups with each other, which have different numbers of them."""
+    turns = len(times) // repeats
+    return [statistics.mean(times[start : start + turns]) for start in range(0, len(times), turns)]
+
+
 def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Ratio:
-    """Median of the repeats' own ratios; the interval is that of order statistics, free of any distribution."""
+    """Median of the turns' own ratios; the interval is that of order statistics, free of any distribution."""
     ratios = sorted(above / below for above, below in zip(numerator, denominator, strict=True))
     outside, rank = 0.5 ** len(ratios), 0  # P(Binomial(n, 1/2) <= rank)
     while outside <= 0.025 and rank < len(ratios) // 2:
@@ -178,14 +186,24 @@ def percent(share: Ratio, digits: int = 1) -> str:
 
 
 def peak_memory(step: Step, device: torch.device) -> int:
-    """Bytes that one call of ``step`` allocates at its peak, above what was allocated before it (CUDA only)."""
+    """Bytes that one call of ``step`` has allocated at its peak, above what was allocated before it.
+
+    The step must leave its gradients at None: only then are weights, optimizer state and views all there is before it,
+    and gradients count. On a CPU it is what torch's allocator reports; what libraries take for themselves is not in it.
+    """
     step()
-    torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    step()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    recorded = profiled.profiler.kineto_results.events()
+    allocations = sorted((event.start_ns(), event.nbytes()) for event in recorded if event.name() == "[memory]")
+    return max(accumulate(size for _, size in allocations))
 
 
 def environment(device: torch.device) -> dict[str, str]:

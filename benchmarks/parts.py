@@ -121,6 +121,7 @@ def report(options: argparse.Namespace, described: Mapping[str, str], results: l
         {
             "part": result["part"],
             "instead of ours": result["instead"],
+            "turns": str(result["turns"]),
             "takes, times as long": "{:.2f} [{:.2f}, {:.2f}]".format(*Ratio(**result["times_ours"])),
         }
         for result in results
@@ -128,7 +129,7 @@ def report(options: argparse.Namespace, described: Mapping[str, str], results: l
     return f"""# Parts of a step: {options.model} at {IMAGE_SIZE} px, {conditions(options)}
 
 Written by `benchmarks/parts.py`. Ratios of times taken in one run, in which all variants took turns in random order:
-medians of {options.repeats} repeats, in brackets 95 % intervals of the median.
+medians over the turns, in brackets 95 % intervals of the median.
 {", ".join(f"{key} {value}" for key, value in described.items())}.
 
 {markdown_table(rows)}
@@ -155,7 +156,7 @@ def main() -> None:
         title="parts",
     )
     results = [
-        {"part": name, "instead": variant, "times_ours": ratio(taken, variants[OURS])._asdict()}
+        {"part": name, "instead": variant, "turns": len(taken), "times_ours": ratio(taken, variants[OURS])._asdict()}
         for name, variants in ((name, times[name]) for name in groups if name in times)
         for variant, taken in sorted(variants.items())
         if variant != OURS

@@ -10,6 +10,7 @@ import argparse
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,40 +18,41 @@ import torch
 
 FOLDER = Path(__file__).parent
 QUICK = ("--model", "vit_tiny_patch16_224", "--batch-size", "4", "--repeats", "6", "--min-seconds", "0")
-SLOW = ("--batch-size", "8")
-WHOLE = ("--repeats", "8", "--min-seconds", "0")  # a whole step on a CPU is long enough to be timed by itself
+# On a CPU, all of it takes about 50 minutes.
+ENCODER = ("--batch-size", "4", "--repeats", "8", "--min-seconds", "4")
+STEP = ("--batch-size", "4", "--repeats", "6", "--strategies", "drop 0.75", "patch 32", "drop 0.5, patch 32")
+PROFILE = ("--batch-size", "4", "--repeats", "6", "--min-seconds", "4")
+PARTS = ("--batch-size", "32", "--repeats", "14", "--min-seconds", "1")
+VIEWS = ("--repeats", "14")
 FAST = ("--model", "vit_base_patch16_224", "--batch-size", "256", "--amp", "--repeats", "30")
-LARGER = ("--batch-size", "32")
 # An encoder so small that a core runs it about as fast as another core makes its views, as a fast GPU does with ViT-B.
-SMALL = ("--model", "vit_tiny_patch16_224", "--width", "64", "--depth", "4", "--method", "simclr", "--repeats", "12")
+SMALL = ("--model", "vit_tiny_patch16_224", "--width", "64", "--depth", "4", "--method", "simclr", "--steps", "4")
+# Workers with 16 cores to themselves make about a thousand images a second: fewer of them, within ten minutes.
+LOADED = ("--model", "vit_base_patch16_224", "--batch-size", "128", "--amp", "--strategies", "drop 0.5, patch 32")
+FEW = ("--repeats", "6")
 
 
 def benchmarks(device: str, quick: bool) -> dict[str, list[str]]:
     """Names of results, and the arguments that lead to them."""
     on = ["--device", device]
-    if device == "cpu":
-        steps = {
-            f"encoder-{device}": ["encoder.py", *on, *(QUICK if quick else (*SLOW, "--repeats", "12"))],
-            f"training_step-{device}": ["training_step.py", *on, *(QUICK if quick else (*SLOW, *WHOLE))],
-        }
-    else:
-        steps = {
-            f"{name}-{device}{suffix}": [f"{name}.py", *on, *(QUICK if quick else FAST), *compiled]
-            for name in ("encoder", "training_step")
-            for suffix, compiled in (("", []), ("-compile", ["--compile"]))
-        }
+
+    def settings(slow: Sequence[str], fast: Sequence[str] = FAST) -> list[str]:
+        return [*on, *(QUICK if quick else slow if device == "cpu" else fast)]
+
+    compiled = {"": []} if device == "cpu" else {"": [], "-compile": ["--compile"]}
+    steps = {
+        f"{name}-{device}{suffix}": [f"{name}.py", *settings(slow), *more]
+        for name, slow in (("encoder", ENCODER), ("training_step", STEP))
+        for suffix, more in compiled.items()
+    }
     if find_spec("solo") is not None:
-        of_step = steps[f"training_step-{device}"]
-        steps[f"training_step-solo-learn-{device}"] = [*of_step, "--host", "solo-learn"]
+        steps[f"training_step-solo-learn-{device}"] = [*steps[f"training_step-{device}"], "--host", "solo-learn"]
     return {
         **steps,
-        f"parts-{device}": [
-            "parts.py",
-            *on,
-            *(QUICK if quick else FAST if device == "cuda" else ("--batch-size", "32")),
-        ],
-        "views-cpu": ["views.py", *(("--repeats", "6", "--min-seconds", "0.05") if quick else ())],
-        f"end_to_end-{device}": ["end_to_end.py", *on, *(QUICK if quick else FAST if device == "cuda" else SMALL)],
+        f"profile-{device}": ["breakdown.py", *settings(PROFILE)],
+        f"parts-{device}": ["parts.py", *settings(PARTS)],
+        "views-cpu": ["views.py", *(("--repeats", "6", "--min-seconds", "0.05") if quick else VIEWS)],
+        f"end_to_end-{device}": ["end_to_end.py", *settings((*SMALL, *FEW), (*LOADED, *FEW))],
     }
 
 

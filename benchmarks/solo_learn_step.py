@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from measure import Ratio, conditions, markdown_table, now, percent, ratio
 from models import IMAGE_SIZE
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from seqcompress import Strategy
@@ -75,7 +74,7 @@ def measure(
             callbacks=[callback],
             default_root_dir=folder,
         )
-        trainer.fit(module, _loader(options.batch_size, turns.total_steps))
+        trainer.fit(module, _loader(options.batch_size, turns.total_steps, device))
     times = {name: seconds[WARM_UP:] for name, seconds in callback.seconds.items()}
     base = str(Strategy())
     records = []
@@ -153,7 +152,7 @@ def report(options: argparse.Namespace, described: Mapping[str, str], methods: M
     return f"""# Training step: solo-learn at {IMAGE_SIZE} px, {conditions(options)}
 
 Written by `benchmarks/training_step.py --host solo-learn`. Ratios of times taken in one run, in which all strategies
-took turns in random order: medians of {options.repeats} repeats, in brackets 95 % intervals of the median.
+took turns in random order: medians of {options.repeats} turns, in brackets 95 % intervals of the median.
 {", ".join(f"{key} {value}" for key, value in described.items())}.
 
 Whole steps under Lightning's Trainer, with the flag on: methods and configs are solo-learn's, views are ready.
@@ -216,8 +215,8 @@ def _config(method: str, turns: Turns, batch_size: int) -> Any:
     return OmegaConf.merge(config, overrides, changed)
 
 
-def _loader(batch_size: int, steps: int) -> DataLoader[Any]:
-    """The same batch again and again, ready made: [indices, [view, view], targets]."""
-    views = [torch.randn(batch_size, 3, IMAGE_SIZE, IMAGE_SIZE) for _ in range(2)]
-    targets: Tensor = torch.arange(batch_size) % 100
-    return DataLoader([[torch.arange(batch_size), views, targets]] * steps, batch_size=None)  # type: ignore[arg-type]
+def _loader(batch_size: int, steps: int, device: torch.device) -> DataLoader[Any]:
+    """The same batch again and again, ready on the device: [indices, [view, view], targets]."""
+    views = [torch.randn(batch_size, 3, IMAGE_SIZE, IMAGE_SIZE, device=device) for _ in range(2)]
+    indices = torch.arange(batch_size, device=device)
+    return DataLoader([[indices, views, indices % 100]] * steps, batch_size=None)  # type: ignore[arg-type]

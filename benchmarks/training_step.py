@@ -110,8 +110,10 @@ def steps_to_compare(
     """Everything that takes turns."""
 
     def ready(training: Training) -> Training:
-        teacher = None if training.teacher is None else compiled(training.teacher, really=compile_encoders)
-        return replace(training, student=compiled(training.student, really=compile_encoders), teacher=teacher)
+        for encoder in _encoders(training):
+            if encoder is not None:
+                compiled(encoder, really=compile_encoders)
+        return training
 
     plain, ours = ready(training), ready(compressed(training))
     steps: dict[str, Step] = {
@@ -135,9 +137,8 @@ def measure(method: str, options: argparse.Namespace, device: torch.device) -> d
     times = interleaved_times(
         {method: steps}, repeats=options.repeats, min_seconds=options.min_seconds, device=device, title=method
     )[method]
-    memory = {}
-    if device.type == "cuda":
-        memory = {name: peak_memory(steps[name], device) for name in ("base", *map(str, options.strategies))}
+    names = [name for name, step in steps.items() if not isinstance(step, InParts)]
+    memory = {name: peak_memory(steps[name], device) for name in names}
     return results_of(training, options.strategies, times, memory)
 
 
@@ -182,12 +183,11 @@ def results_of(
                 "amdahl_limit": ratio(times["base"], least)._asdict(),
                 "share_of_amdahl_limit": ratio(least, times[name])._asdict(),
                 "share_of_native_limit": {role: ratio(limit[role], parts[role])._asdict() for role in encoders},
+                "peak_memory": memory[name] / memory["base"],
                 **breakdown(parts, times[name]),
             }
         )
-        if memory:
-            records[-1]["peak_memory"] = memory[name] / memory["base"]
-    return {"base": breakdown(base, times["base"]), "strategies": records}
+    return {"turns": len(times["base"]), "base": breakdown(base, times["base"]), "strategies": records}
 
 
 def report(options: argparse.Namespace, described: Mapping[str, str], methods: Mapping[str, dict[str, Any]]) -> str:
@@ -198,16 +198,11 @@ def report(options: argparse.Namespace, described: Mapping[str, str], methods: M
     shares = [
         record["share_of_amdahl_limit"]["median"] for method in methods.values() for record in method["strategies"]
     ]
-    memory_note = (
-        "\n- **memory**: what a step allocates at its peak, above weights and optimizer state, next to the plain step."
-        if options.device.startswith("cuda")
-        else ""
-    )
     sections = "\n".join(_section(title, results, options) for title, results in titled.items())
     return f"""# Training step: {options.model} at {IMAGE_SIZE} px, {conditions(options)}
 
 Written by `benchmarks/training_step.py`. Ratios of times taken in one run, in which all variants took turns in random
-order: medians of {options.repeats} repeats, in brackets 95 % intervals of the median.
+order: medians over the turns, in brackets 95 % intervals of the median.
 {", ".join(f"{key} {value}" for key, value in described.items())}.
 
 Heads and losses are Lightly's, at the sizes of the papers; the optimizer is AdamW as torch sets it up (all parameters
@@ -218,7 +213,9 @@ size both encoders'.
 - **Amdahl's limit**: the speed-up if student and teacher took the time of plain ViTs with natively as many tokens, and
   everything else what it takes in the plain step. **Share of it**: median of all
   {100 * statistics.median(shares):.1f} %, least {100 * min(shares):.1f} %.
-- **student, teacher**: their speed relative to those plain ViTs.{memory_note}
+- **student, teacher**: their speed relative to those plain ViTs.
+- **memory**: what a step has allocated at its peak, above weights, optimizer state and views, in percent of the plain
+  step's. Gradients are in it, which are as large as the weights, however few tokens there are.
 - The second table says where the time goes: each part in percent of its own step.
 
 {sections}"""
@@ -236,17 +233,16 @@ def _section(title: str, results: dict[str, Any], options: argparse.Namespace) -
             "share of it": percent(Ratio(**record["share_of_amdahl_limit"])),
         }
         gain |= {role: percent(Ratio(**share)) for role, share in record["share_of_native_limit"].items()}
-        if "peak_memory" in record:
-            gain["memory"] = f"{100 * record['peak_memory']:.1f} %"
+        gain["memory"] = f"{100 * record['peak_memory']:.1f} %"
         gains.append(gain)
         time = f"{100 / record['speedup']['median']:.1f} %"
         breakdowns.append({"step": record["strategy"], "time, of the plain step's": time} | _shares(record))
     views = "two views of 224 px"
     if title == TITLES["dino"]:
-        views = f"two views of 224 px and six of 96 px; {options.dino_dim} outputs of its head"
+        views += f" and six of 96 px; {options.dino_dim} outputs of its head"
     return f"""## {title}
 
-{views.capitalize()}.
+{views.capitalize()}. {results["turns"]} turns.
 
 {markdown_table(gains)}
 
@@ -299,7 +295,7 @@ def _version_of(host: str) -> str:
 
 
 def _encoders(training: Training) -> tuple[VisionTransformer, VisionTransformer | None]:
-    """Student and teacher of a training that is not compiled."""
+    """Student and teacher, for mypy."""
     student, teacher = training.student, training.teacher
     assert isinstance(student, VisionTransformer)
     assert isinstance(teacher, VisionTransformer | None)

@@ -25,7 +25,7 @@ import torch
 import torchvision.transforms as v1
 import torchvision.transforms.v2 as v2
 from lightly.transforms import BYOLTransform, DINOTransform, MoCoV2Transform, SimCLRTransform
-from measure import Ratio, environment, interleaved_times, markdown_table, ratio, write_report
+from measure import Ratio, by_repeat, environment, interleaved_times, markdown_table, ratio, write_report
 from photographs import SIZE, write_photographs
 from torch import Tensor
 from torchvision.datasets import ImageFolder
@@ -186,7 +186,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--images", type=int, default=32, help="different files")
-    parser.add_argument("--min-seconds", type=float, default=0.3, help="repeat shorter steps within a measurement")
+    parser.add_argument("--min-seconds", type=float, default=1.5, help="of a repeat, for each pipeline")
     parser.add_argument("--only", help="pipelines whose name contains this")
     parser.add_argument("--output", type=Path, help="where to write, without suffix; default: results/views-cpu")
     options = parser.parse_args()
@@ -214,6 +214,8 @@ def main() -> None:
         rows = []
         for name, variants in times.items():
             views = datasets[name][0][0]
+            # Images take different times: means of several, all of which went through every variant.
+            variants = {variant: by_repeat(seconds, options.repeats) for variant, seconds in variants.items()}
             full = variants[f"patch {BASE[0]}"]
             made = len(views) if isinstance(views, list) else 1
             scaled = [f"patch {size}{how}" for how in ("", WHOLE) for size in PATCH_SIZES]

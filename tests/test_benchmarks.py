@@ -7,7 +7,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +29,8 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def benchmarks() -> Iterator[SimpleNamespace]:
     """The modules of the benchmarks, which lie beside each other and are no package."""
-    names = ("measure", "models", "recipes", "solo_learn_step", "training_step")
+    names = ("breakdown", "encoder", "end_to_end", "measure", "models", "parts", "photographs", "recipes", "views")
+    names = (*names, "solo_learn_step", "training_step")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(BENCHMARKS)
         yield SimpleNamespace(**{name: import_module(name) for name in names})
@@ -162,11 +164,50 @@ def test_results_say_what_was_measured_and_where(results: tuple[dict[str, Any], 
     for record in (simclr_record, dino_record):
         assert (record["token_dropout"], record["patch_size"]) == (0.5, 32)
         assert set(record["share_of_native_limit"]) == set(record["tokens"])
+        assert 0.02 < record["peak_memory"] < 0.8
         for figure in ("speedup", "amdahl_limit", "share_of_amdahl_limit"):
             assert 0 < record[figure]["low"] <= record[figure]["median"] <= record[figure]["high"]
         assert f"{record['speedup']['median']:.2f}x" in text
         assert f"{record['amdahl_limit']['median']:.2f}x" in text
     assert "64 outputs of its head" in text
+    assert simclr["turns"] == dino["turns"] == 6
+
+
+def test_peak_memory_is_that_of_activations_and_gradients_together(benchmarks: SimpleNamespace) -> None:
+    inputs, weight = torch.randn(64, 1000), torch.zeros(1000, 500, requires_grad=True)
+
+    def step() -> None:
+        (inputs @ weight).exp().sum().backward()
+        weight.grad = None
+
+    mib = 4 / 2**20
+    # The last to be made is the weight's gradient, from that of the product, beside the exponential's result.
+    expected = mib * (1000 * 500 + 64 * 500)
+    found = benchmarks.measure.peak_memory(step, CPU) / 2**20
+    assert expected <= found <= expected + mib * 64 * 500 + 0.01
+    assert benchmarks.measure.peak_memory(lambda: torch.zeros(1000), CPU) == 4000
+
+
+def test_an_encoders_step_leaves_no_gradients(benchmarks: SimpleNamespace) -> None:
+    vit = benchmarks.models.vit(MODEL)
+    benchmarks.encoder.train_step(vit, torch.zeros(1, 3, 224, 224), False)
+    assert all(parameter.grad is None for parameter in vit.parameters())
+
+
+def test_short_steps_have_more_turns_and_are_compared_by_repeats(
+    benchmarks: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+
+    def taking(seconds: float) -> Callable[[], None]:
+        return lambda: clock.append(clock[-1] + seconds)
+
+    measure = benchmarks.measure
+    monkeypatch.setattr(measure, "now", lambda device: clock[-1])
+    groups = {"long": {"a": taking(3.0)}, "short": {"a": taking(0.25), "b": taking(0.125)}}
+    times = measure.interleaved_times(groups, repeats=6, min_seconds=1.5, device=CPU, title="test")
+    assert times == {"long": {"a": [3.0] * 6}, "short": {"a": [0.25] * 24, "b": [0.125] * 24}}
+    assert measure.by_repeat([1.0, 3.0, 10.0, 20.0], 2) == [2.0, 15.0]
 
 
 def test_a_median_needs_six_repeats_for_its_interval(
@@ -191,8 +232,28 @@ def _results_of(script: str, *arguments: str, folder: Path) -> dict[str, Any]:
     return json.loads(output.with_suffix(".json").read_text())
 
 
-def test_views_are_compared_with_themselves_at_full_size(tmp_path: Path) -> None:
-    found = _results_of("views.py", *QUICK, "--images", "2", "--only", "torchvision v", folder=tmp_path)
+@pytest.fixture
+def results_of(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., dict[str, Any]]]:
+    """What a short run of a benchmark leaves behind, in this process: importing takes longer than most runs."""
+
+    def run(module: Any, *arguments: str) -> dict[str, Any]:
+        output = tmp_path / "found"
+        monkeypatch.setattr(sys, "argv", [module.__name__, *arguments, "--output", str(output)])
+        module.main()
+        assert capsys.readouterr().out.strip() == output.with_suffix(".md").read_text().strip()
+        return json.loads(output.with_suffix(".json").read_text())
+
+    threads = torch.get_num_threads()
+    yield run
+    torch.set_num_threads(threads)
+
+
+def test_views_are_compared_with_themselves_at_full_size(
+    benchmarks: SimpleNamespace, results_of: Callable[..., dict[str, Any]]
+) -> None:
+    found = results_of(benchmarks.views, *QUICK, "--images", "2", "--only", "torchvision v")
     assert [row["pipeline"] for row in found["views"]] == ["torchvision v1", "torchvision v2, tensors"]
     for row in found["views"]:
         assert row["views_per_image"] == 1
@@ -201,8 +262,40 @@ def test_views_are_compared_with_themselves_at_full_size(tmp_path: Path) -> None
     assert 0 < differences["scaled, files decoded whole"] < differences["scaled"] < 0.3 < differences["another crop"]
 
 
-def test_parts_are_compared_with_what_they_replace(tmp_path: Path) -> None:
-    found = _results_of("parts.py", *SMALL, folder=tmp_path)
+def test_an_encoder_is_compared_at_every_point_and_while_nothing_is_compressed(
+    benchmarks: SimpleNamespace, results_of: Callable[..., dict[str, Any]]
+) -> None:
+    found = results_of(benchmarks.encoder, *SMALL)["models"][MODEL]
+    points = [(row["token_dropout"], row["patch_size"]) for row in found["active"]]
+    assert points == [(r, p) for p in (16, 32, 56) for r in (0.0, 0.5, 0.75, 0.9)][1:]
+    for row in found["active"]:
+        assert row["turns"] == 6
+        assert 0 < row["peak_memory"]["ours"] < 1
+        assert row["speedup"]["median"] > 0
+    memory = {(row["token_dropout"], row["patch_size"]): row["peak_memory"]["native"] for row in found["active"]}
+    assert memory[0.5, 16] > memory[0.75, 16] > memory[0.9, 16]
+    steps = [row["step"] for row in found["inactive"]]
+    assert steps == [
+        "train, forward + backward, batch 2",
+        "train, forward + backward, batch 1",
+        "eval, forward, batch 1",
+    ]
+
+
+def test_fronts_are_a_part_of_their_encoders(
+    benchmarks: SimpleNamespace, results_of: Callable[..., dict[str, Any]]
+) -> None:
+    rows = results_of(benchmarks.breakdown, *SMALL)["profile"]
+    assert [row["token_dropout"] for row in rows] == [0.75, 0.9]
+    for row in rows:
+        assert all(0 < row["front"][name]["median"] < 1 for name in ("ours", "timm", "native"))
+        assert row["most_to_gain_over_timm"]["median"] > 0
+
+
+def test_parts_are_compared_with_what_they_replace(
+    benchmarks: SimpleNamespace, results_of: Callable[..., dict[str, Any]]
+) -> None:
+    found = results_of(benchmarks.parts, *SMALL)
     parts = [(row["part"], row["instead"]) for row in found["parts"] if row["part"] != "momentum update"]
     assert parts == [
         ("kept patches, channels last", "copying the views"),
@@ -211,6 +304,48 @@ def test_parts_are_compared_with_what_they_replace(tmp_path: Path) -> None:
         ("positions", "timm's interpolation"),
     ]
     assert all(row["times_ours"]["median"] > 0 for row in found["parts"])
+
+
+@dataclass
+class SimulatedLoader:
+    """Workers that take ``seconds`` for a batch each, on a clock of its own."""
+
+    num_workers: int
+    seconds: float
+    batch_size: int = 8
+    prefetch_factor: int = 2
+    now: float = 0.0
+
+    def __iter__(self) -> Iterator[int]:
+        ready: list[float] = []
+        taken = [self.now] * self.num_workers * self.prefetch_factor
+        for number in range(10_000):
+            free = ready[number - self.num_workers] if number >= self.num_workers else self.now
+            ready.append(max(free, taken[number]) + self.seconds)
+            self.now = max(self.now, ready[number])
+            taken.append(self.now)
+            yield number
+
+    def train(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.mark.parametrize("workers", [1, 4, 15])
+@pytest.mark.parametrize("of_step", [0.01, 0.5, 0.9, 1.5, 4.0])
+def test_rates_are_those_of_a_steady_state_however_many_workers(
+    benchmarks: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, workers: int, of_step: float
+) -> None:
+    loader = SimulatedLoader(workers, 0.16)
+    step = of_step * loader.seconds / workers
+    monkeypatch.setattr(benchmarks.end_to_end.time, "perf_counter", lambda: loader.now)
+    monkeypatch.setattr(benchmarks.end_to_end.seqcompress, "set_strategy", lambda *arguments: None)
+    monkeypatch.setattr(benchmarks.end_to_end.Variant, "_train", lambda self, batch: loader.train(step))
+    training = SimpleNamespace(student=None)
+    steps = benchmarks.end_to_end.steps_of(6, workers)
+    rates = benchmarks.end_to_end.Variant(training, Strategy(), loader, "simclr", CPU, steps).rates()
+    assert rates["loader"] == pytest.approx(8 * workers / 0.16)
+    assert rates["step"] == pytest.approx(8 / step)
+    assert rates["together"] == pytest.approx(min(rates["loader"], rates["step"]), rel=0.03)
 
 
 def test_loader_and_step_are_measured_alone_and_together(tmp_path: Path) -> None:
