@@ -171,10 +171,10 @@ def by_repeat(times: Sequence[float], repeats: int) -> list[float]:
 def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Ratio:
     """Median of the turns' own ratios; the interval is that of order statistics, free of any distribution."""
     ratios = sorted(above / below for above, below in zip(numerator, denominator, strict=True))
-    outside, rank = 0.5 ** len(ratios), 0  # P(Binomial(n, 1/2) <= rank)
-    while outside <= 0.025 and rank < len(ratios) // 2:
+    outside, rank = 1, 0  # 2 ** n * P(Binomial(n, 1/2) <= rank), as floats are too small for it
+    while outside / 2 ** len(ratios) <= 0.025 and rank < len(ratios) // 2:
         rank += 1
-        outside += math.comb(len(ratios), rank) * 0.5 ** len(ratios)
+        outside += math.comb(len(ratios), rank)
     rank = max(0, rank - 1)
     return Ratio(statistics.median(ratios), ratios[rank], ratios[-1 - rank])
 

@@ -210,6 +210,15 @@ def test_short_steps_have_more_turns_and_are_compared_by_repeats(
     assert measure.by_repeat([1.0, 3.0, 10.0, 20.0], 2) == [2.0, 15.0]
 
 
+@pytest.mark.parametrize(("turns", "outside"), [(6, 0), (20, 5), (100, 39), (4000, 1937)])
+def test_an_interval_leaves_out_as_many_turns_as_the_binomial_distribution_says(
+    turns: int, outside: int, benchmarks: SimpleNamespace
+) -> None:
+    numbers = [float(number) for number in range(1, turns + 1)]
+    median, low, high = benchmarks.measure.ratio(numbers, [1.0] * turns)
+    assert (median, low, high) == ((turns + 1) / 2, 1 + outside, turns - outside)
+
+
 def test_a_median_needs_six_repeats_for_its_interval(
     benchmarks: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
