@@ -543,6 +543,34 @@ def test_crops_are_found_wherever_they_are(transform: Any, tiny_vit: Any) -> Non
     assert next(iter(loader))[0].shape[-1] == 32
 
 
+class _Both:
+    """Two pipelines, a view from each."""
+
+    def __init__(self, *pipelines: Any) -> None:
+        self.pipelines = pipelines
+
+    def __call__(self, image: Any) -> list[Any]:
+        return [pipeline(image) for pipeline in self.pipelines]
+
+
+@pytest.mark.parametrize("patch_size", [16, 24])
+def test_each_view_of_a_pipeline_that_makes_several_is_scaled_by_itself(patch_size: int, tiny_vit: Any) -> None:
+    def cut(side: int) -> Any:
+        return v1.Compose([v1.Resize(side + 8), v1.RandomCrop(side), v1.ToTensor()])
+
+    vit = compress(tiny_vit(dynamic_img_size=True), Strategy(patch_size=patch_size))
+    both = v1.Compose([v1.RandomHorizontalFlip(), _Both(cut(64), cut(40))])
+    views = next(iter(scale_views(loader_of(both), vit)))[0]
+    assert sides(views) == [8 * round(side / patch_size) for side in (64, 40)]
+
+
+def test_a_blur_before_the_crop_is_refused_in_every_view(tiny_vit: Any) -> None:
+    blurred = v1.Compose([v1.GaussianBlur(9), v1.RandomResizedCrop(40), v1.ToTensor()])
+    both = v1.Compose([_Both(crop_to(64), blurred)])
+    with pytest.raises(ValueError, match="GaussianBlur before what resizes the image"):
+        scale_views(loader_of(both), compress(tiny_vit(dynamic_img_size=True), SCALED))
+
+
 def test_views_may_come_stacked(tiny_vit: Any) -> None:
     images = _Stacked(crop_to(32))
     views = next(iter(scale_views(DataLoader(images, batch_size=4), compress(tiny_vit(), SCALED))))[0]

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import copy
-import random
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from seqcompress.compression import compressed_embeds_of
 from seqcompress.families import find_encoder
+from seqcompress.random_states import RandomStates
 from seqcompress.views.scaled_views import ScaledViews, Size, scaled_size
 from seqcompress.views.transforms import ScaledTransforms, known, objects_in
 
@@ -160,14 +158,16 @@ def _check_sizes(
 
 def _view_sizes(dataset: Any, patch: tuple[int, int, int]) -> list[Size]:
     """Height and width of every view in the first sample: of what has an encoder's channels and room for a patch."""
-    with _same_random_numbers():
-        try:
-            with _as_it_was(dataset):
-                sample = dataset[0]
-        except Exception as error:
-            raise ValueError(
-                f"loader must have a data set whose first sample can be made at every patch size, got {error!r}"
-            ) from error
+    random_states = RandomStates()
+    try:
+        with _as_it_was(dataset):
+            sample = dataset[0]
+    except Exception as error:
+        raise ValueError(
+            f"loader must have a data set whose first sample can be made at every patch size, got {error!r}"
+        ) from error
+    finally:
+        random_states.restore()
     shapes = [tuple(tensor.shape[-3:]) for tensor in _tensors(sample) if tensor.ndim >= 3]
     return [
         (height, width)
@@ -200,17 +200,3 @@ def _as_it_was(dataset: Any) -> Iterator[None]:
         for attributes, values in before:
             attributes.clear()
             attributes.update(values)
-
-
-@contextmanager
-def _same_random_numbers() -> Iterator[None]:
-    """Put all random states back that an augmentation may use."""
-    numpy = sys.modules.get("numpy")
-    before = random.getstate(), None if numpy is None else numpy.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        try:
-            yield
-        finally:
-            random.setstate(before[0])
-            if numpy is not None:
-                numpy.random.set_state(before[1])

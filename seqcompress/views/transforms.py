@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
@@ -87,7 +87,7 @@ _KNOWN: dict[tuple[str, str], dict[str, Scaling]] = {
 _RESIZES = ("Resize", "RandomResizedCrop", "RandomResizedCropAndInterpolation")
 _WINDOWS = ("RandomCrop", "CenterCrop")
 _FOLDERS = ("DatasetFolder",)
-_PIPELINES = ("Compose", "Sequential")
+_PIPELINES = ("Compose", "Sequential", "RandomApply", "RandomChoice", "RandomOrder")
 _IN_PIXELS = re.compile(r"kernel_size|ksize|radius|sigma")
 _FULL = "_seqcompress_full"
 """Attribute of all that is scaled at the moment, by whomever: its settings for full views. Copies have it, too."""
@@ -118,7 +118,7 @@ class ScaledTransforms:
         self.base = base
         self._settings: list[tuple[Any, str, Any, Scaling, Size | None]] = []
         views = _views_of_pipelines(dataset)
-        for held in _with_attributes(dataset):
+        for held in _with_settings(dataset):
             rules = _rules(held)
             if rules is None:
                 _check_unknown(held)
@@ -193,10 +193,10 @@ class SmallerJPEGs:
             return image.convert("RGB")
 
 
-def objects_in(root: object) -> Iterator[Any]:
+def objects_in(root: object, is_closed: Callable[[object], bool] = lambda held: False) -> Iterator[Any]:
     """Every object, list and dictionary that can be reached by attributes and items, in order, each once.
 
-    Not what lies in long lists (of samples), in functions, or in tensors.
+    Not what lies in long lists (of samples), in functions, in tensors, or in what ``is_closed``.
     """
     seen: set[int] = set()
     waiting = [root]
@@ -217,13 +217,13 @@ def objects_in(root: object) -> Iterator[Any]:
                 inside = [*held.values()] if isinstance(held, Mapping) else [*held]
                 yield held
         elif isinstance(getattr(held, "__dict__", None), dict):
-            inside = [*vars(held).values()]
+            inside = [] if is_closed(held) else [*vars(held).values()]
             yield held
         waiting.extend(reversed(inside))
 
 
-def _with_attributes(root: object) -> Iterator[Any]:
-    return (held for held in objects_in(root) if not isinstance(held, (Mapping, list, tuple)))
+def _with_settings(root: object, *is_closed: Callable[[object], bool]) -> Iterator[Any]:
+    return (held for held in objects_in(root, *is_closed) if not isinstance(held, (Mapping, list, tuple)))
 
 
 def _holds_datasets(held: Any) -> bool:
@@ -234,9 +234,9 @@ def _reads_with_pil(loader: Any) -> bool:
     """Whether it is the one that torchvision's or Lightly's folders have by default; one made from it may do more."""
     for name in ("torchvision.datasets.folder", "lightly.data._image_loaders"):
         module = sys.modules.get(name)
-        if loader is getattr(module, "pil_loader", None):
+        if loader is getattr(module, "pil_loader", ...):
             return True
-        if loader is getattr(module, "default_loader", None):
+        if loader is getattr(module, "default_loader", ...):
             import torchvision
 
             return torchvision.get_image_backend() == "PIL"
@@ -279,13 +279,43 @@ def _check_unknown(held: object) -> None:
 
 
 def _pipelines(dataset: object) -> list[list[Any]]:
-    """All steps of every outermost pipeline, in order; pipelines and other transforms within one are unfolded."""
-    roots = [
-        held for held in _with_attributes(dataset) if any(kind.__name__ in _PIPELINES for kind in type(held).__mro__)
-    ]
-    unfolded = {id(root): list(_with_attributes(root)) for root in roots}
-    inner = {id(held) for root in roots for held in unfolded[id(root)] if held is not root}
-    return [unfolded[id(root)] for root in roots if id(root) not in inner]
+    """All transforms of every pipeline, in order.
+
+    A pipeline within another is a part of it. Where one step holds several, they make a view each: they come by
+    themselves.
+    """
+    found: list[list[Any]] = []
+    holders, opened = [dataset], set[int]()
+
+    def unfold(step: object) -> Iterator[Any]:
+        if _is_pipeline(step):
+            for inner in _steps(step):
+                yield from unfold(inner)
+            return
+        yield from (held for held in _with_settings(step, _is_pipeline) if not _is_pipeline(held))
+        pipelines = _pipelines_in(step) if id(step) not in opened else []
+        opened.add(id(step))
+        if len(pipelines) == 1:
+            yield from unfold(pipelines[0])
+        elif pipelines:
+            holders.append(step)
+
+    for holder in holders:
+        found += [list(unfold(pipeline)) for pipeline in _pipelines_in(holder)]
+    return found
+
+
+def _pipelines_in(holder: object) -> list[Any]:
+    return [held for held in objects_in(holder, _is_pipeline) if _is_pipeline(held)]
+
+
+def _is_pipeline(held: object) -> bool:
+    names = {kind.__name__ for kind in type(held).__mro__}
+    return not names.isdisjoint(_PIPELINES) and isinstance(_steps(held), Iterable)
+
+
+def _steps(pipeline: Any) -> Iterable[Any]:
+    return getattr(pipeline, "transforms", pipeline)
 
 
 def _size_of(held: object) -> Size | None:
@@ -323,7 +353,7 @@ def _check_order(dataset: object) -> None:
                 "the image, not of the view, and so cannot be scaled; put it behind"
             )
         sized.update(id(step) for step in steps[resizing + 1 :])
-    for held in _with_attributes(dataset):
+    for held in _with_settings(dataset):
         if _is(held, *_WINDOWS) and id(held) not in sized:
             raise ValueError(
                 f"loader has a {type(held).__name__} of the image as it is: a smaller one would show less of it. Put a "
