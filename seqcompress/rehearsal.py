@@ -17,7 +17,7 @@ from seqcompress.compressors import CompressedPatchEmbed
 from seqcompress.compressors.patch_embed import Forward
 from seqcompress.cost import num_tokens
 from seqcompress.families import find_encoder
-from seqcompress.gradients.state import RandomStates
+from seqcompress.random_states import RandomStates
 from seqcompress.sequence_scheduler import SequenceScheduler
 from seqcompress.strategy import Strategy
 

@@ -20,9 +20,9 @@ import torch
 from seqcompress.gradients.measurement import gradient_error, measured_encoders, own_patch_size_of
 from seqcompress.gradients.report import CostKind, GradientErrorReport, canonical
 from seqcompress.gradients.schedule_search import best_schedule, explain_schedule, plot_schedule
-from seqcompress.gradients.state import RandomStates
 from seqcompress.gradients.training_step import TrainingStep
 from seqcompress.json_files import FieldError, read_json, take, take_version, write_json
+from seqcompress.random_states import RandomStates
 from seqcompress.strategy import Strategy
 
 __all__ = ["main"]

@@ -29,8 +29,9 @@ from seqcompress.cost import Flops
 from seqcompress.families import Family, find_encoder
 from seqcompress.families.family import Encoder
 from seqcompress.gradients.report import CostKind, GradientErrorReport, canonical
-from seqcompress.gradients.state import RandomStates, Snapshot, reached_by
+from seqcompress.gradients.state import Snapshot, reached_by
 from seqcompress.gradients.statistics import GradientMoments, interquartile_mean, jackknife
+from seqcompress.random_states import RandomStates
 from seqcompress.schedules import Constant
 from seqcompress.strategy import Strategy
 

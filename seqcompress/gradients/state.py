@@ -1,13 +1,12 @@
-"""Putting everything back that a training step changes: weights, gradients, buffers, queues, optimizers, randomness."""
+"""Putting everything back that a training step changes: weights, gradients, buffers, queues, optimizers, generators."""
 
 from __future__ import annotations
 
 import functools
 import random
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from types import CodeType, FunctionType, MethodType
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -15,7 +14,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-__all__ = ["RandomStates", "Snapshot", "reached_by"]
+from seqcompress.random_states import numpy_if_loaded
+
+__all__ = ["Snapshot", "reached_by"]
 
 _Stateful = (nn.Module, Optimizer, LRScheduler)
 
@@ -108,35 +109,6 @@ class _SavedTensor:
             self._tensor.grad = None
 
 
-class RandomStates:
-    """The global random states of torch on the CPU and on CUDA, of numpy if it is in use, and of Python."""
-
-    def __init__(self) -> None:
-        self._python = random.getstate()
-        self._cpu = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-        self._numpy = numpy.random.get_state() if (numpy := _numpy()) else None
-
-    def restore(self) -> None:
-        """Put them back."""
-        random.setstate(self._python)
-        torch.set_rng_state(self._cpu)
-        if self._cuda:
-            torch.cuda.set_rng_state_all(self._cuda)
-        if self._numpy is not None:
-            _numpy().random.set_state(self._numpy)
-
-    @staticmethod
-    def seed(seed: int) -> None:
-        """Set all of them from one number."""
-        random.seed(seed)
-        torch.default_generator.manual_seed(seed)
-        if torch.cuda.is_initialized():
-            torch.cuda.manual_seed_all(seed)
-        if numpy := _numpy():
-            numpy.random.seed(seed % 2**32)
-
-
 def reached_by(function: object) -> list[object]:
     """Modules, optimizers, learning-rate schedulers and random generators that a function can get at.
 
@@ -166,7 +138,7 @@ def _reached(value: Any, seen: set[int], *, in_object: bool) -> Iterator[object]
         nested = list(value)
     elif isinstance(value, dict):
         nested = list(value.values())
-    elif hasattr(value, "__dict__") and not in_object and not isinstance(value, (Tensor, type(sys))):
+    elif hasattr(value, "__dict__") and not in_object and not isinstance(value, (Tensor, ModuleType)):
         nested, in_object = list(vars(value).values()), True
     for item in nested:
         yield from _reached(item, seen, in_object=in_object)
@@ -231,7 +203,7 @@ def _undo_of_other(value: Any) -> Callable[[], object] | None:
         return functools.partial(value.set_state, value.get_state())
     if isinstance(value, random.Random):
         return functools.partial(value.setstate, value.getstate())
-    numpy = _numpy()
+    numpy = numpy_if_loaded()
     if numpy and isinstance(value, numpy.ndarray):
         return functools.partial(numpy.copyto, value, value.copy())
     if numpy and isinstance(value, numpy.random.RandomState):
@@ -242,7 +214,7 @@ def _undo_of_other(value: Any) -> Callable[[], object] | None:
 
 
 def _is_generator(value: object) -> bool:
-    numpy = _numpy()
+    numpy = numpy_if_loaded()
     kinds: tuple[Any, ...] = (torch.Generator, random.Random)
     return isinstance(value, (*kinds, numpy.random.Generator, numpy.random.RandomState) if numpy else kinds)
 
@@ -256,7 +228,3 @@ def _seed(generator: Any, seed: int) -> None:
         generator.bit_generator.state = type(generator.bit_generator)(seed).state
     else:
         generator.seed(seed % 2**32)
-
-
-def _numpy() -> Any:
-    return sys.modules.get("numpy")
