@@ -148,7 +148,7 @@ class SequenceCompression:
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Log how training ended, and let go of the model; the strategy stays where the schedule left it."""
         if self._scheduler is not None:
-            if self._readings is not None and self._logged is False:
+            if self._readings is not None and self._logged is False and trainer.log_every_n_steps:
                 step = trainer.fit_loop.epoch_loop._batches_that_stepped - 1
                 trainer._logger_connector.log_metrics(self._publish(trainer, self._readings), step=max(0, step))
             self._scheduler.step(_steps_done(trainer, pl_module))
