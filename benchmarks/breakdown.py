@@ -175,7 +175,7 @@ What remains to be gained: timm's blocks, with the native ViT's front in place o
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", default=MODELS, help="ViTs with patch 16 of timm")
-    add_options(parser, "profile")
+    add_options(parser, "breakdown")
     options = parser.parse_args()
     if options.compile:
         parser.error("--compile must be left out: cut in front of the blocks, they are what they were")
@@ -200,7 +200,7 @@ def main() -> None:
             results.append({"model": name, **strategy.to_dict(), "tokens": tokens, **results_of(found)})
     described = environment(device)
     text = report(options, described, results)
-    write_report(options.output, text, {"environment": described, "setup": setup_of(options), "profile": results})
+    write_report(options.output, text, {"environment": described, "setup": setup_of(options), "breakdown": results})
     print(text)
 
 

@@ -205,7 +205,7 @@ medians over the turns of each row, in brackets 95 % intervals of the median.
 
 Compression active, forward + backward:
 
-- **speed-up**: over the uncompressed model.
+- **speed-up**: over the uncompressed model, by the means of every repeat's turns.
 - **share of the native limit**: our speed relative to that of the plain model on views so small that it has exactly
   as many tokens.
 - **timm**: `patch_drop_rate` with `set_input_size(patch_size=...)`, keeping exactly as many tokens. Its patch size
@@ -219,7 +219,7 @@ No compression active, at the base strategy:
 - **time over the plain model's**: of the compressed model, measured directly.
 - **added**: the same steps of an encoder of the same depth, but 32 wide and on views of one patch, so short that what
   the compressed model adds can be seen: some Python, whose time depends neither on width nor on the number of views.
-  **Of the step**: how much that is of this row's.
+  **Of the step**: how much that is of this row's median time.
 
 {sections}"""
 

@@ -96,12 +96,12 @@ class Variant:
         assert self.loader.batch_size is not None
         seqcompress.set_strategy(self.training.student, self.strategy)
         batches = iter(self.loader)
-        batch = next(batches)
         ahead, steps = ahead_of(self.loader), self.steps
         taken = {}
         for name, take in (("together", self._train), ("loader", lambda batch: None)):
             for count in (ahead, steps):
                 taken[name] = seconds(partial(self._take, count, batches, take), self.device)
+        batch = next(batches)  # a late one: the first of every worker are full views
         taken["step"] = seconds(partial(self._take, steps, repeat(batch), self._train), self.device)
         return {name: steps * self.loader.batch_size / taken[name] for name in RATES}
 
@@ -117,7 +117,7 @@ class Variant:
 
 def ahead_of(loader: DataLoader[Any]) -> int:
     """How many batches can be ready or in the making before anyone takes them."""
-    return loader.num_workers * (loader.prefetch_factor or 0)
+    return loader.num_workers * PREFETCHED
 
 
 def steps_of(least: int, workers: int) -> int:
@@ -142,7 +142,7 @@ def variants(options: argparse.Namespace, folder: Path, device: torch.device) ->
 
     def loader() -> DataLoader[Any]:
         dataset = ImageFolder(str(folder), transform=TRANSFORMS[options.method]())
-        images = options.batch_size * (1 + 2 * (workers * PREFETCHED + steps))
+        images = options.batch_size * (2 * (workers * PREFETCHED + steps) + 1)
         return DataLoader(
             dataset,
             options.batch_size,
@@ -206,6 +206,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=256, help="different files")
     parser.add_argument("--steps", type=int, default=6, help="least steps of one measurement")
     options = parser.parse_args()
+    if options.num_workers < 1:
+        parser.error(f"--num-workers must be at least 1, got {options.num_workers}")
     device = prepare(parser, options)
     options.settings = {
         **({} if options.width is None else {"embed_dim": options.width, "num_heads": max(1, options.width // 32)}),

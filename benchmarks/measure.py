@@ -1,7 +1,7 @@
 """What all benchmarks share: timing side by side, medians with intervals, and tables that say where they come from.
 
 A machine's speed drifts, by much more than the differences of interest. So variants take turns, in random order
-within every turn, and only ratios of times from one and the same turn are reported.
+within every turn, and what is compared is compared within a turn; groups of variants among themselves, within a repeat.
 """
 
 from __future__ import annotations

@@ -21,13 +21,13 @@ QUICK = ("--model", "vit_tiny_patch16_224", "--batch-size", "4", "--repeats", "6
 # On a CPU, all of it takes about 50 minutes.
 ENCODER = ("--batch-size", "4", "--repeats", "8", "--min-seconds", "4")
 STEP = ("--batch-size", "4", "--repeats", "6", "--strategies", "drop 0.75", "patch 32", "drop 0.5, patch 32")
-PROFILE = ("--batch-size", "4", "--repeats", "6", "--min-seconds", "4")
+BREAKDOWN = ("--batch-size", "4", "--repeats", "6", "--min-seconds", "4")
 PARTS = ("--batch-size", "32", "--repeats", "14", "--min-seconds", "1")
 VIEWS = ("--repeats", "14")
 FAST = ("--model", "vit_base_patch16_224", "--batch-size", "256", "--amp", "--repeats", "30")
 # An encoder so small that a core runs it about as fast as another core makes its views, as a fast GPU does with ViT-B.
 SMALL = ("--model", "vit_tiny_patch16_224", "--width", "64", "--depth", "4", "--method", "simclr", "--steps", "4")
-# Workers with 16 cores to themselves make about a thousand images a second: fewer of them, within ten minutes.
+# With 16 cores, workers make about a thousand images a second: one strategy and few repeats, to end in ten minutes.
 LOADED = ("--model", "vit_base_patch16_224", "--batch-size", "128", "--amp", "--strategies", "drop 0.5, patch 32")
 FEW = ("--repeats", "6")
 
@@ -49,7 +49,7 @@ def benchmarks(device: str, quick: bool) -> dict[str, list[str]]:
         steps[f"training_step-solo-learn-{device}"] = [*steps[f"training_step-{device}"], "--host", "solo-learn"]
     return {
         **steps,
-        f"profile-{device}": ["breakdown.py", *settings(PROFILE)],
+        f"breakdown-{device}": ["breakdown.py", *settings(BREAKDOWN)],
         f"parts-{device}": ["parts.py", *settings(PARTS)],
         "views-cpu": ["views.py", *(("--repeats", "6", "--min-seconds", "0.05") if quick else VIEWS)],
         f"end_to_end-{device}": ["end_to_end.py", *settings((*SMALL, *FEW), (*LOADED, *FEW))],

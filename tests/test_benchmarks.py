@@ -294,7 +294,7 @@ def test_an_encoder_is_compared_at_every_point_and_while_nothing_is_compressed(
 def test_fronts_are_a_part_of_their_encoders(
     benchmarks: SimpleNamespace, results_of: Callable[..., dict[str, Any]]
 ) -> None:
-    rows = results_of(benchmarks.breakdown, *SMALL)["profile"]
+    rows = results_of(benchmarks.breakdown, *SMALL)["breakdown"]
     assert [row["token_dropout"] for row in rows] == [0.75, 0.9]
     for row in rows:
         assert all(0 < row["front"][name]["median"] < 1 for name in ("ours", "timm", "native"))
@@ -322,12 +322,11 @@ class SimulatedLoader:
     num_workers: int
     seconds: float
     batch_size: int = 8
-    prefetch_factor: int = 2
     now: float = 0.0
 
     def __iter__(self) -> Iterator[int]:
         ready: list[float] = []
-        taken = [self.now] * self.num_workers * self.prefetch_factor
+        taken = [self.now] * self.num_workers * 2
         for number in range(10_000):
             free = ready[number - self.num_workers] if number >= self.num_workers else self.now
             ready.append(max(free, taken[number]) + self.seconds)
@@ -355,6 +354,23 @@ def test_rates_are_those_of_a_steady_state_however_many_workers(
     assert rates["loader"] == pytest.approx(8 * workers / 0.16)
     assert rates["step"] == pytest.approx(8 / step)
     assert rates["together"] == pytest.approx(min(rates["loader"], rates["step"]), rel=0.03)
+
+
+def test_the_step_by_itself_runs_on_views_of_its_own_strategy(
+    benchmarks: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Growing(SimulatedLoader):
+        def __iter__(self) -> Iterator[int]:
+            return iter([224] * self.num_workers + [112] * 1000)
+
+    sides: list[int] = []
+    monkeypatch.setattr(benchmarks.end_to_end.seqcompress, "set_strategy", lambda *arguments: None)
+    monkeypatch.setattr(benchmarks.end_to_end.Variant, "_train", lambda self, batch: sides.append(batch))
+    variant = benchmarks.end_to_end.Variant(
+        SimpleNamespace(student=None), Strategy(), Growing(3, 0.16), "simclr", CPU, steps=9
+    )
+    variant.rates()
+    assert sides[-9:] == [112] * 9
 
 
 def test_loader_and_step_are_measured_alone_and_together(tmp_path: Path) -> None:
