@@ -189,6 +189,17 @@ def test_the_numbers_of_a_step_stand_beside_what_else_is_logged_at_it(
     ]
 
 
+def test_a_trainer_that_logs_nothing_logs_nothing_at_the_end(
+    pl: Any, make_pair: Build, make_trainer: Build, images: Images, tmp_path: Path
+) -> None:
+    logger = pl.loggers.CSVLogger(tmp_path)
+    trainer = make_trainer(logger=logger, log_every_n_steps=0)
+    trainer.fit(accelerate(make_pair(), RELAXING), images)
+    assert logger.experiment.metrics == []
+    assert not (Path(logger.log_dir) / "metrics.csv").exists()
+    assert trainer.callback_metrics["seqcompress/tokens"] == TOKENS_OF_8_STEPS[-1]
+
+
 def test_a_step_that_is_logged_since_training_is_stopped_has_its_own_numbers(
     pl: Any, make_pair: Build, make_trainer: Build, images: Images, tmp_path: Path
 ) -> None:
