@@ -18,7 +18,7 @@ import torch
 
 FOLDER = Path(__file__).parent
 QUICK = ("--model", "vit_tiny_patch16_224", "--batch-size", "4", "--repeats", "6", "--min-seconds", "0")
-# On a CPU, all of it takes about an hour.
+# On a CPU, all of it takes about 70 minutes.
 ENCODER = ("--batch-size", "4", "--repeats", "8", "--min-seconds", "4")
 STEP = ("--batch-size", "4", "--repeats", "6", "--strategies", "drop 0.75", "patch 32", "drop 0.5, patch 32")
 BREAKDOWN = ("--batch-size", "4", "--repeats", "6", "--min-seconds", "4")
