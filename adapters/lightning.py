@@ -43,7 +43,7 @@ class SequenceCompression:
     ``seqcompress/token_dropout``, ``seqcompress/patch_size`` (pixels), ``seqcompress/tokens`` (the student's, in a
     view of the size the encoder was built for) and ``seqcompress/budget`` (millions of units, all ranks together);
     and once more at the end of training. ``trainer.callback_metrics`` has them from those steps, from the end of
-    every epoch and from before every validation. The progress bar shows them as ``seq_drop``, ``seq_patch``,
+    every full epoch and from before every validation. The progress bar shows them as ``seq_drop``, ``seq_patch``,
     ``seq_tokens`` and ``seq_budget``. Other steps compute none of it, and none of it is ever on the device.
 
     On a device with memory of its own, the second step is run at the schedule's most expensive strategy, as soon
