@@ -12,7 +12,7 @@ from typing import TypeVar, cast
 from torch import nn
 
 from seqcompress.compression import Plan, compress
-from seqcompress.families import find_encoder, is_encoder, supported
+from seqcompress.encoders import find_encoder, is_encoder, supported
 
 __all__ = ["accelerate"]
 

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from seqcompress.budget import Budget
-    from seqcompress.rehearsal import Foresight
-    from seqcompress.sequence_scheduler import SequenceScheduler
+    from seqcompress.training.budget import Budget
+    from seqcompress.training.rehearsal import Foresight
+    from seqcompress.training.sequence_scheduler import SequenceScheduler
     from seqcompress.strategy import Strategy
 
 __all__ = ["SequenceCompression"]
@@ -139,7 +139,7 @@ class SequenceCompression:
         """Say why and what would help, if the longest sequences do not fit, or not even the first ones."""
         if self._foresight is None or self._scheduler is None:
             return
-        from seqcompress.rehearsal import is_out_of_memory
+        from seqcompress.training.rehearsal import is_out_of_memory
 
         if is_out_of_memory(exception):
             self._foresight.ran_out(self._rehearsing or self._scheduler.strategy)
@@ -163,8 +163,8 @@ class SequenceCompression:
         self._forget()
         if not _is_compressed(pl_module):
             return
-        from seqcompress.budget import Budget
-        from seqcompress.sequence_scheduler import SequenceScheduler
+        from seqcompress.training.budget import Budget
+        from seqcompress.training.sequence_scheduler import SequenceScheduler
 
         self._scheduler = SequenceScheduler(pl_module, total_steps=_total_steps(trainer))
         self._budget = Budget(pl_module)
@@ -180,7 +180,7 @@ class SequenceCompression:
     def _foresight_on(self, device: Any) -> Foresight | None:
         if self._scheduler is None or device.type == "cpu":
             return None
-        from seqcompress.rehearsal import DeviceMemory, Foresight
+        from seqcompress.training.rehearsal import DeviceMemory, Foresight
 
         return Foresight(self._scheduler, DeviceMemory.of(device))
 
@@ -221,7 +221,7 @@ class _Readings:
     """What there is to tell about a run: the strategy of its latest step, and what has been spent."""
 
     def __init__(self, scheduler: SequenceScheduler, budget: Budget, ranks: int) -> None:
-        from seqcompress.families import find_encoder
+        from seqcompress.encoders import find_encoder
 
         self._student = next((embed for embed in scheduler.embeds if embed.drops_tokens), scheduler.embeds[0])
         self._family, self._encoder = find_encoder(self._student.encoder)
@@ -235,7 +235,7 @@ class _Readings:
 
     def values(self) -> dict[str, float]:
         """The metrics of the latest step."""
-        from seqcompress.cost import num_tokens
+        from seqcompress.training.cost import num_tokens
 
         patch_size = self._strategy.patch_size or min(self._family.patch_size(self._encoder))
         tokens = num_tokens(self._encoder, self._strategy, self._family.image_size(self._encoder))

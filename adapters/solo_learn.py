@@ -254,7 +254,7 @@ def accelerate(method: Any, settings: Settings) -> Schedule:
         In each case, nothing has been changed.
     """
     from seqcompress.compression import compress, compressed_embeds, is_compressed, restore
-    from seqcompress.families import is_encoder
+    from seqcompress.encoders import is_encoder
 
     missing = [name for name in ("backbone", "num_large_crops") if not hasattr(method, name)]
     name = method.cfg.get("method")
@@ -368,8 +368,8 @@ def _plain(value: Any) -> Any:
 
 def _summary(method: Any, schedule: Schedule, share: TeacherShare | None) -> str:
     """One line: how training starts and ends, and what the momentum encoder gets."""
-    from seqcompress.cost import num_tokens
-    from seqcompress.families import find_encoder
+    from seqcompress.training.cost import num_tokens
+    from seqcompress.encoders import find_encoder
 
     family, encoder = find_encoder(method.backbone)
     size = family.image_size(encoder)

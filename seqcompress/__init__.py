@@ -13,9 +13,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from seqcompress import schedules
-    from seqcompress.budget import Budget
+    from seqcompress.training.budget import Budget
     from seqcompress.compression import compress, get_strategy, is_compressed, restore, set_strategy
-    from seqcompress.cost import num_tokens, relative_cost
+    from seqcompress.training.cost import num_tokens, relative_cost
     from seqcompress.gradients import (
         GradientErrorReport,
         TrainingStep,
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
         plot_schedule,
     )
     from seqcompress.gradients.online import OnlineScheduler
-    from seqcompress.learning_rate import PolynomialDecayLR
-    from seqcompress.rehearsal import Rehearsal, rehearse
+    from seqcompress.training.learning_rate import PolynomialDecayLR
+    from seqcompress.training.rehearsal import Rehearsal, rehearse
     from seqcompress.schedules import Constant, Cosine, Linear, Schedule, Stepwise
-    from seqcompress.sequence_scheduler import SequenceScheduler
+    from seqcompress.training.sequence_scheduler import SequenceScheduler
     from seqcompress.strategy import Strategy
     from seqcompress.views import scale_views
 
@@ -65,16 +65,16 @@ __all__ = [
 # Imported on first use: Lightning imports this package at the start of every Trainer (the entry points of its
 # callbacks), and must not pay for timm where nothing is compressed.
 _MODULES = {
-    "Budget": "budget",
+    "Budget": "training.budget",
     "Constant": "schedules",
     "Cosine": "schedules",
     "GradientErrorReport": "gradients",
     "Linear": "schedules",
     "OnlineScheduler": "gradients.online",
-    "PolynomialDecayLR": "learning_rate",
-    "Rehearsal": "rehearsal",
+    "PolynomialDecayLR": "training.learning_rate",
+    "Rehearsal": "training.rehearsal",
     "Schedule": "schedules",
-    "SequenceScheduler": "sequence_scheduler",
+    "SequenceScheduler": "training.sequence_scheduler",
     "Stepwise": "schedules",
     "Strategy": "strategy",
     "TrainingStep": "gradients",
@@ -84,10 +84,10 @@ _MODULES = {
     "get_strategy": "compression",
     "gradient_error": "gradients",
     "is_compressed": "compression",
-    "num_tokens": "cost",
+    "num_tokens": "training.cost",
     "plot_schedule": "gradients",
-    "rehearse": "rehearsal",
-    "relative_cost": "cost",
+    "rehearse": "training.rehearsal",
+    "relative_cost": "training.cost",
     "restore": "compression",
     "scale_views": "views",
     "set_strategy": "compression",

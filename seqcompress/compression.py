@@ -11,7 +11,7 @@ from torch import nn
 
 from seqcompress.compressors import CompressedPatchEmbed
 from seqcompress.compressors.patch_embed import Compression, When
-from seqcompress.families import Family, find_encoder
+from seqcompress.encoders import Family, find_encoder
 from seqcompress.json_files import is_file
 from seqcompress.presets import DEFAULT, PRESETS, double_patch
 from seqcompress.schedules import Constant, Schedule

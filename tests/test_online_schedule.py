@@ -32,8 +32,8 @@ from seqcompress import (
     relative_cost,
     restore,
 )
-from seqcompress.cost import encoder_flops
-from seqcompress.families import find_encoder
+from seqcompress.training.cost import encoder_flops
+from seqcompress.encoders import find_encoder
 from seqcompress.gradients import online
 from seqcompress.gradients.statistics import GradientMoments, jackknife, norm2_of_mean, variance
 

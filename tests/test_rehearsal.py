@@ -28,7 +28,7 @@ from seqcompress import (
     num_tokens,
     rehearse,
 )
-from seqcompress.rehearsal import StepMemory, rehearse_in
+from seqcompress.training.rehearsal import StepMemory, rehearse_in
 
 RELAXING = Linear(Strategy(0.75, 16), Strategy())
 

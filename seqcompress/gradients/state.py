@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from seqcompress.random_states import numpy_if_loaded
+from seqcompress.training.random_states import numpy_if_loaded
 
 __all__ = ["Snapshot", "reached_by"]
 

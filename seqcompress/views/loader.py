@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from seqcompress.compression import compressed_embeds_of
-from seqcompress.families import find_encoder
-from seqcompress.random_states import RandomStates
+from seqcompress.encoders import find_encoder
+from seqcompress.training.random_states import RandomStates
 from seqcompress.views.scaled_views import ScaledViews, Size, scaled_size
 from seqcompress.views.transforms import ScaledTransforms, known, objects_in
 

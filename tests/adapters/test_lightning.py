@@ -23,7 +23,7 @@ from seqcompress import Strategy, compress, get_strategy, num_tokens, relative_c
 from seqcompress.adapters import lightning
 from seqcompress.adapters.lightly import accelerate
 from seqcompress.adapters.lightning import SequenceCompression
-from seqcompress.rehearsal import Foresight
+from seqcompress.training.rehearsal import Foresight
 from seqcompress.schedules import Constant, Linear, Schedule, Stepwise
 
 RELAXING = Linear(Strategy(0.75), Strategy())

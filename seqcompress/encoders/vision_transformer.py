@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from seqcompress.compressors import CompressedPatchEmbed
 from seqcompress.compressors.patch_embed import Compression, When, embeds_patches, patch_size
 from seqcompress.compressors.patch_scaling import grid_size
-from seqcompress.families import Family, register
-from seqcompress.families.family import Encoder
+from seqcompress.encoders import Family, register
+from seqcompress.encoders.family import Encoder
 from seqcompress.strategy import Strategy
 
 _OLDEST_TIMM = "1.0.26"

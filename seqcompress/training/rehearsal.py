@@ -15,10 +15,10 @@ from torch import distributed as dist
 
 from seqcompress.compressors import CompressedPatchEmbed
 from seqcompress.compressors.patch_embed import Forward
-from seqcompress.cost import num_tokens
-from seqcompress.families import find_encoder
-from seqcompress.random_states import RandomStates
-from seqcompress.sequence_scheduler import SequenceScheduler
+from seqcompress.training.cost import num_tokens
+from seqcompress.encoders import find_encoder
+from seqcompress.training.random_states import RandomStates
+from seqcompress.training.sequence_scheduler import SequenceScheduler
 from seqcompress.strategy import Strategy
 
 __all__ = ["Rehearsal", "rehearse"]

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from seqcompress.families import register_wrapper
+from seqcompress.encoders import register_wrapper
 
 
 @register_wrapper("DistributedDataParallel")

@@ -1,6 +1,6 @@
 """Which ViTs can be compressed. Each family is one module of this folder, and registers itself.
 
-To add a family, add a module with a subclass of [Family][seqcompress.families.family.Family] decorated with
+To add a family, add a module with a subclass of [Family][seqcompress.encoders.family.Family] decorated with
 ``register``; every module here is imported. What merely wraps a ViT registers with ``register_wrapper``.
 """
 
@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from seqcompress.families.family import Encoder, Family
+from seqcompress.encoders.family import Encoder, Family
 
 __all__ = ["Family", "find_encoder", "is_encoder", "register", "register_wrapper", "supported"]
 

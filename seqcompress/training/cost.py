@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from seqcompress.compressors.patch_embed import Forward
 from seqcompress.compressors.patch_scaling import grid_size
 from seqcompress.compressors.token_dropout import num_kept
-from seqcompress.families import Family, find_encoder
-from seqcompress.families.family import Encoder
+from seqcompress.encoders import Family, find_encoder
+from seqcompress.encoders.family import Encoder
 from seqcompress.strategy import Strategy
 
 __all__ = ["Flops", "encoder_flops", "num_tokens", "relative_cost"]

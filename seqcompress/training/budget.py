@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from seqcompress.compression import compressed_embeds_of
-from seqcompress.cost import Flops, num_tokens
-from seqcompress.families import find_encoder
+from seqcompress.training.cost import Flops, num_tokens
+from seqcompress.encoders import find_encoder
 from seqcompress.strategy import Strategy
 
 __all__ = ["Budget"]

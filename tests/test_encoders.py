@@ -18,7 +18,7 @@ from timm.models.vision_transformer_hybrid import ConvStem
 from torch import nn
 
 from seqcompress import Strategy, compress, get_strategy, is_compressed, num_tokens, restore
-from seqcompress.families import find_encoder, is_encoder, supported
+from seqcompress.encoders import find_encoder, is_encoder, supported
 
 SMALL: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 0}
 
