@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from seqcompress.strategy import Strategy
     from seqcompress.training.budget import Budget
     from seqcompress.training.rehearsal import Foresight
     from seqcompress.training.sequence_scheduler import SequenceScheduler
-    from seqcompress.strategy import Strategy
 
 __all__ = ["SequenceCompression"]
 

@@ -368,8 +368,8 @@ def _plain(value: Any) -> Any:
 
 def _summary(method: Any, schedule: Schedule, share: TeacherShare | None) -> str:
     """One line: how training starts and ends, and what the momentum encoder gets."""
-    from seqcompress.training.cost import num_tokens
     from seqcompress.encoders import find_encoder
+    from seqcompress.training.cost import num_tokens
 
     family, encoder = find_encoder(method.backbone)
     size = family.image_size(encoder)

@@ -13,9 +13,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from seqcompress import schedules
-    from seqcompress.training.budget import Budget
     from seqcompress.compression import compress, get_strategy, is_compressed, restore, set_strategy
-    from seqcompress.training.cost import num_tokens, relative_cost
     from seqcompress.gradients import (
         GradientErrorReport,
         TrainingStep,
@@ -25,11 +23,13 @@ if TYPE_CHECKING:
         plot_schedule,
     )
     from seqcompress.gradients.online import OnlineScheduler
+    from seqcompress.schedules import Constant, Cosine, Linear, Schedule, Stepwise
+    from seqcompress.strategy import Strategy
+    from seqcompress.training.budget import Budget
+    from seqcompress.training.cost import num_tokens, relative_cost
     from seqcompress.training.learning_rate import PolynomialDecayLR
     from seqcompress.training.rehearsal import Rehearsal, rehearse
-    from seqcompress.schedules import Constant, Cosine, Linear, Schedule, Stepwise
     from seqcompress.training.sequence_scheduler import SequenceScheduler
-    from seqcompress.strategy import Strategy
     from seqcompress.views import scale_views
 
 __all__ = [

@@ -32,10 +32,10 @@ from seqcompress import (
     relative_cost,
     restore,
 )
-from seqcompress.training.cost import encoder_flops
 from seqcompress.encoders import find_encoder
 from seqcompress.gradients import online
 from seqcompress.gradients.statistics import GradientMoments, jackknife, norm2_of_mean, variance
+from seqcompress.training.cost import encoder_flops
 
 HALF, LARGE, HUGE = Strategy(0.5), Strategy(0.0, 8), Strategy(0.0, 16)
 WORKER = Path(__file__).with_name("online_worker.py")

@@ -22,8 +22,8 @@ from seqcompress.gradients.report import CostKind, GradientErrorReport, canonica
 from seqcompress.gradients.schedule_search import best_schedule, explain_schedule, plot_schedule
 from seqcompress.gradients.training_step import TrainingStep
 from seqcompress.json_files import FieldError, read_json, take, take_version, write_json
-from seqcompress.training.random_states import RandomStates
 from seqcompress.strategy import Strategy
+from seqcompress.training.random_states import RandomStates
 
 __all__ = ["main"]
 

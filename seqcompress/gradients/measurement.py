@@ -25,15 +25,15 @@ from torch import Tensor, nn
 from seqcompress.compression import compressed_embeds, is_compressed
 from seqcompress.compressors import CompressedPatchEmbed, SubsetStream
 from seqcompress.compressors.patch_embed import Compression, When
-from seqcompress.training.cost import Flops
 from seqcompress.encoders import Family, find_encoder
 from seqcompress.encoders.family import Encoder
 from seqcompress.gradients.report import CostKind, GradientErrorReport, canonical
 from seqcompress.gradients.state import Snapshot, reached_by
 from seqcompress.gradients.statistics import GradientMoments, interquartile_mean, jackknife
-from seqcompress.training.random_states import RandomStates
 from seqcompress.schedules import Constant
 from seqcompress.strategy import Strategy
+from seqcompress.training.cost import Flops
+from seqcompress.training.random_states import RandomStates
 
 __all__ = ["gradient_error"]
 

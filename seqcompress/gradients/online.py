@@ -19,7 +19,6 @@ from torch import distributed as dist
 
 from seqcompress.compression import compressed_embeds_of
 from seqcompress.compressors.patch_embed import Forward
-from seqcompress.training.cost import Flops, num_tokens
 from seqcompress.gradients.measurement import (
     SKETCH_SIZE,
     MeasuredEncoder,
@@ -34,8 +33,9 @@ from seqcompress.gradients.report import GradientErrorReport, canonical
 from seqcompress.gradients.statistics import Sketch, interquartile_mean, jackknife, norm2_of_mean, variance
 from seqcompress.presets import double_patch
 from seqcompress.schedules import Schedule, Stepwise
-from seqcompress.training.sequence_scheduler import SequenceScheduler
 from seqcompress.strategy import Strategy
+from seqcompress.training.cost import Flops, num_tokens
+from seqcompress.training.sequence_scheduler import SequenceScheduler
 
 __all__ = ["OnlineDecision", "OnlineScheduler"]
 

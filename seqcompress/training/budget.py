@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 
 from seqcompress.compression import compressed_embeds_of
-from seqcompress.training.cost import Flops, num_tokens
 from seqcompress.encoders import find_encoder
 from seqcompress.strategy import Strategy
+from seqcompress.training.cost import Flops, num_tokens
 
 __all__ = ["Budget"]
 

@@ -15,11 +15,11 @@ from torch import distributed as dist
 
 from seqcompress.compressors import CompressedPatchEmbed
 from seqcompress.compressors.patch_embed import Forward
-from seqcompress.training.cost import num_tokens
 from seqcompress.encoders import find_encoder
+from seqcompress.strategy import Strategy
+from seqcompress.training.cost import num_tokens
 from seqcompress.training.random_states import RandomStates
 from seqcompress.training.sequence_scheduler import SequenceScheduler
-from seqcompress.strategy import Strategy
 
 __all__ = ["Rehearsal", "rehearse"]
 

@@ -12,10 +12,10 @@ from torch import nn
 
 from seqcompress.compression import Plan, check_plan, compressed_embeds_of, resolve_plan
 from seqcompress.compressors import CompressedPatchEmbed
-from seqcompress.training.cost import num_tokens, relative_cost
 from seqcompress.encoders import find_encoder
 from seqcompress.schedules import Constant, Schedule
 from seqcompress.strategy import Strategy
+from seqcompress.training.cost import num_tokens, relative_cost
 
 __all__ = ["SequenceScheduler"]
 

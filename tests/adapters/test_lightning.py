@@ -23,8 +23,8 @@ from seqcompress import Strategy, compress, get_strategy, num_tokens, relative_c
 from seqcompress.adapters import lightning
 from seqcompress.adapters.lightly import accelerate
 from seqcompress.adapters.lightning import SequenceCompression
-from seqcompress.training.rehearsal import Foresight
 from seqcompress.schedules import Constant, Linear, Schedule, Stepwise
+from seqcompress.training.rehearsal import Foresight
 
 RELAXING = Linear(Strategy(0.75), Strategy())
 TOKENS_OF_8_STEPS = [5, 7, 8, 9, 11, 13, 14, 15]  # 1 + round(4 + 1.5 * step)
