@@ -11,7 +11,8 @@ from torch import nn
 
 from seqcompress.compressors import CompressedPatchEmbed
 from seqcompress.compressors.patch_embed import Compression, When
-from seqcompress.encoders import Family, find_encoder
+from seqcompress.encoders import Family, find_encoder, supported
+from seqcompress.encoders.probe import difference
 from seqcompress.json_files import is_file
 from seqcompress.presets import DEFAULT, PRESETS, double_patch
 from seqcompress.schedules import Constant, Schedule
@@ -81,6 +82,8 @@ def compress(
     for name, (family, encoder) in found.items():
         _check(family, encoder, schedule, name)
 
+    blank_per_view = {name: _proven(family, encoder, name) for name, (family, encoder) in found.items()}
+
     encoders = [encoder for _, encoder in found.values()]
     views = next((embed.compression.views for embed in compressed_embeds(*encoders)), None)
     compression = Compression(schedule, schedule(0.0), views=views)
@@ -95,8 +98,15 @@ def compress(
             embed = embeds[0]
             embed.compression, embed.drops_tokens = compression, is_student
             embed.when = when if is_student else "train"
+            embed.blank_per_view = blank_per_view[name]
         else:
-            family.attach(encoder, compression, drops_tokens=is_student, when=when if is_student else "train")
+            family.attach(
+                encoder,
+                compression,
+                drops_tokens=is_student,
+                when=when if is_student else "train",
+                blank_per_view=blank_per_view[name],
+            )
     if views is not None:
         views.ask_for(compression.strategy)
     return model
@@ -221,6 +231,34 @@ def _check(family: Family, encoder: nn.Module, schedule: Schedule, name: str) ->
         family.check(encoder, strategies)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+
+
+def _proven(family: Family, encoder: nn.Module, name: str) -> bool:
+    """Whether the model needs a blank for each view, after a proof that its kept tokens are its own.
+
+    Raises:
+        TypeError: they are not.
+    """
+    embeds = compressed_embeds(encoder)
+    attached = not embeds
+    embed = (
+        embeds[0]
+        if embeds
+        else family.attach(encoder, Compression(Constant(Strategy()), Strategy()), drops_tokens=True, when="grad")
+    )
+    before = embed.blank_per_view
+    try:
+        for embed.blank_per_view in (False, True):
+            if (problem := difference(family, encoder, embed)) is None:
+                return embed.blank_per_view
+    finally:
+        embed.blank_per_view = before
+        if attached:
+            _detach(embed)
+    raise TypeError(
+        f"{name} must be a supported ViT, got a {type(encoder).__name__} whose tokens would not be those of the plain "
+        f"model: {problem}. Supported: {supported()}."
+    )
 
 
 def _module(model: Any) -> nn.Module:

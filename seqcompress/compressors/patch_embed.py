@@ -3,11 +3,14 @@
 Prefix tokens and positions do not depend on the image. So a compressed forward lets the model do what it
 always does between its patch embedding and its first block, but once, on a single blank view: what comes out
 is its prefix tokens and its positions, whatever kind they are. Those are joined with the patches that are
-really embedded (few, and perhaps larger) just before position dropout, or before the first block.
+really embedded (few, and perhaps larger) just before position dropout, or before the first block. That this gives
+the model's own tokens is proven for every model when it is compressed (``seqcompress.encoders.probe``).
 """
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
@@ -17,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers.format import Format, nchw_to
 from timm.layers.patch_embed import PatchEmbed
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from seqcompress.compressors.patch_scaling import (
     fit_to_grid,
@@ -27,6 +30,7 @@ from seqcompress.compressors.patch_scaling import (
     resample_views,
     resize_pinv,
 )
+from seqcompress.compressors.tables import in_function_transform, is_fake
 from seqcompress.compressors.token_dropout import (
     SubsetStream,
     gather_patches,
@@ -73,6 +77,7 @@ class _Selection(NamedTuple):
 
     grid: Size
     patch: Size
+    area: Size  # height and width of the part of the view that is cut into patches, from its upper left corner
     kept: Tensor | None  # (B, K), or None for all patches
     patch_rows: Tensor | None  # where each patch's pixels are, (N, C * h)
     rows: Tensor | None
@@ -85,6 +90,7 @@ class _Pending(NamedTuple):
     tokens: Tensor  # (B, K, D)
     grid: Size
     kept: Tensor | None
+    blanks: int  # views that the model makes positions for meanwhile
 
 
 class CompressedPatchEmbed(nn.Module):
@@ -99,6 +105,7 @@ class CompressedPatchEmbed(nn.Module):
         compression: strategy and random stream, shared by all encoders compressed together.
         drops_tokens: False for a teacher, which only scales patches.
         when: "grad" compresses forwards in train mode that build a graph, "train" all in train mode.
+        blank_per_view: whether the model takes the batch size from its images, so that its tokens must be as many.
     """
 
     embed: Any
@@ -107,21 +114,34 @@ class CompressedPatchEmbed(nn.Module):
     drops_tokens: bool
     when: When
     tally: Counter[Forward]
+    blank_per_view: bool
+    places: tuple[nn.Module, ...]  # where patches may meet their positions: what has our hooks
+    trial: Tensor | None  # patches to keep, while a probe runs
+    _warned: set[str]
+    _selection: _Selection | None
     _pending: _Pending | None
     _joined: int | None
     _joining: bool  # apart from the two above: compiled code may look at it without a guard on lengths
     _shortened: tuple[Size, bool] | None  # grid of the last forward, and whether all of it was kept
 
     _OWN = frozenset({"embed", "encoder", "compression", "drops_tokens", "when", "tally", "training"}) | frozenset(
-        {"_pending", "_joined", "_joining", "_shortened"}
+        {"blank_per_view", "places", "trial", "_warned"}
+        | {"_selection", "_pending", "_joined", "_joining", "_shortened"}
     )
 
     def __init__(
-        self, embed: nn.Module, encoder: nn.Module, compression: Compression, *, drops_tokens: bool, when: When
+        self,
+        embed: nn.Module,
+        encoder: nn.Module,
+        compression: Compression,
+        *,
+        drops_tokens: bool,
+        when: When,
+        blank_per_view: bool = False,
     ) -> None:
         super().__init__()
         for name, registry in vars(embed).items():
-            if name in vars(self) and isinstance(registry, dict):
+            if name in vars(self) and isinstance(registry, (dict, set)):
                 vars(self)[name] = registry
         # Not registered as children: neither may add a name to the state dict.
         vars(self).update(
@@ -131,7 +151,12 @@ class CompressedPatchEmbed(nn.Module):
             drops_tokens=drops_tokens,
             when=when,
             tally=Counter(),
+            blank_per_view=blank_per_view,
+            places=(),
+            trial=None,
             training=embed.training,
+            _warned=set(),
+            _selection=None,
             _pending=None,
             _joined=None,
             _joining=False,
@@ -141,7 +166,7 @@ class CompressedPatchEmbed(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A forward that failed halfway leaves its patches waiting; a copy has no use for them.
-        return {**vars(self), "_pending": None, "_joined": None, "_joining": False}
+        return {**vars(self), "_selection": None, "_pending": None, "_joined": None, "_joining": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -156,7 +181,9 @@ class CompressedPatchEmbed(nn.Module):
             return getattr(vars(self)["embed"], name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self._OWN:
+        if name == "__class__":  # of this module, as FSDP does it, and not of the embedding inside
+            object.__setattr__(self, name, value)
+        elif name in self._OWN:
             vars(self)[name] = value
         else:
             setattr(self.embed, name, value)
@@ -201,21 +228,37 @@ class CompressedPatchEmbed(nn.Module):
             raise RuntimeError("dropped tokens leave no feature map: use eval mode, or output_fmt='NLC'")
         return grid
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Embed views; compressed forwards return a blank and keep the patches for ``join``.
+
+        Hooks run within, as everywhere: around what is really embedded, not around the blank.
+        """
+        embedded: Tensor = super().__call__(*args, **kwargs)
+        return self._wait_for_positions(embedded) if self.training and self._joining else embedded
+
     def forward(self, views: Tensor) -> Tensor:
-        """Embed views (B, C, H, W); compressed forwards return a blank and keep the patches for ``join``."""
+        """Embed views (B, C, H, W): all of their patches, or those that are kept, (B, K, D)."""
         return self._forward_in_training(views) if self.training else self.embed.forward(views)
+
+    def __prepare_scriptable__(self) -> None:
+        """What ``torch.jit.script`` asks for first.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError("a compressed encoder cannot be scripted: restore(model) first")
 
     def join(self, blank: Tensor) -> Tensor:
         """Replace the model's tokens of the blank view by those of the views that were embedded.
 
         Args:
-            blank: prefix tokens and positions as the model made them for one blank view, (1, P + N, D).
+            blank: prefix tokens and positions as the model made them for blank views, (1 or more, P + N, D).
 
         Returns:
             Tokens of shape (B, P + K, D), prefix tokens first; ``blank`` itself if nothing is waiting.
 
         Raises:
-            RuntimeError: the model changed the sequence on its own, by masking for instance.
+            RuntimeError: something adds or takes away tokens before the first block: masks or prompts, for instance.
         """
         return self._join_in_training(blank) if self.training and self._joining else blank
 
@@ -224,14 +267,30 @@ class CompressedPatchEmbed(nn.Module):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _forward_in_training(self, views: Tensor) -> Tensor:
         self._pending = self._joined = None  # what a forward that failed halfway may have left
-        selection = self._select(views)
+        self._joining = False
+        self._selection = selection = self._select(views) if self.trial is None else self._trial_selection(views)
         self._joining = selection is not None
         self._shortened = None if selection is None else (selection.grid, selection.kept is None)
+        return self.embed.forward(views) if selection is None else self._embed_patches(views, selection)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _wait_for_positions(self, tokens: Tensor) -> Tensor:
+        selection, self._selection = self._selection, None
         if selection is None:
-            return self.embed.forward(views)
-        tokens = self._embed_patches(views, selection)
-        self._pending = _Pending(tokens, selection.grid, selection.kept)
-        return self._blank(tokens)
+            return tokens
+        expected = math.prod(selection.grid) if selection.kept is None else selection.kept.shape[1]
+        if tokens.ndim != 3 or tokens.shape[1] != expected:
+            raise RuntimeError(
+                f"the patch embedding of a compressed encoder must make {expected} tokens of a view, got a tensor of "
+                f"shape {tuple(tokens.shape)}: it has been changed since compress(), or a hook changes its output"
+            )
+        # One view's positions are all there is to know. Under DistributedDataParallel it is two views: what the model
+        # expands for each of them (its class token) then has a gradient that is summed, and so lies in memory as the
+        # parameter does, about which it warns else. Never as many as the batch has: masks for a batch must not fit.
+        few = 2 if len(tokens) > 2 and distributed.is_available() and distributed.is_initialized() else 1
+        blanks = len(tokens) if self.blank_per_view else few
+        self._pending = _Pending(tokens, selection.grid, selection.kept, blanks)
+        return self._blank(tokens, blanks)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _join_in_training(self, blank: Tensor) -> Tensor:
@@ -242,27 +301,43 @@ class CompressedPatchEmbed(nn.Module):
                 raise RuntimeError(_changed(blank, f"the {joined} tokens that were kept"))
             return blank
         prefix, grid = self.encoder.num_prefix_tokens, self.embed.grid_size
-        if blank.shape[0] != 1 or blank.shape[1] != prefix + grid[0] * grid[1]:
+        if blank.shape[0] != pending.blanks or blank.shape[1] != prefix + grid[0] * grid[1]:
             raise RuntimeError(_changed(blank, f"{prefix} prefix tokens and {grid[0] * grid[1]} positions"))
         before, positions = blank.split((prefix, grid[0] * grid[1]), dim=1)
-        positions = resample_positions(positions, (grid[0], grid[1]), pending.grid)
+        positions = resample_positions(positions[:1], (grid[0], grid[1]), pending.grid)
         if pending.kept is not None:
             positions = F.embedding(pending.kept, positions[0])  # (B, K, D)
         tokens = pending.tokens + positions
         if prefix:
-            tokens = torch.cat((before.expand(len(tokens), -1, -1), tokens), dim=1)
+            before = before if self.blank_per_view else before[:1].expand(len(tokens), -1, -1)
+            tokens = torch.cat((before, tokens), dim=1)
         self._joined = tokens.shape[1]
         return tokens
+
+    def check_mask(self, mask: Any) -> None:
+        """Refuse an attention mask, which is made for all tokens, where tokens have been joined.
+
+        Raises:
+            ValueError: there is one.
+        """
+        if mask is not None and self.training and self._joining:
+            raise ValueError(
+                "attn_mask must be None while a compressed encoder trains: it is made for the tokens of the plain "
+                "model, of which some are dropped or cut in another size"
+            )
 
     def _select(self, views: Tensor) -> _Selection | None:
         if views.ndim != 4:
             raise ValueError(f"views must have the shape (B, C, H, W), got {tuple(views.shape)}")
         graph = _builds_graph(views, self.encoder)
-        strategy = self.strategy if graph or self.when == "train" else Strategy()
+        compressing = graph or self.when == "train"
+        if not compressing:
+            self._warn_of_a_pass_without_gradients()
+        strategy = self.strategy if compressing else Strategy()
         base, view = patch_size(self.embed), (views.shape[2], views.shape[3])
         full = view if self.compression.views is None else self.compression.views.full_size(view)
         patch = base if strategy.patch_size is None else (strategy.patch_size, strategy.patch_size)
-        grid = grid_size(full, patch)
+        grid = grid_of_view(self.embed, full, patch)
         if full != view:  # made smaller: the same grid, whose patches have fewer pixels here
             patch = (max(base[0], round(view[0] / grid[0])), max(base[1], round(view[1] / grid[1])))
         patches = grid[0] * grid[1]
@@ -272,70 +347,138 @@ class CompressedPatchEmbed(nn.Module):
             self.tally[Forward(tuple(views.shape), prefix + kept, graph)] += 1
         # Views that the plain model refuses: compressed or not, training takes them, so that a schedule that ends
         # at the base strategy does not end in an error.
-        uneven = view[0] % base[0] != 0 or view[1] % base[1] != 0
-        refused = uneven or (view != self.embed.img_size and getattr(self.embed, "strict_img_size", False))
-        compressing = graph or self.when == "train"
-        if patch == base and kept == patches and full == view and not (refused and compressing):
+        plain = plain_grid(self.embed, view)
+        if patch == base and kept == patches and full == view and (plain is not None or not compressing):
             return None
-        subset = patch_rows = None
+        if plain is None and full == view:
+            self._warn_of_another_size(view)
+        subset = None
         if kept < patches:
-            seed = self.compression.stream.next_seed()
+            # Without values, or with a batch that a function transform hides, there is no stream of numbers to follow.
+            own_stream = not (views.device.type == "meta" or is_fake() or in_function_transform())
+            seed = self.compression.stream.next_seed() if own_stream else None
             subset = random_subset(len(views), patches, kept, seed=seed, device=views.device)
-            patch_rows = rows_of_patches(views.shape[1], grid, patch, views.device)
+        is_own = patch == base and full == view and grid == plain
+        return self._selection_of(views, grid, patch, subset, view if not is_own else None)
+
+    def _trial_selection(self, views: Tensor) -> _Selection:
+        base, view = patch_size(self.embed), (views.shape[2], views.shape[3])
+        return self._selection_of(views, grid_of_view(self.embed, view, base), base, self.trial, None)
+
+    def _selection_of(
+        self, views: Tensor, grid: Size, patch: Size, kept: Tensor | None, area: Size | None
+    ) -> _Selection:
+        """Tables and matrices for a selection; without ``area``, what the plain model cuts off is cut off too."""
+        patch_rows = None if kept is None else rows_of_patches(views.shape[1], grid, patch, views.device)
         rows, columns = (
             None if side == base_side else resize_pinv(base_side, side, views.dtype, views.device)
-            for side, base_side in zip(patch, base, strict=True)
+            for side, base_side in zip(patch, patch_size(self.embed), strict=True)
         )
-        return _Selection(grid, patch, subset, patch_rows, rows, columns)
+        area = area or (grid[0] * patch[0], grid[1] * patch[1])
+        return _Selection(grid, patch, area, kept, patch_rows, rows, columns)
+
+    def _warn_of_a_pass_without_gradients(self) -> None:
+        if not self.drops_tokens or self.strategy == Strategy() or in_backward():
+            return
+        if any(parameter.requires_grad for parameter in self.encoder.parameters()):
+            self._warn(
+                "no gradients",
+                "a compressed encoder that is being trained ran in train mode without gradients, and so uncompressed; "
+                'if the loss takes two passes (GradCache), have both compressed: compress(..., when="train")',
+            )
+
+    def _warn_of_another_size(self, view: Size) -> None:
+        size = self.embed.img_size if getattr(self.embed, "strict_img_size", False) else None
+        takes = "sizes that its patches divide" if size is None else f"{size[0]} x {size[1]} px"
+        self._warn(
+            "other size",
+            f"training takes views of {view[0]} x {view[1]} px, with interpolated positions, where the plain model takes "
+            f"{takes} only and will refuse them in evaluation",
+        )
+
+    def _warn(self, what: str, message: str) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
+            warnings.warn(f"seqcompress: {message}", stacklevel=2)
 
     def _embed_patches(self, views: Tensor, selection: _Selection) -> Tensor:
         if not embeds_patches(self.embed):
             return self._embed_then_drop(views, selection)
-        grid, patch, kept, patch_rows, rows, columns = selection
+        grid, patch, area, kept, patch_rows, rows, columns = selection
+        if area != views.shape[2:]:
+            views = views[..., : area[0], : area[1]]
         views = fit_to_grid(views, grid, patch)
         if kept is None or patch_rows is None:
             views = resample_views(views, grid, rows, columns)
             tokens = self.embed.proj(views).flatten(2).transpose(1, 2)  # (B, N, D)
-        else:
-            pixels = gather_patches(views, kept, patch_rows, patch)  # (B, K, C, h, w)
-            kernel = self.embed.proj.weight  # (D, C, h0, w0)
-            if rows is not None or columns is not None:
-                pixels = resample_patches(pixels, rows, columns)  # (B, K, C, w0, h0)
-                kernel = kernel.transpose(2, 3)
-            tokens = F.linear(pixels.flatten(2), kernel.flatten(1), self.embed.proj.bias)  # (B, K, D)
+            return self.embed.norm(tokens)
+        pixels = gather_patches(views, kept, patch_rows, patch)  # (B, K, C, h, w)
+        resampled = rows is not None or columns is not None
+        if resampled:
+            pixels = resample_patches(pixels, rows, columns)  # (B, K, C, w0, h0)
+        proj = self.embed.proj
+        if is_plain_projection(proj):
+            kernel = proj.weight.transpose(2, 3) if resampled else proj.weight  # (D, C, w0, h0) or (D, C, h0, w0)
+            tokens = F.linear(pixels.flatten(2), kernel.flatten(1), proj.bias)  # (B, K, D)
+        else:  # somebody's own, or one with hooks: it is called, not replaced
+            pixels = pixels.transpose(-1, -2) if resampled else pixels
+            tokens = proj(pixels.flatten(0, 1)).flatten(1).unflatten(0, kept.shape)  # (B, K, D)
         return self.embed.norm(tokens)
 
     def _embed_then_drop(self, views: Tensor, selection: _Selection) -> Tensor:
         """For embeddings that are more than one projection, such as a convolutional stem."""
         tokens = self.embed.forward(views)
-        if not self.embed.flatten:
+        if tokens.ndim == 4:
             tokens = tokens.flatten(1, 2) if self.embed.output_fmt == Format.NHWC else tokens
+        if tokens.shape[1] != math.prod(selection.grid):
+            raise RuntimeError(
+                f"the patch embedding of a compressed encoder must make {math.prod(selection.grid)} tokens of a view, "
+                f"got {tokens.shape[1]}: its patches overlap, or it has been changed since compress()"
+            )
         if selection.kept is None:
             return tokens
         return tokens.gather(1, selection.kept.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
-    def _blank(self, tokens: Tensor) -> Tensor:
-        """The embedding of one view of the model's own size, all zero, in the format the model expects."""
+    def _blank(self, tokens: Tensor, blanks: int) -> Tensor:
+        """The embedding of views of the model's own size, all zero, in the format the model expects."""
         height, width = self.embed.grid_size
-        if self.embed.flatten:
-            return tokens.new_zeros(1, height * width, tokens.shape[-1])  # (1, N, D)
-        return nchw_to(tokens.new_zeros(1, tokens.shape[-1], height, width), self.embed.output_fmt)
+        if getattr(self.embed, "flatten", True):
+            return tokens.new_zeros(blanks, height * width, tokens.shape[-1])  # (b, N, D)
+        return nchw_to(tokens.new_zeros(blanks, tokens.shape[-1], height, width), self.embed.output_fmt)
 
 
 _live: WeakSet[CompressedPatchEmbed] = WeakSet()
 
 
 def embeds_patches(embed: nn.Module) -> bool:
-    """Whether ``embed`` is one linear map of each patch on its own, so that patches can be chosen and scaled."""
-    proj = getattr(embed, "proj", None)
+    """Whether ``embed`` maps each patch on its own, so that patches can be chosen and scaled."""
     return (
         isinstance(embed, PatchEmbed)
         and type(embed).forward is PatchEmbed.forward
-        and isinstance(proj, nn.Conv2d)
-        and proj.kernel_size == proj.stride == tuple(embed.patch_size)
-        and proj.padding == (0, 0)
-        and proj.dilation == (1, 1)
-        and proj.groups == 1
+        and "forward" not in vars(embed)
+        and _maps_patches(embed.proj, tuple(embed.patch_size))
+    )
+
+
+def _maps_patches(proj: nn.Module, patch: Size) -> bool:
+    def is_of_patches(conv: nn.Conv2d) -> bool:
+        simple = (conv.padding, conv.dilation, conv.groups) == ((0, 0), (1, 1), 1)
+        of_tokens = conv is not proj and conv.kernel_size == conv.stride == (1, 1)
+        return simple and (of_tokens or conv.kernel_size == conv.stride == patch)
+
+    # Adapters (LoRA) wrap a convolution, and add others of its shape.
+    convolutions = [module for module in proj.modules() if isinstance(module, nn.Conv2d)]
+    return bool(convolutions) and all(map(is_of_patches, convolutions))
+
+
+def is_plain_projection(proj: nn.Module) -> bool:
+    """Whether nothing but torch's own convolution happens here, so that a matrix product can stand in for it."""
+    return type(proj) is nn.Conv2d and not (
+        proj._forward_hooks
+        or proj._forward_pre_hooks
+        or proj._backward_hooks
+        or proj._backward_pre_hooks
+        or "forward" in vars(proj)
     )
 
 
@@ -345,10 +488,33 @@ def patch_size(embed: nn.Module) -> Size:
     return int(height), int(width)
 
 
+def plain_grid(embed: nn.Module, view: Size) -> Size | None:
+    """Patches along each side of a view in the plain model; None if it refuses such a view."""
+    size, patch = getattr(embed, "img_size", None), patch_size(embed)
+    if getattr(embed, "strict_img_size", False):
+        if size is not None and view != (size[0], size[1]):
+            return None
+    elif view[0] % patch[0] or view[1] % patch[1]:
+        return None
+    grid = (view[0] // patch[0], view[1] // patch[1])
+    return grid if min(grid) > 0 else None
+
+
+def grid_of_view(embed: nn.Module, view: Size, patch: Size) -> Size:
+    """Patches along each side of a view: the plain model's under its own patch size, where it takes the view.
+
+    Raises:
+        ValueError: the patch is larger than a side of the view.
+    """
+    own = plain_grid(embed, view) if patch == patch_size(embed) else None
+    return grid_size(view, patch) if own is None else own
+
+
 def _changed(tokens: Tensor, expected: str) -> str:
     return (
         f"a compressed encoder expected {expected} between its patch embedding and its first block, got tokens of "
-        f"shape {tuple(tokens.shape)}: masked tokens (mask, idx_mask, idx_keep) cannot be combined with compression"
+        f"shape {tuple(tokens.shape)}: whatever adds or takes away tokens there (mask, idx_mask, idx_keep, prompts) "
+        "cannot be combined with compression"
     )
 
 

@@ -8,11 +8,11 @@ the same gradient for w, and costs a fraction: B^+ is separable, and the view ne
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from seqcompress.compressors.tables import Table
 
 __all__ = [
     "fit_to_grid",
@@ -56,23 +56,20 @@ def fit_to_grid(views: Tensor, grid: Size, patch: Size) -> Tensor:
     return resized.to(views.dtype)
 
 
-@lru_cache(maxsize=64)
+@Table
 def resize_matrix(base: int, scaled: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """B along one side, of shape (scaled, base): the bicubic antialiased resize that ``timm.layers`` uses."""
-    # Cached for good, so never an inference tensor, whoever asks first.
-    with torch.inference_mode(False):
-        # Each column of the identity is one pixel; resizing the height only gives B.
-        pixels = torch.eye(base, dtype=torch.float64)[None, None]  # (1, 1, base, base)
-        resize = F.interpolate(pixels, size=(scaled, base), mode="bicubic", antialias=True, align_corners=False)
-        return resize[0, 0].to(dtype=dtype, device=device)
+    # Each column of the identity is one pixel; resizing the height only gives B.
+    pixels = torch.eye(base, dtype=torch.float64, device="cpu")[None, None]  # (1, 1, base, base)
+    resize = F.interpolate(pixels, size=(scaled, base), mode="bicubic", antialias=True, align_corners=False)
+    return resize[0, 0].to(dtype=dtype, device=device)
 
 
-@lru_cache(maxsize=64)
+@Table
 def resize_pinv(base: int, scaled: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """B^+ along one side, of shape (base, scaled): takes ``scaled`` pixels back to ``base`` pixels."""
-    with torch.inference_mode(False):
-        resize = resize_matrix(base, scaled, torch.float64, torch.device("cpu"))
-        return torch.linalg.pinv(resize).to(dtype=dtype, device=device)
+    resize = resize_matrix(base, scaled, torch.float64, torch.device("cpu"))
+    return torch.linalg.pinv(resize).to(dtype=dtype, device=device)
 
 
 def resample_positions(positions: Tensor, old: Size, new: Size) -> Tensor:

@@ -7,11 +7,12 @@ stay, so the subset is drawn before anything is embedded and only the kept patch
 from __future__ import annotations
 
 import hashlib
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from seqcompress.compressors.tables import Table
 
 __all__ = [
     "SubsetStream",
@@ -31,20 +32,20 @@ def num_kept(num_patches: int, token_dropout: float) -> int:
     return max(1, round((1.0 - token_dropout) * num_patches))
 
 
-def random_subset(batch: int, num_patches: int, kept: int, *, seed: int, device: torch.device) -> Tensor:
+def random_subset(batch: int, num_patches: int, kept: int, *, seed: int | None, device: torch.device) -> Tensor:
     """Uniformly random subsets without replacement, independent for every sample.
 
     Args:
         batch: number of samples B.
         num_patches: number of patches N to choose from.
         kept: number of patches K that stay.
-        seed: decides the subsets; the same seed gives the same ones.
+        seed: decides the subsets; the same seed gives the same ones. ``None`` draws from the device's random state.
         device: where they are drawn.
 
     Returns:
         Indices of the kept patches, in no particular order, int64 of shape (B, K).
     """
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     scores = torch.rand(batch, num_patches, generator=generator, device=device)  # (B, N)
     return scores.topk(kept, dim=1, sorted=False).indices  # (B, K)
 
@@ -77,20 +78,18 @@ def gather_patches(views: Tensor, kept: Tensor, patch_rows: Tensor, patch: tuple
     return pixels.view(*kept.shape, channels, *patch)
 
 
-@lru_cache(maxsize=64)
+@Table
 def first_rows(batch: int, in_a_view: int, device: torch.device) -> Tensor:
     """Where each view's rows begin among those of the batch: (B, 1, 1)."""
-    with torch.inference_mode(False):  # cached for good, so never an inference tensor, whoever asks first
-        return (in_a_view * torch.arange(batch, device=device)).view(-1, 1, 1)
+    return (in_a_view * torch.arange(batch, device=device)).view(-1, 1, 1)
 
 
-@lru_cache(maxsize=64)
+@Table
 def rows_of_patches(channels: int, grid: tuple[int, int], patch: tuple[int, int], device: torch.device) -> Tensor:
     """For each patch of a view, which of its rows of w pixels it consists of: (N, C * h)."""
-    with torch.inference_mode(False):  # cached for good, so never an inference tensor, whoever asks first
-        rows = torch.arange(channels * grid[0] * patch[0] * grid[1], device=device)
-        rows = rows.view(channels, grid[0], patch[0], grid[1]).permute(1, 3, 0, 2)  # (gh, gw, C, h)
-        return rows.reshape(grid[0] * grid[1], -1)
+    rows = torch.arange(channels * grid[0] * patch[0] * grid[1], device=device)
+    rows = rows.view(channels, grid[0], patch[0], grid[1]).permute(1, 3, 0, 2)  # (gh, gw, C, h)
+    return rows.reshape(grid[0] * grid[1], -1)
 
 
 class SubsetStream:

@@ -34,21 +34,43 @@ class Family(ABC):
 
     @abstractmethod
     def attach(
-        self, encoder: Encoder, compression: Compression, *, drops_tokens: bool, when: When
+        self,
+        encoder: Encoder,
+        compression: Compression,
+        *,
+        drops_tokens: bool,
+        when: When,
+        blank_per_view: bool = False,
     ) -> CompressedPatchEmbed:
-        """Put the compressors in place."""
+        """Put the compressors in place; ``blank_per_view`` is what the probe has found out."""
 
     @abstractmethod
     def detach(self, encoder: Encoder) -> None:
         """Take them out again, leaving nothing behind."""
 
     @abstractmethod
+    def first_tokens(self, encoder: Encoder, views: Tensor) -> Tensor:
+        """What reaches the first block of views (B, C, H, W): tokens (B, P + N, D), prefix tokens first."""
+
+    @abstractmethod
     def patch_size(self, encoder: Encoder) -> tuple[int, int]:
         """Height and width of the encoder's own patches, in pixels."""
 
     @abstractmethod
+    def channels(self, encoder: Encoder) -> int:
+        """Channels of a view."""
+
+    @abstractmethod
     def image_size(self, encoder: Encoder) -> tuple[int, int]:
         """Height and width of the views the encoder was built for, in pixels."""
+
+    @abstractmethod
+    def grid(self, encoder: Encoder, view: tuple[int, int], patch: tuple[int, int]) -> tuple[int, int]:
+        """Patches of this size along each side of a view, in pixels all.
+
+        Raises:
+            ValueError: the patch is larger than a side of the view.
+        """
 
     @abstractmethod
     def num_prefix_tokens(self, encoder: Encoder) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import timm
 import torch
@@ -11,10 +12,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from seqcompress.compressors import CompressedPatchEmbed
-from seqcompress.compressors.patch_embed import Compression, When, embeds_patches, patch_size
+from seqcompress.compressors.patch_embed import Compression, When, embeds_patches, grid_of_view, patch_size
 from seqcompress.compressors.patch_scaling import grid_size
 from seqcompress.encoders import Family, register
 from seqcompress.encoders.family import Encoder
+from seqcompress.encoders.probe import JoinHook, tokens_at
 from seqcompress.strategy import Strategy
 
 _OLDEST_TIMM = "1.0.26"
@@ -23,14 +25,19 @@ if Version(timm.__version__) < Version(_OLDEST_TIMM):
     raise ImportError(f"timm {timm.__version__} is not supported; supported: timm >= {_OLDEST_TIMM}")
 
 
-class _Join:
-    """Forward pre-hook at which embedded patches meet their positions. Holds no closure: it can be copied."""
-
-    def __init__(self, embed: CompressedPatchEmbed) -> None:
-        self.embed = embed
+class _Join(JoinHook):
+    """Forward pre-hook at which embedded patches meet their positions."""
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (self.embed.join(args[0]), *args[1:])
+
+
+class _JoinAtBlocks(JoinHook):
+    """The same before the first block, which may be given a mask."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        self.embed.check_mask(kwargs.get("attn_mask"))
+        return (self.embed.join(args[0]), *args[1:]), kwargs
 
 
 @register
@@ -67,27 +74,58 @@ class TimmVisionTransformer(Family):
                 )
 
     def attach(
-        self, encoder: Encoder, compression: Compression, *, drops_tokens: bool, when: When
+        self,
+        encoder: Encoder,
+        compression: Compression,
+        *,
+        drops_tokens: bool,
+        when: When,
+        blank_per_view: bool = False,
     ) -> CompressedPatchEmbed:
-        embed = CompressedPatchEmbed(_plain_embed(encoder), encoder, compression, drops_tokens=drops_tokens, when=when)
+        embed = CompressedPatchEmbed(
+            _plain_embed(encoder),
+            encoder,
+            compression,
+            drops_tokens=drops_tokens,
+            when=when,
+            blank_per_view=blank_per_view,
+        )
         encoder.patch_embed = embed
         # Models without positions skip pos_drop; hosts that call the parts themselves may skip norm_pre as well.
-        for place in _join_places(encoder):
-            place.register_forward_pre_hook(_Join(embed))
+        places = (encoder.pos_drop, encoder.norm_pre)
+        for place in places:
+            place.register_forward_pre_hook(_Join(embed), prepend=True)
+        encoder.blocks[0].register_forward_pre_hook(_JoinAtBlocks(embed), prepend=True, with_kwargs=True)
+        embed.places = (*places, encoder.blocks[0])
         return embed
 
     def detach(self, encoder: Encoder) -> None:
-        encoder.patch_embed = _plain_embed(encoder)
-        for place in _join_places(encoder):
-            for key in [key for key, hook in place._forward_pre_hooks.items() if isinstance(hook, _Join)]:
-                del place._forward_pre_hooks[key]
+        embed = encoder.patch_embed
+        if not isinstance(embed, CompressedPatchEmbed):
+            return
+        encoder.patch_embed = embed.embed
+        # By the modules that have them, not by name: something may have been wrapped around a block since.
+        for place in embed.places:
+            for key in [key for key, hook in place._forward_pre_hooks.items() if isinstance(hook, JoinHook)]:
+                place._forward_pre_hooks.pop(key)
+                place._forward_pre_hooks_with_kwargs.pop(key, None)
+
+    def first_tokens(self, encoder: Encoder, views: Tensor) -> Tensor:
+        return tokens_at(encoder, (encoder.norm_pre, encoder.blocks[0]), views)
 
     def patch_size(self, encoder: Encoder) -> tuple[int, int]:
         return patch_size(_plain_embed(encoder))
 
+    def channels(self, encoder: Encoder) -> int:
+        embed = _plain_embed(encoder)
+        return next(module.in_channels for module in embed.modules() if isinstance(module, nn.Conv2d))
+
     def image_size(self, encoder: Encoder) -> tuple[int, int]:
         height, width = encoder.patch_embed.img_size
         return int(height), int(width)
+
+    def grid(self, encoder: Encoder, view: tuple[int, int], patch: tuple[int, int]) -> tuple[int, int]:
+        return grid_of_view(_plain_embed(encoder), view, patch)
 
     def num_prefix_tokens(self, encoder: Encoder) -> int:
         return int(encoder.num_prefix_tokens)
@@ -101,7 +139,3 @@ class TimmVisionTransformer(Family):
 def _plain_embed(encoder: Encoder) -> nn.Module:
     embed = encoder.patch_embed
     return embed.embed if isinstance(embed, CompressedPatchEmbed) else embed
-
-
-def _join_places(encoder: Encoder) -> tuple[nn.Module, ...]:
-    return encoder.pos_drop, encoder.norm_pre, encoder.blocks[0]

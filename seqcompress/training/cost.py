@@ -14,7 +14,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from seqcompress.compressors.patch_embed import Forward
-from seqcompress.compressors.patch_scaling import grid_size
 from seqcompress.compressors.token_dropout import num_kept
 from seqcompress.encoders import Family, find_encoder
 from seqcompress.encoders.family import Encoder
@@ -48,7 +47,7 @@ def num_tokens(model: nn.Module, strategy: Strategy, image_size: int | tuple[int
         raise TypeError(f"strategy must be a Strategy, got {strategy!r}")
     own = family.patch_size(encoder)
     patch = own if strategy.patch_size is None else (strategy.patch_size, strategy.patch_size)
-    patches = math.prod(grid_size(_checked_size(image_size), patch))
+    patches = math.prod(family.grid(encoder, _checked_size(image_size), patch))
     return family.num_prefix_tokens(encoder) + num_kept(patches, strategy.token_dropout)
 
 
