@@ -188,6 +188,9 @@ class CompressedPatchEmbed(nn.Module):
         else:
             setattr(self.embed, name, value)
 
+    def __delattr__(self, name: str) -> None:
+        delattr(self.embed, name)
+
     def train(self, mode: bool = True) -> CompressedPatchEmbed:
         self.embed.training = mode
         super().train(mode)
@@ -238,6 +241,8 @@ class CompressedPatchEmbed(nn.Module):
 
     def forward(self, views: Tensor) -> Tensor:
         """Embed views (B, C, H, W): all of their patches, or those that are kept, (B, K, D)."""
+        if isinstance(views, torch.fx.Proxy):
+            raise RuntimeError("a compressed encoder cannot be traced by torch.fx: restore(model) first")
         return self._forward_in_training(views) if self.training else self.embed.forward(views)
 
     def __prepare_scriptable__(self) -> None:
@@ -320,7 +325,7 @@ class CompressedPatchEmbed(nn.Module):
         Raises:
             ValueError: there is one.
         """
-        if mask is not None and self.training and self._joining:
+        if mask is not None and self.training and self._shortened is not None:
             raise ValueError(
                 "attn_mask must be None while a compressed encoder trains: it is made for the tokens of the plain "
                 "model, of which some are dropped or cut in another size"
@@ -392,8 +397,8 @@ class CompressedPatchEmbed(nn.Module):
         takes = "sizes that its patches divide" if size is None else f"{size[0]} x {size[1]} px"
         self._warn(
             "other size",
-            f"training takes views of {view[0]} x {view[1]} px, with interpolated positions, where the plain model takes "
-            f"{takes} only and will refuse them in evaluation",
+            f"training takes views of {view[0]} x {view[1]} px, with interpolated positions, where the plain model "
+            f"takes {takes} only and will refuse them in evaluation",
         )
 
     def _warn(self, what: str, message: str) -> None:

@@ -8,6 +8,9 @@ the same gradient for w, and costs a fraction: B^+ is separable, and the view ne
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -136,9 +139,10 @@ def resample_patches(patches: Tensor, rows: Tensor | None, columns: Tensor | Non
         return patches if rows is None else patches @ rows.T  # (..., w0, h0)
 
 
-def _full_precision(pixels: Tensor) -> torch.autocast:
+def _full_precision(pixels: Tensor) -> AbstractContextManager[Any]:
     """Linear algebra on pixels, not on features: autocast would only blur them."""
-    return torch.autocast(pixels.device.type, enabled=False)
+    kind = pixels.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def _shape(size: Size) -> str:
