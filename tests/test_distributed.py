@@ -14,6 +14,7 @@ from seqcompress import Stepwise, Strategy
 
 STAGES = Stepwise({0.0: Strategy(0.5), 0.5: Strategy(0.25), 0.75: Strategy()})
 WORKER = Path(__file__).with_name("distributed_worker.py")
+SHARDED_WORKER = Path(__file__).with_name("sharded_worker.py")
 
 
 @pytest.fixture(scope="module")
@@ -57,3 +58,21 @@ def test_the_ranks_of_a_test_return_what_they_print(run_ranks: Callable[..., lis
 def test_no_rank_of_a_test_keeps_it_waiting(scripts: list[str], told: str, run_ranks: Callable[..., list[str]]) -> None:
     with pytest.raises(pytest.fail.Exception, match=told):
         run_ranks(*([sys.executable, "-c", script] for script in scripts), timeout=240 if len(scripts) > 1 else 1)
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory, run_ranks: Callable[..., list[str]]) -> dict[str, Any]:
+    """How far weights after two steps are from those of averaged gradients, sharded and replicated."""
+    folder = tmp_path_factory.mktemp("sharded")
+    run_ranks(*([sys.executable, SHARDED_WORKER, rank, folder] for rank in range(2)))
+    report: dict[str, Any] = json.loads((folder / "sharded-0.json").read_text())
+    return report
+
+
+def test_sharded_weights_become_those_of_averaged_gradients_whatever_is_a_unit(sharded: dict[str, Any]) -> None:
+    assert len(sharded["largest"]) == 2 * (3 * 2 + 1)
+    assert {name: error for name, error in sharded["largest"].items() if error > 1e-9} == {}
+
+
+def test_gradients_of_tokens_that_are_expanded_lie_as_ddp_expects_them(sharded: dict[str, Any]) -> None:
+    assert sharded["told"] == {"drop": [], "both": []}

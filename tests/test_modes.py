@@ -1,0 +1,130 @@
+"""Tools that look into a model: without data, under function transforms, traced, scripted, quantized, exported."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.func import functional_call, grad, vmap
+from torch.utils.flop_counter import FlopCounterMode
+
+from seqcompress import Strategy, compress, restore
+from seqcompress.compressors.patch_scaling import resize_matrix, resize_pinv
+from seqcompress.compressors.token_dropout import first_rows, rows_of_patches
+
+STRATEGIES = [Strategy(0.5), Strategy(0.0, 16), Strategy(0.5, 16)]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
+def test_a_dry_run_leaves_real_tables_behind(strategy: Strategy, tiny_vit: Any) -> None:
+    for table in (resize_matrix, resize_pinv, first_rows, rows_of_patches):
+        table._kept.cache_clear()
+    vit, views = compress(tiny_vit(), strategy).train(), torch.randn(2, 3, 32, 32)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        dry = vit(mode.from_tensor(views))
+        assert isinstance(dry, FakeTensor)
+        assert dry.shape == (2, 32)
+    output = vit(views)
+    assert type(output) is Tensor
+    assert bool(output.isfinite().all())
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
+def test_a_dry_run_after_a_real_one_works_too(strategy: Strategy, tiny_vit: Any) -> None:
+    vit, views = compress(tiny_vit(), strategy).train(), torch.randn(2, 3, 32, 32)
+    vit(views)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert vit(mode.from_tensor(views)).shape == (2, 32)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
+def test_a_model_without_data_trains_without_data(strategy: Strategy, tiny_vit: Any) -> None:
+    with torch.device("meta"):
+        vit = compress(tiny_vit(), strategy).train()
+        output = vit(torch.randn(2, 3, 32, 32))
+    assert output.is_meta
+    assert output.shape == (2, 32)
+
+
+def test_flops_without_data_are_those_of_a_real_step(tiny_vit: Any) -> None:
+    counts = []
+    for device in ("cpu", "meta"):
+        vit = compress(tiny_vit(), Strategy(0.5, 16)).train().to(device)
+        with FlopCounterMode(display=False) as counter:
+            vit(torch.randn(2, 3, 32, 32, device=device)).sum().backward()
+        counts.append(counter.get_flop_counts()["Global"][torch.ops.aten.addmm])
+    assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
+def test_gradients_of_single_samples_are_those_of_their_own_tokens(strategy: Strategy, tiny_vit: Any) -> None:
+    vit, views = compress(tiny_vit(depth=1), strategy).train(), torch.randn(3, 3, 32, 32)
+    parameters = dict(vit.named_parameters())
+
+    def loss(parameters: dict[str, Tensor], view: Tensor) -> Tensor:
+        return functional_call(vit, parameters, (view[None],)).square().sum()
+
+    found = vmap(grad(loss), in_dims=(None, 0), randomness="different")(parameters, views.expand(3, -1, -1, -1))
+    weight = found["patch_embed.proj.weight"]
+    assert weight.shape == (3, 32, 3, 8, 8)
+    assert bool((weight.flatten(1).norm(dim=1) > 0).all())
+    same = vmap(grad(loss), in_dims=(None, 0), randomness="different")(parameters, views[:1].expand(3, -1, -1, -1))
+    first, second, _ = same["patch_embed.proj.weight"]
+    assert torch.equal(first, second) is (strategy.token_dropout == 0)
+    if strategy.token_dropout == 0:
+        vit(views[:1]).square().sum().backward()
+        torch.testing.assert_close(first, vit.patch_embed.proj.weight.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_tables_made_under_a_function_transform_do_not_stay(tiny_vit: Any) -> None:
+    resize_pinv._kept.cache_clear()
+    vit, views = compress(tiny_vit(depth=1), patch_size=16).train(), torch.randn(2, 3, 32, 32)
+    parameters = dict(vit.named_parameters())
+    grad(lambda values: functional_call(vit, values, (views,)).sum())(parameters)
+    vit(views).sum().backward()
+    assert resize_pinv.cache_info().currsize == 1
+
+
+def _torchvisions(vit: nn.Module) -> Any:
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    return create_feature_extractor(vit, ["blocks.1"])
+
+
+def _timms(vit: nn.Module) -> Any:
+    from timm.models import FeatureGraphNet
+
+    return FeatureGraphNet(vit, (0,))
+
+
+def _scripted(vit: nn.Module) -> Any:
+    return torch.jit.script(vit)
+
+
+@pytest.mark.parametrize("look", [_torchvisions, _timms, _scripted])
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
+def test_tracing_and_scripting_say_restore_first_and_work_after_it(
+    look: Any, strategy: Strategy, tiny_vit: Any
+) -> None:
+    vit = compress(tiny_vit(), strategy).eval()
+    with pytest.raises(RuntimeError, match=r"restore\(model\) first"):
+        look(vit)
+    restore(vit)
+    if look is not _scripted:  # timm's own ViT cannot be scripted in every version
+        look(vit)
+
+
+def test_an_evaluating_model_is_traced_exported_and_quantized_as_the_plain_one(tiny_vit: Any) -> None:
+    plain, views = tiny_vit().eval(), torch.randn(2, 3, 32, 32)
+    vit = compress(copy.deepcopy(plain), Strategy(0.5, 16))
+    assert torch.equal(torch.jit.trace(vit, views)(views), plain(views))
+    exported = torch.export.export(vit, (views,)).module()
+    torch.testing.assert_close(exported(views), plain(views), rtol=1e-5, atol=1e-5)
+    quantized = torch.ao.quantization.quantize_dynamic(vit, {nn.Linear})
+    expected = torch.ao.quantization.quantize_dynamic(plain, {nn.Linear})
+    assert torch.equal(quantized(views), expected(views))

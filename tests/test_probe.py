@@ -1,0 +1,321 @@
+"""What is proven when a model is compressed: that the tokens which are kept are the plain model's own."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+
+from seqcompress import Strategy, compress, is_compressed, num_tokens, restore
+
+SMALL: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 0}
+
+
+class NormBeforePositions(VisionTransformer):
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        return super()._pos_embed(F.layer_norm(x, x.shape[-1:]))
+
+
+class ScaleBeforePositions(VisionTransformer):
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        return super()._pos_embed(2 * x)
+
+
+class NeighboursMixed(VisionTransformer):
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        return super()._pos_embed(x + x.roll(1, dims=1))
+
+
+class MaskTokenPutIn(VisionTransformer):
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        return super()._pos_embed(torch.cat((torch.full_like(x[:, :1], 0.5), x[:, 1:]), dim=1))
+
+
+class BatchSizeOfTheImages(VisionTransformer):
+    """As in MAE's code and its many copies."""
+
+    def forward_features(self, x: Tensor, **kwargs: Any) -> Tensor:
+        batch = x.shape[0]
+        x = self.patch_embed(x)
+        x = torch.cat((self.cls_token.expand(batch, -1, -1), x), dim=1) + self.pos_embed
+        return self.norm(self.blocks(x))
+
+
+@pytest.mark.parametrize("kind", [NormBeforePositions, ScaleBeforePositions, NeighboursMixed, MaskTokenPutIn])
+@pytest.mark.parametrize("strategy", [Strategy(0.5), Strategy(0.0, 16)], ids=str)
+def test_a_model_that_changes_patches_before_their_positions_is_refused(kind: Any, strategy: Strategy) -> None:
+    vit = kind(**SMALL)
+    with pytest.raises(
+        TypeError, match=rf"a {kind.__name__} whose tokens would not be those of the plain model: .*differ"
+    ):
+        compress(vit, strategy)
+    assert not is_compressed(vit)
+
+
+@pytest.mark.parametrize("already", [False, True])
+def test_a_refused_teacher_leaves_the_student_as_it_was(already: bool, tiny_vit: Any) -> None:
+    student = tiny_vit()
+    if already:
+        compress(student, token_dropout=0.25)
+    with pytest.raises(TypeError, match="teacher must be a supported ViT, got a ScaleBeforePositions"):
+        compress(student, token_dropout=0.5, teacher=ScaleBeforePositions(**SMALL))
+    assert is_compressed(student) is already
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (7, 7)], ids=["grid by patch size", "grid by stride"])
+def test_overlapping_patches_are_refused(grid: tuple[int, int]) -> None:
+    vit = VisionTransformer(**SMALL)
+    vit.patch_embed.proj = nn.Conv2d(3, 32, 8, stride=4)
+    vit.patch_embed.grid_size, vit.pos_embed = grid, nn.Parameter(torch.randn(1, 50, 32))
+    assert vit(torch.randn(2, 3, 32, 32)).shape == (2, 32)
+    with pytest.raises(TypeError, match="overlap"):
+        compress(vit, token_dropout=0.5)
+
+
+@pytest.mark.parametrize("strategy", [Strategy(0.5), Strategy(0.5, 16), Strategy(0.0, 4)], ids=str)
+def test_a_model_that_takes_the_batch_size_from_its_images_trains_on_its_own_tokens(
+    strategy: Strategy, first_tokens: Any, patches_among: Any
+) -> None:
+    vit, views = BatchSizeOfTheImages(**SMALL).train(), torch.randn(5, 3, 32, 32)
+    native = copy.deepcopy(vit)
+    native.set_input_size(patch_size=strategy.patch_size or 8)
+    every = first_tokens(native, views)
+    for batch in (views, views[:2], views[:1]):
+        tokens = first_tokens(compress(vit, strategy), batch)
+        assert tokens.shape[1] == num_tokens(vit, strategy, 32)
+        assert torch.equal(tokens[:, :1], every[: len(batch), :1])
+        patches_among(tokens[:, 1:], every[: len(batch), 1:])
+    vit(views).square().sum().backward()
+    assert float(vit.pos_embed.grad.abs().sum()) > 0
+    assert float(vit.cls_token.grad.abs().sum()) > 0
+
+
+def test_the_proof_leaves_no_trace(tiny_vit: Any) -> None:
+    vit, seen = tiny_vit(drop_rate=0.1).train(), []
+    vit.blocks[1].eval()
+    for module in (vit, vit.patch_embed, vit.patch_embed.proj, vit.pos_drop, vit.blocks[0]):
+        module.register_forward_hook(lambda *_: seen.append(1))
+        module.register_forward_pre_hook(lambda *_: seen.append(1))
+    modes = [module.training for module in vit.modules()]
+    state = torch.get_rng_state()
+    compress(vit, token_dropout=0.5)
+    assert seen == []
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in vit.modules()] == modes
+    assert all(parameter.grad is None for parameter in vit.parameters())
+    assert not vit.patch_embed.tally
+
+
+# Views that patches do not divide
+
+
+@pytest.mark.parametrize(
+    ("view", "patch", "settings", "tokens"),
+    [
+        ((250, 250), 16, {"img_size": 250}, 226),
+        ((30, 30), 4, {"img_size": 30}, 50),
+        ((128, 998), 16, {"img_size": (128, 998)}, 1 + 8 * 62),
+    ],
+)
+def test_the_base_strategy_is_the_plain_model_where_patches_do_not_divide_the_view(
+    view: tuple[int, int], patch: int, settings: dict[str, Any], tokens: int, first_tokens: Any, gradients: Any
+) -> None:
+    plain = VisionTransformer(**{**SMALL, "depth": 1, "patch_size": patch, **settings}).train()
+    vit, views = copy.deepcopy(plain), torch.randn(2, 3, *view)
+    compress(vit, Strategy())
+    assert first_tokens(vit, views).shape[1] == num_tokens(vit, Strategy(), view) == tokens
+    plain(views).sum().backward()
+    vit(views).sum().backward()
+    for name, gradient in gradients(plain).items():
+        assert torch.equal(gradients(vit)[name], gradient), name
+
+
+@pytest.mark.parametrize("dropout", [0.25, 0.9])
+def test_tokens_that_are_kept_of_such_a_view_are_the_plain_models(
+    dropout: float, first_tokens: Any, patches_among: Any
+) -> None:
+    vit, views = VisionTransformer(**{**SMALL, "img_size": 30, "patch_size": 4}).train(), torch.randn(3, 3, 30, 30)
+    every = first_tokens(vit, views)
+    tokens = first_tokens(compress(vit, token_dropout=dropout), views)
+    assert tokens.shape[1] == 1 + round((1 - dropout) * 49)
+    patches_among(tokens[:, 1:], every[:, 1:])
+
+
+# Projections that are more than a convolution
+
+
+class OwnConvolution(nn.Conv2d):
+    def forward(self, views: Tensor) -> Tensor:
+        return 3 * super().forward(views)
+
+
+def _own_convolution(vit: Any) -> None:
+    proj = OwnConvolution(3, 32, 8, stride=8)
+    vit.patch_embed.proj = proj
+
+
+def _spectral_norm(vit: Any) -> None:
+    parametrizations.spectral_norm(vit.patch_embed.proj)
+
+
+def _weight_norm(vit: Any) -> None:
+    parametrizations.weight_norm(vit.patch_embed.proj)
+
+
+def _pruned(vit: Any) -> None:
+    prune.l1_unstructured(vit.patch_embed.proj, "weight", amount=0.5)
+
+
+def _lora(vit: Any) -> None:
+    peft = pytest.importorskip("peft")
+    peft.get_peft_model(vit, peft.LoraConfig(target_modules=["patch_embed.proj"], r=2, init_lora_weights=False))
+
+
+def _hooked_projection(vit: Any) -> None:
+    vit.patch_embed.proj.register_forward_hook(lambda module, args, output: output + 1)
+
+
+def _hooked_embedding(vit: Any) -> None:
+    vit.patch_embed.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def _own_forward(vit: Any) -> None:
+    embed = vit.patch_embed
+    inner = getattr(embed, "embed", embed)
+    inner.forward = lambda views: 2 * type(inner).forward(inner, views)
+
+
+CHANGES = [
+    _own_convolution,
+    _spectral_norm,
+    _weight_norm,
+    _pruned,
+    _lora,
+    _hooked_projection,
+    _hooked_embedding,
+    _own_forward,
+]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_projection_that_is_more_than_a_convolution_gives_the_tokens_of_the_plain_model(
+    change: Any, when: str, tiny_vit: Any, first_tokens: Any, patches_among: Any
+) -> None:
+    vit, views = tiny_vit().train(), torch.randn(4, 3, 32, 32)
+    for step in (change, lambda vit: compress(vit, token_dropout=0.5))[:: 1 if when == "before" else -1]:
+        step(vit)
+    tokens = first_tokens(vit, views)
+    before = {name: parameter.grad for name, parameter in vit.named_parameters()}
+    assert set(before.values()) == {None}
+    tokens.square().sum().backward()
+    trained = {name for name, parameter in vit.patch_embed.named_parameters() if parameter.grad is not None}
+    vit.zero_grad()
+    vit.eval() if change is _spectral_norm else restore(vit)  # its power iteration goes on with every forward
+    every = first_tokens(vit, views)
+    every.square().sum().backward()
+    assert trained == {name for name, parameter in vit.patch_embed.named_parameters() if parameter.grad is not None}
+    if change is not _spectral_norm:
+        assert tokens.shape[1] == 9
+        patches_among(tokens[:, 1:], every[:, 1:])
+
+
+def test_a_hook_that_detaches_patches_detaches_those_that_are_kept(tiny_vit: Any) -> None:
+    vit = compress(tiny_vit(), token_dropout=0.5).train()
+    vit.patch_embed.register_forward_hook(lambda module, args, output: output.detach())
+    vit(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert vit.patch_embed.proj.weight.grad is None
+    assert vit.cls_token.grad is not None
+
+
+def test_patches_of_an_adapted_projection_can_be_scaled(tiny_vit: Any, first_tokens: Any) -> None:
+    vit = tiny_vit().train()
+    _lora(vit)
+    pixels = torch.randn(2, 3, 32, 32)
+    patches = F.unfold(pixels, 8, stride=8).transpose(1, 2).reshape(-1, 3, 8, 8)
+    large = F.interpolate(patches, scale_factor=2, mode="bicubic", antialias=True)  # each patch by itself
+    upsampled = F.fold(large.reshape(2, 16, -1).transpose(1, 2), 64, 16, stride=16)
+    expected = first_tokens(vit, pixels)
+    with pytest.warns(UserWarning, match="64 x 64 px"):
+        tokens = first_tokens(compress(vit, patch_size=16), upsampled)  # PI-resize undoes the upsampling
+    torch.testing.assert_close(tokens, expected, rtol=1e-3, atol=1e-3)
+
+
+# Masks and passes without gradients
+
+
+def test_an_attention_mask_for_all_tokens_is_answered_with_what_is_wrong(tiny_vit: Any) -> None:
+    vit, views, mask = compress(tiny_vit(), token_dropout=0.5).train(), torch.randn(2, 3, 32, 32), torch.zeros(17, 17)
+    with pytest.raises(ValueError, match="attn_mask must be None while a compressed encoder trains"):
+        vit.forward_features(views, attn_mask=mask)
+    assert vit.eval().forward_features(views, attn_mask=mask).shape == (2, 17, 32)
+    assert compress(vit, Strategy()).train().forward_features(views, attn_mask=mask).shape == (2, 17, 32)
+
+
+def test_a_pass_without_gradients_of_what_is_trained_is_told_once(tiny_vit: Any) -> None:
+    vit, views = compress(tiny_vit(), token_dropout=0.5).train(), torch.randn(2, 3, 32, 32)
+    with torch.no_grad(), warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            vit(views)
+    assert len(told) == 1
+    assert "without gradients, and so uncompressed" in str(told[0].message)
+    assert 'when="train"' in str(told[0].message)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_teacher_a_frozen_encoder_and_a_base_strategy_are_not_told_of_passes_without_gradients(tiny_vit: Any) -> None:
+    student, teacher, frozen, base = (tiny_vit().train() for _ in range(4))
+    compress(student, Strategy(0.5, 16), teacher=teacher.requires_grad_(False))
+    compress(frozen.requires_grad_(False), token_dropout=0.5)
+    compress(base, Strategy())
+    with torch.no_grad():
+        for vit in (teacher, frozen, base):
+            vit(torch.randn(2, 3, 32, 32))
+    student(torch.randn(2, 3, 32, 32)).sum().backward()
+
+
+def test_views_that_the_plain_model_refuses_are_told_once(tiny_vit: Any) -> None:
+    vit = compress(tiny_vit(), token_dropout=0.5).train()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for side in (64, 64, 32):
+            vit(torch.randn(2, 3, side, side))
+    assert len(told) == 1
+    assert "views of 64 x 64 px, with interpolated positions" in str(told[0].message)
+    assert "takes 32 x 32 px only" in str(told[0].message)
+
+
+# Nothing left behind
+
+
+def test_restore_takes_its_hooks_out_of_blocks_that_have_been_wrapped_since(tiny_vit: Any) -> None:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+
+    vit, views = compress(tiny_vit(), token_dropout=0.5).train(), torch.randn(2, 3, 32, 32)
+    first = type(vit.blocks[0])
+    apply_activation_checkpointing(vit, check_fn=lambda module: isinstance(module, first))
+    assert type(vit.blocks[0]) is not first
+    vit(views).sum().backward()
+    restore(vit)
+    assert [name for name, module in vit.named_modules() if module._forward_pre_hooks] == []
+    assert [name for name, module in vit.named_modules() if module._forward_pre_hooks_with_kwargs] == []
+
+
+class EmbeddingWithScratch(type(VisionTransformer(**SMALL).patch_embed)):  # type: ignore[misc]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_buffer("scratch", torch.zeros(3), persistent=False)
+
+
+def test_a_buffer_that_is_not_kept_adds_no_key_to_the_state() -> None:
+    vit = VisionTransformer(**SMALL, embed_layer=EmbeddingWithScratch)
+    before = list(vit.state_dict())
+    assert list(compress(vit, token_dropout=0.5).state_dict()) == before
