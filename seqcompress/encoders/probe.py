@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from seqcompress.compressors import CompressedPatchEmbed
 from seqcompress.compressors.tables import is_fake
 
-__all__ = ["Difference", "JoinHook", "difference", "tokens_at"]
+__all__ = ["JoinHook", "difference", "tokens_at"]
 
 _VIEWS = 3  # not as many as the blank views that stand in for them
-Difference = str
 
 
 class JoinHook:
@@ -53,7 +52,7 @@ def tokens_at(encoder: Any, places: tuple[nn.Module, ...], views: Tensor) -> Ten
     raise RuntimeError(f"{type(encoder).__name__} has not reached its first block")
 
 
-def difference(family: Any, encoder: Any, embed: CompressedPatchEmbed) -> Difference | None:
+def difference(family: Any, encoder: Any, embed: CompressedPatchEmbed) -> str | None:
     """In what the tokens of a compressed forward differ from the plain model's, or None if in nothing.
 
     Both see the same random views of the model's own size; the compressed one leaves out one patch of each and has
@@ -90,11 +89,11 @@ def difference(family: Any, encoder: Any, embed: CompressedPatchEmbed) -> Differ
     expected = torch.cat((expected[:, :prefix], expected[:, prefix:].gather(1, index)), dim=1).float()
     if tokens.shape != expected.shape:
         return f"tokens of shape {tuple(expected.shape)} should reach the first block, {tuple(tokens.shape)} do"
-    error = float((tokens.float() - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
-    if error <= (1e-4 if parameter.dtype in (torch.float32, torch.float64) else 5e-2):
+    largest = float((tokens.float() - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
+    if largest <= (1e-4 if parameter.dtype in (torch.float32, torch.float64) else 5e-2):
         return None
     return (
-        f"the tokens that are kept differ from its own by up to {error:.2g} of the largest: it does something to "
+        f"the tokens that are kept differ from its own by up to {largest:.2g} of the largest: it does something to "
         "patches between its patch embedding and its first block, beside adding positions"
     )
 
