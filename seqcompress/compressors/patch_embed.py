@@ -75,6 +75,7 @@ class Forward(NamedTuple):
 class _Selection(NamedTuple):
     """What one compressed forward does with its views."""
 
+    view: Size
     grid: Size
     patch: Size
     area: Size  # height and width of the part of the view that is cut into patches, from its upper left corner
@@ -90,7 +91,8 @@ class _Pending(NamedTuple):
     tokens: Tensor  # (B, K, D)
     grid: Size
     kept: Tensor | None
-    blanks: int  # views that the model makes positions for meanwhile
+    own_grid: Size  # for which the model makes positions meanwhile,
+    blanks: int  # and for how many views
 
 
 class CompressedPatchEmbed(nn.Module):
@@ -205,6 +207,57 @@ class CompressedPatchEmbed(nn.Module):
         strategy = self.compression.strategy
         return strategy if self.drops_tokens else strategy.without_dropout()
 
+    # What a patch embedding of another kind knows otherwise:
+
+    @property
+    def own_patch(self) -> Size:
+        """Height and width of the model's own patches, in pixels."""
+        return patch_size(self.embed)
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Class, distillation and register tokens."""
+        return int(self.encoder.num_prefix_tokens)
+
+    @property
+    def projection(self) -> nn.Module | None:
+        """What maps each patch on its own, so that patches can be chosen and scaled; None where nothing does."""
+        return self.embed.proj if embeds_patches(self.embed) else None
+
+    @property
+    def only_size(self) -> Size | None:
+        """Height and width of the only views that the plain model takes, or None if it takes more."""
+        return self.embed.img_size if getattr(self.embed, "strict_img_size", False) else None
+
+    def plain_grid(self, view: Size) -> Size | None:
+        """Patches along each side of a view in the plain model; None if it refuses such a view."""
+        return plain_grid(self.embed, view)
+
+    def blank_grid(self, view: Size) -> Size:
+        """For which grid the model makes positions, if it is given blank views instead of these."""
+        height, width = self.embed.grid_size
+        return height, width
+
+    def normed(self, tokens: Tensor) -> Tensor:
+        """What the embedding does to tokens (B, K, D) after projecting them."""
+        return self.embed.norm(tokens)
+
+    def blank(self, tokens: Tensor, blanks: int, grid: Size) -> Tensor:
+        """The embedding of blank views, all zero, in the format the model expects."""
+        height, width = grid
+        if getattr(self.embed, "flatten", True):
+            return tokens.new_zeros(blanks, height * width, tokens.shape[-1])  # (b, N, D)
+        return nchw_to(tokens.new_zeros(blanks, tokens.shape[-1], height, width), self.embed.output_fmt)
+
+    def grid(self, view: Size, patch: Size) -> Size:
+        """Patches along each side of a view: the plain model's under its own patch size, where it takes the view.
+
+        Raises:
+            ValueError: the patch is larger than a side of the view.
+        """
+        own = self.plain_grid(view) if patch == self.own_patch else None
+        return grid_size(view, patch) if own is None else own
+
     def partners(self) -> list[CompressedPatchEmbed]:
         """All embeddings that share this one's compression, itself included."""
         return [other for other in _live if other.compression is self.compression]
@@ -294,8 +347,9 @@ class CompressedPatchEmbed(nn.Module):
         # parameter does, about which it warns else. Never as many as the batch has: masks for a batch must not fit.
         few = 2 if len(tokens) > 2 and distributed.is_available() and distributed.is_initialized() else 1
         blanks = len(tokens) if self.blank_per_view else few
-        self._pending = _Pending(tokens, selection.grid, selection.kept, blanks)
-        return self._blank(tokens, blanks)
+        own_grid = self.blank_grid(selection.view)
+        self._pending = _Pending(tokens, selection.grid, selection.kept, own_grid, blanks)
+        return self.blank(tokens, blanks, own_grid)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _join_in_training(self, blank: Tensor) -> Tensor:
@@ -305,11 +359,11 @@ class CompressedPatchEmbed(nn.Module):
             if joined is not None and blank.shape[1] != joined:
                 raise RuntimeError(_changed(blank, f"the {joined} tokens that were kept"))
             return blank
-        prefix, grid = self.encoder.num_prefix_tokens, self.embed.grid_size
+        prefix, grid = self.num_prefix_tokens, pending.own_grid
         if blank.shape[0] != pending.blanks or blank.shape[1] != prefix + grid[0] * grid[1]:
             raise RuntimeError(_changed(blank, f"{prefix} prefix tokens and {grid[0] * grid[1]} positions"))
         before, positions = blank.split((prefix, grid[0] * grid[1]), dim=1)
-        positions = resample_positions(positions[:1], (grid[0], grid[1]), pending.grid)
+        positions = resample_positions(positions[:1], grid, pending.grid)
         if pending.kept is not None:
             positions = F.embedding(pending.kept, positions[0])  # (B, K, D)
         tokens = pending.tokens + positions
@@ -339,20 +393,20 @@ class CompressedPatchEmbed(nn.Module):
         if not compressing:
             self._warn_of_a_pass_without_gradients()
         strategy = self.strategy if compressing else Strategy()
-        base, view = patch_size(self.embed), (views.shape[2], views.shape[3])
+        base, view = self.own_patch, (views.shape[2], views.shape[3])
         full = view if self.compression.views is None else self.compression.views.full_size(view)
         patch = base if strategy.patch_size is None else (strategy.patch_size, strategy.patch_size)
-        grid = grid_of_view(self.embed, full, patch)
+        grid = self.grid(full, patch)
         if full != view:  # made smaller: the same grid, whose patches have fewer pixels here
             patch = (max(base[0], round(view[0] / grid[0])), max(base[1], round(view[1] / grid[1])))
         patches = grid[0] * grid[1]
         kept = num_kept(patches, strategy.token_dropout)
-        prefix: int = self.encoder.num_prefix_tokens
+        prefix = self.num_prefix_tokens
         if not in_backward():
             self.tally[Forward(tuple(views.shape), prefix + kept, graph)] += 1
         # Views that the plain model refuses: compressed or not, training takes them, so that a schedule that ends
         # at the base strategy does not end in an error.
-        plain = plain_grid(self.embed, view)
+        plain = self.plain_grid(view)
         if patch == base and kept == patches and full == view and (plain is not None or not compressing):
             return None
         if plain is None and full == view:
@@ -367,8 +421,8 @@ class CompressedPatchEmbed(nn.Module):
         return self._selection_of(views, grid, patch, subset, view if not is_own else None)
 
     def _trial_selection(self, views: Tensor) -> _Selection:
-        base, view = patch_size(self.embed), (views.shape[2], views.shape[3])
-        return self._selection_of(views, grid_of_view(self.embed, view, base), base, self.trial, None)
+        base, view = self.own_patch, (views.shape[2], views.shape[3])
+        return self._selection_of(views, self.grid(view, base), base, self.trial, None)
 
     def _selection_of(
         self, views: Tensor, grid: Size, patch: Size, kept: Tensor | None, area: Size | None
@@ -377,10 +431,10 @@ class CompressedPatchEmbed(nn.Module):
         patch_rows = None if kept is None else rows_of_patches(views.shape[1], grid, patch, views.device)
         rows, columns = (
             None if side == base_side else resize_pinv(base_side, side, views.dtype, views.device)
-            for side, base_side in zip(patch, patch_size(self.embed), strict=True)
+            for side, base_side in zip(patch, self.own_patch, strict=True)
         )
         area = area or (grid[0] * patch[0], grid[1] * patch[1])
-        return _Selection(grid, patch, area, kept, patch_rows, rows, columns)
+        return _Selection((views.shape[2], views.shape[3]), grid, patch, area, kept, patch_rows, rows, columns)
 
     def _warn_of_a_pass_without_gradients(self) -> None:
         if not self.drops_tokens or self.strategy == Strategy() or in_backward():
@@ -393,7 +447,7 @@ class CompressedPatchEmbed(nn.Module):
             )
 
     def _warn_of_another_size(self, view: Size) -> None:
-        size = self.embed.img_size if getattr(self.embed, "strict_img_size", False) else None
+        size = self.only_size
         takes = "sizes that its patches divide" if size is None else f"{size[0]} x {size[1]} px"
         self._warn(
             "other size",
@@ -407,28 +461,28 @@ class CompressedPatchEmbed(nn.Module):
             warnings.warn(f"seqcompress: {message}", stacklevel=2)
 
     def _embed_patches(self, views: Tensor, selection: _Selection) -> Tensor:
-        if not embeds_patches(self.embed):
+        proj = self.projection
+        if proj is None:
             return self._embed_then_drop(views, selection)
-        grid, patch, area, kept, patch_rows, rows, columns = selection
+        _, grid, patch, area, kept, patch_rows, rows, columns = selection
         if area != views.shape[2:]:
             views = views[..., : area[0], : area[1]]
         views = fit_to_grid(views, grid, patch)
         if kept is None or patch_rows is None:
             views = resample_views(views, grid, rows, columns)
-            tokens = self.embed.proj(views).flatten(2).transpose(1, 2)  # (B, N, D)
-            return self.embed.norm(tokens)
+            return self.normed(proj(views).flatten(2).transpose(1, 2))  # (B, N, D)
         pixels = gather_patches(views, kept, patch_rows, patch)  # (B, K, C, h, w)
         resampled = rows is not None or columns is not None
         if resampled:
             pixels = resample_patches(pixels, rows, columns)  # (B, K, C, w0, h0)
-        proj = self.embed.proj
         if is_plain_projection(proj):
-            kernel = proj.weight.transpose(2, 3) if resampled else proj.weight  # (D, C, w0, h0) or (D, C, h0, w0)
-            tokens = F.linear(pixels.flatten(2), kernel.flatten(1), proj.bias)  # (B, K, D)
+            weight = cast(Tensor, proj.weight)
+            kernel = weight.transpose(2, 3) if resampled else weight  # (D, C, w0, h0) or (D, C, h0, w0)
+            tokens = F.linear(pixels.flatten(2), kernel.flatten(1), cast(Any, proj).bias)  # (B, K, D)
         else:  # somebody's own, or one with hooks: it is called, not replaced
             pixels = pixels.transpose(-1, -2) if resampled else pixels
             tokens = proj(pixels.flatten(0, 1)).flatten(1).unflatten(0, kept.shape)  # (B, K, D)
-        return self.embed.norm(tokens)
+        return self.normed(tokens)
 
     def _embed_then_drop(self, views: Tensor, selection: _Selection) -> Tensor:
         """For embeddings that are more than one projection, such as a convolutional stem."""
@@ -443,13 +497,6 @@ class CompressedPatchEmbed(nn.Module):
         if selection.kept is None:
             return tokens
         return tokens.gather(1, selection.kept.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
-
-    def _blank(self, tokens: Tensor, blanks: int) -> Tensor:
-        """The embedding of views of the model's own size, all zero, in the format the model expects."""
-        height, width = self.embed.grid_size
-        if getattr(self.embed, "flatten", True):
-            return tokens.new_zeros(blanks, height * width, tokens.shape[-1])  # (b, N, D)
-        return nchw_to(tokens.new_zeros(blanks, tokens.shape[-1], height, width), self.embed.output_fmt)
 
 
 _live: WeakSet[CompressedPatchEmbed] = WeakSet()

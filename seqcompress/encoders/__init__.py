@@ -66,7 +66,8 @@ def _find(model: nn.Module) -> tuple[Family, Encoder] | None:
         inner = unwrap(model)
         if inner is not None:
             return _find(inner)
-    return next(((family, model) for family in _families if family.matches(model)), None)
+    special_first = sorted(_families, key=lambda family: family.general)
+    return next(((family, model) for family in special_first if family.matches(model)), None)
 
 
 def _described(model: object) -> str:

@@ -19,10 +19,12 @@ Encoder: TypeAlias = Any
 class Family(ABC):
     """One kind of ViT: how to recognise it, and where the compressors take their place in it.
 
-    ``supports`` is its entry in the list that an unsupported model is answered with.
+    ``supports`` is its entry in the list that an unsupported model is answered with. A ``general`` family knows models
+    by what they do: it is asked last, and what comes behind the first block is proven too.
     """
 
     supports: ClassVar[str]
+    general: ClassVar[bool] = False
 
     @abstractmethod
     def matches(self, model: nn.Module) -> bool:
@@ -52,6 +54,10 @@ class Family(ABC):
     def first_tokens(self, encoder: Encoder, views: Tensor) -> Tensor:
         """What reaches the first block of views (B, C, H, W): tokens (B, P + N, D), prefix tokens first."""
 
+    def last_tokens(self, encoder: Encoder, views: Tensor) -> Tensor:
+        """What leaves the last block of views (B, C, H, W): tokens (B, P + N, D). For general families only."""
+        raise NotImplementedError
+
     @abstractmethod
     def patch_size(self, encoder: Encoder) -> tuple[int, int]:
         """Height and width of the encoder's own patches, in pixels."""
@@ -59,6 +65,14 @@ class Family(ABC):
     @abstractmethod
     def channels(self, encoder: Encoder) -> int:
         """Channels of a view."""
+
+    @abstractmethod
+    def width(self, encoder: Encoder) -> int:
+        """Numbers in a token, D."""
+
+    @abstractmethod
+    def projection_size(self, encoder: Encoder) -> int:
+        """Weights of the projection that a patch is embedded by."""
 
     @abstractmethod
     def image_size(self, encoder: Encoder) -> tuple[int, int]:

@@ -120,6 +120,12 @@ class TimmVisionTransformer(Family):
         embed = _plain_embed(encoder)
         return next(module.in_channels for module in embed.modules() if isinstance(module, nn.Conv2d))
 
+    def width(self, encoder: Encoder) -> int:
+        return int(encoder.embed_dim)
+
+    def projection_size(self, encoder: Encoder) -> int:
+        return int(encoder.patch_embed.proj.weight.numel())
+
     def image_size(self, encoder: Encoder) -> tuple[int, int]:
         height, width = encoder.patch_embed.img_size
         return int(height), int(width)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from seqcompress.encoders import register_wrapper
+from seqcompress.encoders import is_encoder, register_wrapper
 
 
 @register_wrapper("DistributedDataParallel")
@@ -31,3 +31,12 @@ def lightly_masked(model: nn.Module) -> nn.Module | None:
         return None
     vit: Any = model.vit
     return vit
+
+
+@register_wrapper("a Hugging Face model with one in it")
+def hugging_face(model: nn.Module) -> nn.Module | None:
+    """``ViTForImageClassification`` and its like, known by their package."""
+    if type(model).__module__.partition(".")[0] != "transformers":
+        return None
+    inside = [child for child in model.children() if is_encoder(child)]
+    return inside[0] if len(inside) == 1 else None

@@ -75,7 +75,7 @@ def encoder_flops(family: Family, encoder: Encoder, tokens: int) -> int:
     Left out: resampling for patch scaling, below 1 % of the rest, and a convolutional stem before the embedding.
     """
     patches = tokens - family.num_prefix_tokens(encoder)
-    return 2 * patches * encoder.patch_embed.proj.weight.numel() + _flops_after_embedding(family, encoder, tokens)
+    return 2 * patches * family.projection_size(encoder) + _flops_after_embedding(family, encoder, tokens)
 
 
 class Flops:
@@ -119,7 +119,7 @@ def _flops_after_embedding(family: Family, encoder: Encoder, tokens: int) -> int
     module = AfterEmbedding()
     weights = {name: value.detach().to("meta") for name, value in [*module.named_parameters(), *module.named_buffers()]}
     dtype = next(encoder.parameters()).dtype
-    blank = torch.empty(1, tokens, encoder.embed_dim, device="meta", dtype=dtype)
+    blank = torch.empty(1, tokens, family.width(encoder), device="meta", dtype=dtype)
     counter = FlopCounterMode(display=False)
     plain_attention = sdpa_kernel(SDPBackend.MATH)  # fused kernels count for nothing without data, in older torch
     with torch.no_grad(), torch.random.fork_rng(devices=[]), _without_hooks(encoder), plain_attention, counter:
