@@ -384,6 +384,30 @@ def test_hugging_faces_gradient_checkpointing_has_the_gradients_of_a_run_without
 # Refusals
 
 
+def test_crops_in_one_list_are_refused_while_compressed() -> None:
+    class ListsOfCrops(LikeDino):
+        """As DINOv2's class does in training: every block takes the crops of all sizes at once."""
+
+        def forward_list(self, crops: list[Tensor]) -> list[Tensor]:
+            tokens = [self.patch_embed(crop) + self.pos_embed[:, 1:] for crop in crops]
+            for block in self.blocks:
+                tokens = block(tokens)
+            return tokens
+
+    class TakesLists(Block):
+        def forward(self, x: Any) -> Any:
+            return [super(TakesLists, self).forward(each) for each in x] if isinstance(x, list) else super().forward(x)
+
+    model = ListsOfCrops()
+    model.blocks = nn.ModuleList(TakesLists(32) for _ in range(2))
+    crops = [torch.randn(2, 3, 32, 32), torch.randn(4, 3, 32, 32)]
+    compress(model, token_dropout=0.5).train()
+    with pytest.raises(ValueError, match=r"crops must be passed one by one .* got a list of 2"):
+        model.forward_list(crops)
+    assert [len(tokens) for tokens in model.eval().forward_list(crops)] == [2, 4]
+    assert [len(tokens) for tokens in compress(model, Strategy()).train().forward_list(crops)] == [2, 4]
+
+
 class ConvolutionalStem(LikeDino):
     def __init__(self) -> None:
         super().__init__()

@@ -41,7 +41,7 @@ def register_wrapper(name: str) -> Callable[[_Wrapper], _Wrapper]:
 
 def supported() -> str:
     """What can be compressed, as a list for people."""
-    return "; ".join([*(family.supports for family in _families), f"and one inside {' or '.join(_wrappers)}"])
+    return "; ".join([*(family.supports for family in _special_first()), f"and one inside {' or '.join(_wrappers)}"])
 
 
 def is_encoder(model: object) -> bool:
@@ -66,8 +66,11 @@ def _find(model: nn.Module) -> tuple[Family, Encoder] | None:
         inner = unwrap(model)
         if inner is not None:
             return _find(inner)
-    special_first = sorted(_families, key=lambda family: family.general)
-    return next(((family, model) for family in special_first if family.matches(model)), None)
+    return next(((family, model) for family in _special_first() if family.matches(model)), None)
+
+
+def _special_first() -> list[Family]:
+    return sorted(_families, key=lambda family: family.general)
 
 
 def _described(model: object) -> str:

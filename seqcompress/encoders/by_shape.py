@@ -92,6 +92,13 @@ class _Join(JoinHook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         self.embed.check_mask(kwargs.get("attn_mask", kwargs.get("attention_mask")))
+        if args and isinstance(args[0], (list, tuple)):
+            if self.embed.training and self.embed.strategy != Strategy():
+                raise ValueError(
+                    "crops must be passed one by one to a compressed encoder that trains, got a "
+                    f"{type(args[0]).__name__} of {len(args[0])} in one forward"
+                )
+            return args, kwargs
         if args:
             return (self.embed.join(args[0]), *args[1:]), kwargs
         name = next(name for name, value in kwargs.items() if isinstance(value, Tensor))

@@ -23,11 +23,11 @@ def compiled(model: nn.Module) -> nn.Module | None:
     return inner if isinstance(inner, nn.Module) else None
 
 
-@register_wrapper("Lightly's MaskedVisionTransformerTIMM")
+@register_wrapper("Lightly's MaskedVisionTransformerTIMM and MaskedVisionTransformerTorchvision")
 def lightly_masked(model: nn.Module) -> nn.Module | None:
-    """Lightly's ``MaskedVisionTransformerTIMM(vit)``, known by its name: the core imports no framework."""
+    """``MaskedVisionTransformerTIMM(vit)``, known by its name: the core imports no framework."""
     names = {(kind.__module__.partition(".")[0], kind.__name__) for kind in type(model).__mro__}
-    if ("lightly", "MaskedVisionTransformerTIMM") not in names:
+    if names.isdisjoint(("lightly", f"MaskedVisionTransformer{kind}") for kind in ("TIMM", "Torchvision")):
         return None
     vit: Any = model.vit
     return vit
