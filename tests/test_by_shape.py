@@ -361,6 +361,19 @@ def test_masks_are_refused_while_compressed() -> None:
     assert model.eval()(views, bool_masked_pos=mask)[0].shape == (2, 17, 32)
 
 
+def test_masks_of_lightlys_wrapper_are_refused_where_every_view_has_its_blank() -> None:
+    from lightly.models.modules import MaskedVisionTransformerTorchvision
+
+    masked = MaskedVisionTransformerTorchvision(MODELS["torchvision"]())
+    views, index = torch.randn(3, 3, 32, 32), torch.arange(1, 5).expand(3, -1)
+    compress(masked, token_dropout=0.5).train()
+    for name, words in (("idx_mask", "puts others in their place"), ("idx_keep", "adds or takes away tokens")):
+        with pytest.raises(RuntimeError, match=words):
+            masked(views, **{name: index})
+    assert _first_and_last(masked, views)[0].shape == (3, 9, 32)
+    assert masked.eval()(views, idx_mask=index).shape == (3, 32)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_hugging_faces_gradient_checkpointing_has_the_gradients_of_a_run_without(
     reentrant: bool, gradients: Any

@@ -89,10 +89,12 @@ class _Pending(NamedTuple):
     """Embedded patches on their way to where positions are known."""
 
     tokens: Tensor  # (B, K, D)
+    view: Size
     grid: Size
     kept: Tensor | None
     own_grid: Size  # for which the model makes positions meanwhile,
     blanks: int  # and for how many views
+    marked: bool  # whether the second of these is marked, to see that nothing is put in its tokens' place
 
 
 class CompressedPatchEmbed(nn.Module):
@@ -120,6 +122,7 @@ class CompressedPatchEmbed(nn.Module):
     places: tuple[nn.Module, ...]  # where patches may meet their positions: what has our hooks
     trial: Tensor | None  # patches to keep, while a probe runs
     _warned: set[str]
+    _looked_at: set[Size]  # sizes of views
     _selection: _Selection | None
     _pending: _Pending | None
     _joined: int | None
@@ -127,7 +130,7 @@ class CompressedPatchEmbed(nn.Module):
     _shortened: tuple[Size, bool] | None  # grid of the last forward, and whether all of it was kept
 
     _OWN = frozenset({"embed", "encoder", "compression", "drops_tokens", "when", "tally", "training"}) | frozenset(
-        {"blank_per_view", "places", "trial", "_warned"}
+        {"blank_per_view", "places", "trial", "_warned", "_looked_at"}
         | {"_selection", "_pending", "_joined", "_joining", "_shortened"}
     )
 
@@ -158,6 +161,7 @@ class CompressedPatchEmbed(nn.Module):
             trial=None,
             training=embed.training,
             _warned=set(),
+            _looked_at=set(),
             _selection=None,
             _pending=None,
             _joined=None,
@@ -348,8 +352,15 @@ class CompressedPatchEmbed(nn.Module):
         few = 2 if len(tokens) > 2 and distributed.is_available() and distributed.is_initialized() else 1
         blanks = len(tokens) if self.blank_per_view else few
         own_grid = self.blank_grid(selection.view)
-        self._pending = _Pending(tokens, selection.grid, selection.kept, own_grid, blanks)
-        return self.blank(tokens, blanks, own_grid)
+        blank = self.blank(tokens, blanks, own_grid)
+        # Masks for a batch do fit where there is a blank for each view. Looked for once for each size of views, since
+        # looking waits for the device.
+        marked = self.blank_per_view and blanks > 1 and selection.view not in self._looked_at
+        marked = marked and self.trial is None and _has_values(tokens)
+        if marked:
+            blank[1] = 1
+        self._pending = _Pending(tokens, selection.view, selection.grid, selection.kept, own_grid, blanks, marked)
+        return blank
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _join_in_training(self, blank: Tensor) -> Tensor:
@@ -363,6 +374,9 @@ class CompressedPatchEmbed(nn.Module):
         if blank.shape[0] != pending.blanks or blank.shape[1] != prefix + grid[0] * grid[1]:
             raise RuntimeError(_changed(blank, f"{prefix} prefix tokens and {grid[0] * grid[1]} positions"))
         before, positions = blank.split((prefix, grid[0] * grid[1]), dim=1)
+        if pending.marked:
+            self._look_at_mark(positions.detach())
+            self._looked_at.add(pending.view)
         positions = resample_positions(positions[:1], grid, pending.grid)
         if pending.kept is not None:
             positions = F.embedding(pending.kept, positions[0])  # (B, K, D)
@@ -372,6 +386,15 @@ class CompressedPatchEmbed(nn.Module):
             tokens = torch.cat((before, tokens), dim=1)
         self._joined = tokens.shape[1]
         return tokens
+
+    def _look_at_mark(self, positions: Tensor) -> None:
+        """Raise RuntimeError if the second blank view's tokens are not those of the first, plus one."""
+        off = (positions[1].float() - positions[0].float() - 1).abs().max()
+        if off > (1e-3 if positions.dtype in (torch.float32, torch.float64) else 0.2):
+            raise RuntimeError(
+                "something changes tokens of a compressed encoder between its patch embedding and its first block: "
+                "whatever puts others in their place (mask, idx_mask) cannot be combined with compression"
+            )
 
     def check_mask(self, mask: Any) -> None:
         """Refuse an attention mask, which is made for all tokens, where tokens have been joined.
@@ -414,8 +437,7 @@ class CompressedPatchEmbed(nn.Module):
         subset = None
         if kept < patches:
             # Without values, or with a batch that a function transform hides, there is no stream of numbers to follow.
-            own_stream = not (views.device.type == "meta" or is_fake() or in_function_transform())
-            seed = self.compression.stream.next_seed() if own_stream else None
+            seed = self.compression.stream.next_seed() if _has_values(views) else None
             subset = random_subset(len(views), patches, kept, seed=seed, device=views.device)
         is_own = patch == base and full == view and grid == plain
         return self._selection_of(views, grid, patch, subset, view if not is_own else None)
@@ -521,6 +543,10 @@ def _maps_patches(proj: nn.Module, patch: Size) -> bool:
     # Adapters (LoRA) wrap a convolution, and add others of its shape.
     convolutions = [module for module in proj.modules() if isinstance(module, nn.Conv2d)]
     return bool(convolutions) and all(map(is_of_patches, convolutions))
+
+
+def _has_values(tensor: Tensor) -> bool:
+    return not (tensor.device.type == "meta" or is_fake() or in_function_transform())
 
 
 def is_plain_projection(proj: nn.Module) -> bool:
