@@ -142,15 +142,14 @@ def get_strategy(model: nn.Module) -> Strategy:
 
 
 def set_strategy(model: nn.Module, strategy: Strategy) -> None:
-    """Change the strategy, for all encoders that were compressed together, until it is changed again.
+    """Change the strategy, for all encoders that were compressed together.
 
-    This counts as driving a schedule by hand.
+    This counts as driving a schedule by hand. Where something else drives, such as a
+    [SequenceScheduler][seqcompress.SequenceScheduler], it holds until that one's next step.
 
     Raises:
         TypeError: ``strategy`` is not a Strategy.
         ValueError: the model is not compressed, or the strategy does not suit it.
-        RuntimeError: something drives the encoders already, such as a
-            [SequenceScheduler][seqcompress.SequenceScheduler].
     """
     if not isinstance(strategy, Strategy):
         raise TypeError(f"strategy must be a Strategy, got {strategy!r}")

@@ -11,6 +11,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from seqcompress import Budget, Strategy, compress, relative_cost, set_strategy
+from seqcompress.encoders import find_encoder
+from seqcompress.training.cost import encoder_flops
 
 
 def test_forward_and_backward_is_three_units_a_view_and_forward_one(tiny_vit: Any) -> None:
@@ -126,3 +128,33 @@ def test_what_is_no_model_is_named(models: Any) -> None:
     with pytest.raises(TypeError, match="model_or_models") as raised:
         Budget(models)
     assert repr(models) in str(raised.value)
+
+
+def test_a_teacher_in_eval_mode_counts_while_its_student_trains_and_that_it_is_plain_is_said_once(
+    tiny_vit: Any,
+) -> None:
+    student, teacher, views = tiny_vit().train(), tiny_vit().eval(), torch.randn(2, 3, 32, 32)
+    expected = teacher(views)
+    compress(student, Strategy(0.75, 16), teacher=teacher)
+    budget = Budget([student, teacher])
+    with pytest.warns(UserWarning, match="a teacher in eval mode is not compressed") as told, torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(teacher(views), expected)
+    assert len(told) == 1
+    assert budget.units == 4.0
+    student.eval()  # validation, of both
+    student(views)
+    teacher(views)
+    assert budget.units == 4.0
+
+
+def test_what_was_spent_stays_spent_when_the_image_size_changes(tiny_vit: Any) -> None:
+    vit = compress(tiny_vit(dynamic_img_size=True), Strategy()).train()
+    budget = Budget(vit)
+    vit(torch.randn(4, 3, 32, 32))
+    assert budget.units == 12.0
+    vit.set_input_size(64)
+    assert budget.units == 12.0
+    vit(torch.randn(4, 3, 64, 64))
+    larger = encoder_flops(*find_encoder(vit), 65) / encoder_flops(*find_encoder(vit), 17)
+    assert budget.units == pytest.approx(12.0 * (1 + larger))

@@ -67,12 +67,24 @@ def test_a_second_driver_is_refused_with_the_name_of_the_first_and_changes_nothi
     for second in (
         lambda: SequenceScheduler(vit, total_steps=8),
         lambda: SequenceScheduler([other, vit], total_steps=8),
-        lambda: set_strategy(vit, Strategy(0.75)),
     ):
         with pytest.raises(RuntimeError, match=r"driven by a SequenceScheduler already.*\(del\).*anew"):
             second()
     assert (_compression(vit).driver, _compression(other).driver) == (first, None)
     assert (get_strategy(vit), get_strategy(other), first.last_step) == (HALF, Strategy(), 1)
+
+
+def test_a_strategy_set_by_hand_holds_until_the_drivers_next_step_and_that_is_said(tiny_vit: Any) -> None:
+    vit = compress(tiny_vit(), PLAN)
+    scheduler = SequenceScheduler(vit, total_steps=8)
+    with pytest.warns(UserWarning, match="driven by a SequenceScheduler, whose own strategy is back at its next step"):
+        set_strategy(vit, Strategy(0.75))
+    assert (get_strategy(vit), _compression(vit).driver) == (Strategy(0.75), scheduler)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # said once
+        set_strategy(vit, Strategy(0.9))
+    scheduler.step()
+    assert get_strategy(vit) == HALF
 
 
 def test_compressing_anew_and_letting_go_of_a_driver_make_room_for_another(tiny_vit: Any) -> None:

@@ -141,7 +141,8 @@ def test_only_a_strategy_that_suits_the_encoders_can_be_used(strategy: Any, erro
 def test_a_rehearsal_puts_back_a_strategy_set_by_hand(tiny_vit: Any) -> None:
     vit = compress(tiny_vit(), token_dropout=0.5)
     scheduler = SequenceScheduler(vit, total_steps=4)
-    set_strategy(vit, Strategy(0.25))
+    with pytest.warns(UserWarning, match="driven by a SequenceScheduler"):
+        set_strategy(vit, Strategy(0.25))
     rehearse(scheduler, lambda: vit.train()(torch.randn(2, 3, 32, 32)).sum().backward())
     assert get_strategy(vit) == Strategy(0.25)
     with pytest.raises(TypeError, match="scheduler must be a SequenceScheduler"):

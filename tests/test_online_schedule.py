@@ -259,6 +259,7 @@ def test_measuring_leaves_no_trace_in_the_run(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(online, "_CONFIDENCE", 2.0)  # never moves
     observed = _Run().train(_batches(40))
     plain = _Run()
+    del plain.scheduler  # one drives at a time
     plain.scheduler = SequenceScheduler(plain.method, HALF, total_steps=60)
     plain.train(_batches(40), lambda batch: plain.scheduler.step())
     assert len(observed.scheduler.decisions) >= 2
@@ -307,7 +308,8 @@ def test_what_was_found_can_be_saved_and_followed_again(tmp_path: Path) -> None:
     run.scheduler.schedule.to_json(tmp_path / "found.json")
     assert Schedule.from_json(tmp_path / "found.json") == run.scheduler.schedule
     vit = compress(_vit(), tmp_path / "found.json")
-    assert get_strategy(vit) == HALF
+    scheduler = SequenceScheduler(vit, total_steps=60)
+    assert get_strategy(vit) == scheduler.strategy == HALF
 
 
 def test_every_decision_is_logged_with_what_it_rests_on(caplog: pytest.LogCaptureFixture) -> None:
@@ -428,7 +430,7 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(changes: dict[
         run.scheduler.load_state_dict({**before, **changes})
     assert repr(run.scheduler.state_dict()) == repr(before)
     with pytest.raises(ValueError, match="must have the field 'ladder'"):
-        run.scheduler.load_state_dict(SequenceScheduler(run.method, HALF, total_steps=5).state_dict())
+        run.scheduler.load_state_dict(SequenceScheduler(compress(_vit(), HALF), total_steps=5).state_dict())
     with pytest.raises(ValueError, match="state must be an OnlineScheduler's"):
         run.scheduler.load_state_dict([])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,7 @@ class Compression:
         self._by_hand = False
         self._driver: weakref.ref[Any] | None = None
         self._driver_name: str | None = None
+        self._said = False  # that what is set by hand will not stay
 
     @property
     def strategy(self) -> Strategy:
@@ -101,13 +103,15 @@ class Compression:
             self._driver = None
 
     def set_by_hand(self, strategy: Strategy) -> None:
-        """Put a strategy in force, which counts as driving.
-
-        Raises:
-            RuntimeError: a driver is alive; nothing has been changed.
-        """
-        self.check_free(None)
-        self._strategy, self._by_hand = strategy, True
+        """Put a strategy in force. Where nobody drives, this does; else it holds until the driver's next step."""
+        self._strategy, self._by_hand = strategy, self.driver is None
+        if self.driver is not None and not self._said:
+            self._said = True
+            warnings.warn(
+                f"seqcompress: the encoders are driven by {self._driver_name}, whose own strategy is back at its next "
+                "step; to drive them by hand, compress(model, plan) anew",
+                stacklevel=3,
+            )
 
     def notice_missing_driver(self) -> str | None:
         """What a schedule lacks to take effect, in a sentence for people, or None; to be called as training runs."""

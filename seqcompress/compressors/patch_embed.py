@@ -282,7 +282,11 @@ class CompressedPatchEmbed(nn.Module):
         """Embed views (B, C, H, W): all of their patches, or those that are kept, (B, K, D)."""
         if isinstance(views, torch.fx.Proxy):
             raise RuntimeError("a compressed encoder cannot be traced by torch.fx: restore(model) first")
-        return self._forward_in_training(views) if self.training else self.embed.forward(views)
+        if self.training:
+            return self._forward_in_training(views)
+        if not self.drops_tokens and not _is_exporting():
+            self._count_in_eval(views)
+        return self.embed.forward(views)
 
     def __prepare_scriptable__(self) -> None:
         """What ``torch.jit.script`` asks for first.
@@ -305,6 +309,23 @@ class CompressedPatchEmbed(nn.Module):
             RuntimeError: something adds or takes away tokens before the first block: masks or prompts, for instance.
         """
         return self._join_in_training(blank) if self.training and self._joining else blank
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _count_in_eval(self, views: Tensor) -> None:
+        """A teacher may train its student in eval mode: plain, and not for nothing."""
+        if not any(partner.drops_tokens and partner.training for partner in self.partners()):
+            return
+        grid = self.plain_grid((views.shape[2], views.shape[3])) if views.ndim == 4 else None
+        if grid is None:
+            return
+        tokens = self.num_prefix_tokens + math.prod(grid)
+        self.tally[Forward(tuple(views.shape), tokens, False)] += 1
+        if self.strategy != Strategy():
+            self._warn(
+                "teacher in eval mode",
+                "a teacher in eval mode is not compressed: it sees all patches, at their own size, and costs as much; "
+                "call train() on it, as on its student",
+            )
 
     # Random seeds, counters, tensors that wait between two modules: left out of compiled graphs. The blocks, where
     # the time goes, are compiled once for each length, or once for all lengths.
@@ -578,6 +599,11 @@ def _changed(tokens: Tensor, expected: str) -> str:
         f"shape {tuple(tokens.shape)}: whatever adds or takes away tokens there (mask, idx_mask, idx_keep, prompts) "
         "cannot be combined with compression"
     )
+
+
+def _is_exporting() -> bool:
+    is_exporting = getattr(torch.compiler, "is_exporting", None)  # since torch 2.7
+    return torch.compiler.is_compiling() if is_exporting is None else bool(is_exporting())
 
 
 def _builds_graph(views: Tensor, encoder: nn.Module) -> bool:

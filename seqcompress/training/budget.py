@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from seqcompress.compression import compressed_embeds_of
+from seqcompress.compressors.patch_embed import Forward
 from seqcompress.encoders import find_encoder
 from seqcompress.strategy import Strategy
 from seqcompress.training.cost import Flops, num_tokens
@@ -19,10 +20,11 @@ __all__ = ["Budget"]
 class Budget:
     """Counts what was really spent on the encoders, in units.
 
-    One unit is one forward pass of the uncompressed encoder on one view of the size it was built for. A view
-    that passes forward only (a teacher's) costs its relative cost, one that passes forward and backward three
-    times that. Each forward in train mode counts with the tokens it really had; evaluation does not count.
-    Backward passes' re-runs under gradient checkpointing do not count either.
+    One unit is one forward pass of the uncompressed encoder on one view of the size it was built for as the budget is
+    made. A view that passes forward only (a teacher's) costs its relative cost, one that passes forward and backward
+    three times that. Each forward in train mode counts with the tokens it really had, and so does a teacher's in eval
+    mode while its student is in train mode. Evaluation does not count, and neither do the re-runs of gradient
+    checkpointing.
 
     Args:
         model_or_models: compressed encoders, or modules that contain them. To count a plain run, use
@@ -44,6 +46,8 @@ class Budget:
     def __init__(self, model_or_models: nn.Module | Sequence[nn.Module]) -> None:
         self._embeds = compressed_embeds_of(model_or_models)
         self._flops = Flops(embed.encoder for embed in self._embeds)
+        self._units = [self._unit(number) for number in range(len(self._embeds))]
+        self._prices: dict[tuple[int, Forward], float] = {}
         self._earlier = 0.0
         self.reset()
 
@@ -84,8 +88,20 @@ class Budget:
         return f"Budget(units={self.units:.6g})"
 
     def _counted(self) -> float:
-        spent = (self._flops.of(number, embed.tally) / self._unit(number) for number, embed in enumerate(self._embeds))
-        return sum(spent, start=0.0)
+        return sum(
+            (
+                calls * self._price(number, forward)
+                for number, embed in enumerate(self._embeds)
+                for forward, calls in embed.tally.items()
+            ),
+            start=0.0,
+        )
+
+    def _price(self, number: int, forward: Forward) -> float:
+        """Units of one call. What was spent stays spent, whatever becomes of the encoder."""
+        if (number, forward) not in self._prices:
+            self._prices[number, forward] = self._flops.of_call(number, forward) / self._units[number]
+        return self._prices[number, forward]
 
     def _unit(self, number: int) -> int:
         """FLOPs of a unit, in one of the encoders."""

@@ -7,6 +7,8 @@ import operator
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +21,9 @@ from seqcompress.encoders import Family, find_encoder
 from seqcompress.encoders.family import Encoder
 from seqcompress.strategy import Strategy
 
-__all__ = ["Flops", "encoder_flops", "num_tokens", "relative_cost"]
+__all__ = ["FORWARD_AND_BACKWARD", "Flops", "encoder_flops", "num_tokens", "relative_cost"]
+
+FORWARD_AND_BACKWARD = 3  # forward passes that a forward and its backward cost together
 
 
 def num_tokens(model: nn.Module, strategy: Strategy, image_size: int | tuple[int, int]) -> int:
@@ -71,11 +75,19 @@ def relative_cost(model: nn.Module, strategy: Strategy, image_size: int | tuple[
 def encoder_flops(family: Family, encoder: Encoder, tokens: int) -> int:
     """FLOPs of one view's forward with ``tokens`` tokens: embedding, blocks, pooling and head.
 
-    Counted by torch's FLOP counter on a run without data (meta device), so it holds for any kind of block.
-    Left out: resampling for patch scaling, below 1 % of the rest, and a convolutional stem before the embedding.
+    Counted by torch's FLOP counter on runs without data (meta device), so it holds for any kind of block. A few lengths
+    are run, once for each encoder: if what they take grows with the length as matrix products and attention do, that
+    gives all other lengths, else each is run. Left out: resampling for patch scaling, below 1 % of the rest, and a
+    convolutional stem before the embedding.
     """
+    size = sum(parameter.numel() for parameter in encoder.parameters())
+    known = _known.get(encoder)
+    if known is None or known.size != size:  # somebody may have replaced its head, or its blocks
+        known = _known[encoder] = _FlopsByTokens(size)
+    if tokens not in known.counted:
+        known.counted[tokens] = _known_growth(known, family, encoder, tokens)
     patches = tokens - family.num_prefix_tokens(encoder)
-    return 2 * patches * family.projection_size(encoder) + _flops_after_embedding(family, encoder, tokens)
+    return 2 * patches * family.projection_size(encoder) + known.counted[tokens]
 
 
 class Flops:
@@ -87,24 +99,60 @@ class Flops:
 
     def __init__(self, encoders: Iterable[nn.Module]) -> None:
         self._encoders = [find_encoder(encoder) for encoder in encoders]
-        self._known: dict[tuple[int, int], int] = {}
 
     def __call__(self, tallies: Iterable[Counter[Forward]]) -> int:
         """Those of the forwards that were counted, one tally an encoder."""
-        return sum(self.of(number, tally) for number, tally in enumerate(tallies))
-
-    def of(self, number: int, tally: Counter[Forward]) -> int:
-        """Those of one encoder, named by its number."""
         return sum(
-            calls * forward.view[0] * (3 if forward.graph else 1) * self.of_one_view(number, forward.tokens)
+            calls * self.of_call(number, forward)
+            for number, tally in enumerate(tallies)
             for forward, calls in tally.items()
         )
 
+    def of_call(self, number: int, forward: Forward) -> int:
+        """Those of one call of one encoder, named by its number, and of the backward pass that follows, if any."""
+        passes = FORWARD_AND_BACKWARD if forward.graph else 1
+        return forward.view[0] * passes * self.of_one_view(number, forward.tokens)
+
     def of_one_view(self, number: int, tokens: int) -> int:
         """Those of one view's forward through one encoder; see ``encoder_flops``."""
-        if (number, tokens) not in self._known:
-            self._known[number, tokens] = encoder_flops(*self._encoders[number], tokens)
-        return self._known[number, tokens]
+        return encoder_flops(*self._encoders[number], tokens)
+
+
+@dataclass
+class _FlopsByTokens:
+    """What is known of an encoder's FLOPs after its embedding."""
+
+    size: int  # parameters it had
+    counted: dict[int, int] = field(default_factory=dict)
+    growth: tuple[int, int, int, int] | None = None  # those of a length, their first and second difference from there
+    is_quadratic: bool | None = None  # None before it was looked at
+
+
+_known: WeakKeyDictionary[nn.Module, _FlopsByTokens] = WeakKeyDictionary()
+
+
+def _known_growth(known: _FlopsByTokens, family: Family, encoder: Encoder, tokens: int) -> int:
+    """FLOPs for a length that was not run, from what those that were have shown; run it if they show nothing."""
+    if known.is_quadratic is None:
+        first = family.num_prefix_tokens(encoder) + 1
+        try:
+            one, two, three = (_flops_after_embedding(family, encoder, first + more) for more in range(3))
+            known.growth = (first, one, two - one, three - 2 * two + one)
+            known.is_quadratic = all(
+                _flops_after_embedding(family, encoder, length) == _extrapolated(known.growth, length)
+                for length in (first + 7, first + 61)
+            )
+        except Exception:  # too few tokens, or too many, for this one
+            known.is_quadratic = False
+    if known.is_quadratic and known.growth is not None:
+        return _extrapolated(known.growth, tokens)
+    return _flops_after_embedding(family, encoder, tokens)
+
+
+def _extrapolated(growth: tuple[int, int, int, int], tokens: int) -> int:
+    first, flops, slope, bend = growth
+    more = tokens - first
+    return flops + more * slope + more * (more - 1) // 2 * bend
 
 
 def _flops_after_embedding(family: Family, encoder: Encoder, tokens: int) -> int:
@@ -117,7 +165,11 @@ def _flops_after_embedding(family: Family, encoder: Encoder, tokens: int) -> int
             return family.after_embedding(self.encoder, tokens)
 
     module = AfterEmbedding()
-    weights = {name: value.detach().to("meta") for name, value in [*module.named_parameters(), *module.named_buffers()]}
+    # By their shapes: of a sharded parameter, it is that of the whole.
+    weights = {
+        name: torch.empty(value.shape, dtype=value.dtype, device="meta")
+        for name, value in [*module.named_parameters(), *module.named_buffers()]
+    }
     dtype = next(encoder.parameters()).dtype
     blank = torch.empty(1, tokens, family.width(encoder), device="meta", dtype=dtype)
     counter = FlopCounterMode(display=False)

@@ -165,7 +165,8 @@ def test_a_single_encoder_is_a_student_without_teacher(vit: nn.Module) -> None:
 
 def test_without_a_plan_it_is_the_default_preset(vit: nn.Module) -> None:
     module = accelerate(MoCo(vit))
-    assert get_strategy(module) == HALF_AND_16  # half of the tokens, twice the patch size
+    scheduler = SequenceScheduler(module, total_steps=100)
+    assert get_strategy(module) == scheduler.strategy == HALF_AND_16  # half of the tokens, twice the patch size
 
 
 @pytest.mark.parametrize(
