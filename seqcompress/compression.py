@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args
 
@@ -41,11 +41,13 @@ def compress(
     Args:
         model: the encoder: a timm ``VisionTransformer`` or what wraps one (DDP, ``torch.compile``, Lightly's
             ``MaskedVisionTransformerTIMM``).
-        plan: a [Strategy][seqcompress.Strategy]; a [Schedule][seqcompress.schedules.Schedule], to be
-            advanced by a [SequenceScheduler][seqcompress.SequenceScheduler]; the name of a preset
-            ("default", "gentle", "strong"); or the path of a schedule file. Without plan and keywords: "default".
-        teacher: the momentum encoder. Patch scaling then goes to both encoders and token dropout to ``model``
-            only: asymmetric dropout and symmetric scaling, as in the paper.
+        plan: a [Strategy][seqcompress.Strategy] or its text ("drop 0.5, patch 32"), in force at once; a
+            [Schedule][seqcompress.schedules.Schedule], the name of a preset ("default", "gentle", "strong") or the path
+            of a schedule file, in force while something drives it: a
+            [SequenceScheduler][seqcompress.SequenceScheduler], the Lightning callback, or ``set_strategy`` by hand.
+            Until then the model runs uncompressed, and says so. Without plan and keywords: "default".
+        teacher: the momentum encoder, of the same image size, patch size and width. Patch scaling then goes to both
+            encoders and token dropout to ``model`` only: asymmetric dropout and symmetric scaling, as in the paper.
         when: "grad" compresses only forwards in train mode that build a graph, "train" every forward in train
             mode. A ``teacher``, which builds none, is always treated as "train".
         token_dropout: short form of ``plan=Strategy(token_dropout, patch_size)``.
@@ -79,6 +81,7 @@ def compress(
             raise ValueError(f"plan excludes token_dropout and patch_size, got plan={plan!r} as well")
         plan = Strategy(0.0 if token_dropout is None else token_dropout, patch_size)
     schedule = resolve_plan(plan, *found["model"])
+    _check_roles(found)
     for name, (family, encoder) in found.items():
         _check(family, encoder, schedule, name)
 
@@ -172,13 +175,20 @@ def resolve_plan(plan: Plan | None, family: Family, encoder: nn.Module) -> Sched
     if isinstance(plan, str) and plan in PRESETS:
         small, side = min(family.patch_size(encoder)), min(family.image_size(encoder))
         return PRESETS[plan](double_patch(small, side))
+    if isinstance(plan, str) and (strategy := _strategy_of(plan)) is not None:
+        return Constant(strategy)
     if isinstance(plan, str) and plan.lstrip().startswith("{"):
         raise ValueError("plan must be a schedule, not its text: pass Schedule.from_json(text)")
     if isinstance(plan, os.PathLike) or (isinstance(plan, str) and (plan.endswith(".json") or is_file(plan))):
         return Schedule.from_json(Path(plan))
     if isinstance(plan, str):
-        raise ValueError(f"plan must be one of {', '.join(map(repr, PRESETS))} or a schedule file, got {plan!r}")
-    raise TypeError(f"plan must be a Strategy, a Schedule, a preset's name or a schedule file, got {plan!r}")
+        raise ValueError(
+            f"plan must be one of {', '.join(map(repr, PRESETS))}, a strategy such as 'drop 0.5, patch 32' or a "
+            f"schedule file, got {plan!r}"
+        )
+    raise TypeError(
+        f"plan must be a Strategy or its text, a Schedule, a preset's name or a schedule file, got {described(plan)}"
+    )
 
 
 def check_plan(embeds: list[CompressedPatchEmbed], schedule: Schedule) -> None:
@@ -198,7 +208,7 @@ def compressed_embeds_of(model_or_models: nn.Module | Sequence[nn.Module]) -> li
     """The same for one model or several, of which at least one must be compressed."""
     models = model_or_models if isinstance(model_or_models, (list, tuple)) else [model_or_models]
     if not models or not all(isinstance(model, nn.Module) for model in models):
-        raise TypeError(f"model_or_models must be one or several torch.nn.Module, got {model_or_models!r}")
+        raise TypeError(f"model_or_models must be one or several torch.nn.Module, got {described(model_or_models)}")
     modules = cast(list[nn.Module], models)
     for model in modules:
         if not is_compressed(model):
@@ -226,11 +236,67 @@ def _detach(embed: CompressedPatchEmbed) -> None:
     embed.release()
 
 
+def _strategy_of(text: str) -> Strategy | None:
+    """The strategy that a text such as "drop 0.5, patch 32" means, or None for a text of another kind.
+
+    Raises:
+        ValueError: it means one that is out of range.
+    """
+    words = text.split()
+    if text != "base" and (len(words) < 2 or words[0] not in ("drop", "patch") or is_file(text)):
+        return None
+    try:
+        return Strategy.parse(text)
+    except ValueError as error:
+        raise ValueError(f"plan: {error}") from None
+
+
+def _check_roles(found: Mapping[str, tuple[Family, Any]]) -> None:
+    """Raise ValueError unless a pair is one: a student that trains, and a teacher built like it."""
+    if "teacher" not in found:
+        return
+    (family, student), (other_family, teacher) = found["model"], found["teacher"]
+    if is_frozen(student) and not is_frozen(teacher):
+        raise ValueError(
+            "model must be the student, which is trained, and teacher its momentum encoder: of those given, all "
+            "parameters of model are frozen and those of teacher are not: swap them"
+        )
+    for what, mine, others in (
+        ("image size", family.image_size(student), other_family.image_size(teacher)),
+        ("patch size", family.patch_size(student), other_family.patch_size(teacher)),
+        ("width", family.width(student), other_family.width(teacher)),
+    ):
+        if mine != others:
+            raise ValueError(f"teacher must have the {what} of model, {_shown(mine)}, got {_shown(others)}")
+
+
+def is_frozen(encoder: nn.Module) -> bool:
+    """Whether no parameter of the encoder is trained."""
+    return not any(parameter.requires_grad for parameter in encoder.parameters())
+
+
+def _shown(size: int | tuple[int, int]) -> str:
+    return f"{size}" if isinstance(size, int) else f"{size[0]} x {size[1]} px"
+
+
+def described(value: object) -> str:
+    """A value as a message shows it: on one line, and never a whole module."""
+    shown = repr(value)
+    return shown if len(shown) <= 100 and "\n" not in shown else f"a {type(value).__name__}"
+
+
 def _check(family: Family, encoder: nn.Module, schedule: Schedule, name: str) -> None:
     strategies = schedule.strategies()
     if name == "teacher":
         strategies = tuple(strategy.without_dropout() for strategy in strategies)
+    own = min(family.patch_size(encoder))
     try:
+        for size in (strategy.patch_size for strategy in strategies):
+            if size is not None and size < own:
+                raise ValueError(
+                    f"patch_size must be at least the encoder's own, {own}, got {size}: smaller patches make "
+                    "sequences longer"
+                )
         family.check(encoder, strategies)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
@@ -266,5 +332,5 @@ def _proven(family: Family, encoder: nn.Module, name: str) -> bool:
 
 def _module(model: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {model!r}")
+        raise TypeError(f"model must be a torch.nn.Module, got {described(model)}")
     return model

@@ -11,8 +11,10 @@ import math
 import numbers
 import os
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar
 
 from seqcompress.json_files import FieldError, check_names, read_json, take, take_version, write_json
@@ -57,6 +59,16 @@ class Schedule(ABC):
             ValueError: ``progress`` is outside [0, 1] or NaN.
         """
         return self._at(_checked_progress(progress, "progress"))
+
+    def at_step(self, step: int, total_steps: int) -> Strategy:
+        """The strategy of a run's step: that at ``step / total_steps``, and at the last step the end's.
+
+        Args:
+            step: number of steps done, at least 0; from ``total_steps - 1`` on, the end holds.
+            total_steps: steps of the whole run, at least 1. If they are as many as the stages of a
+                [Stepwise][seqcompress.schedules.Stepwise] at least, each of these gets one.
+        """
+        return self(1.0 if step >= total_steps - 1 else step / total_steps)
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """The schedule as JSON text, written to ``path`` too if one is given."""
@@ -197,6 +209,10 @@ class Stepwise(Schedule):
     def _at(self, progress: float) -> Strategy:
         return [strategy for begin, strategy in self.stages if begin <= progress][-1]
 
+    def at_step(self, step: int, total_steps: int) -> Strategy:
+        first_steps = _first_steps(tuple(begin for begin, _ in self.stages), total_steps)
+        return self.stages[bisect_right(first_steps, step) - 1][1]
+
     def strategies(self) -> tuple[Strategy, ...]:
         return tuple(dict.fromkeys(strategy for _, strategy in self.stages))
 
@@ -226,6 +242,19 @@ class Stepwise(Schedule):
             return cls(stages)
         except ValueError as error:
             raise FieldError("stages", str(error)) from None
+
+
+@lru_cache(maxsize=16)
+def _first_steps(begins: tuple[float, ...], total_steps: int) -> list[int]:
+    """At which step of a run each stage begins: every one has a step, as far as there are enough."""
+    first_steps: list[int] = []
+    for begin in begins:
+        step = math.ceil(begin * total_steps)
+        if step > 0 and (step - 1) / total_steps >= begin:  # a product of floats may lie above what was divided
+            step -= 1
+        first_steps.append(max(step, first_steps[-1] + 1) if first_steps else 0)
+    stages = len(begins)
+    return [max(0, min(step, total_steps - stages + stage)) for stage, step in enumerate(first_steps)]
 
 
 def _strategy(name: str, fields: Any) -> Strategy:

@@ -97,11 +97,11 @@ def test_a_plan_may_be_the_path_of_a_schedule_file(as_text: bool, tmp_path: Path
 def test_set_strategy_changes_the_next_forward(tiny_vit: Any, first_tokens: Any) -> None:
     vit, views = compress(tiny_vit(), STRATEGY).train(), torch.randn(2, 3, 32, 32)
     lengths = []
-    for strategy in (Strategy(), Strategy(0.5), Strategy(0.0, 16), Strategy(0.5, 4)):
+    for strategy in (Strategy(), Strategy(0.5), Strategy(0.0, 16), Strategy(0.5, 10)):
         set_strategy(vit, strategy)
         assert get_strategy(vit) == strategy
         lengths.append(first_tokens(vit, views).shape[1])
-    assert lengths == [17, 9, 5, 33]
+    assert lengths == [17, 9, 5, 5]
 
 
 def test_the_base_strategy_changes_nothing(tiny_vit: Any) -> None:
@@ -294,8 +294,8 @@ def test_a_pair_copied_together_stays_a_pair_of_its_own(tiny_vit: Any) -> None:
     pair = nn.ModuleDict({"student": tiny_vit(), "teacher": tiny_vit()})
     compress(pair["student"], STRATEGY, teacher=pair["teacher"])
     twin = copy.deepcopy(pair)
-    set_strategy(twin["student"], Strategy(0.25, 4))
-    assert get_strategy(twin["teacher"]) == Strategy(0.0, 4)
+    set_strategy(twin["student"], Strategy(0.25, 10))
+    assert get_strategy(twin["teacher"]) == Strategy(0.0, 10)
     assert get_strategy(pair["teacher"]) == Strategy(0.0, 16)
 
 
@@ -355,9 +355,9 @@ def test_roles_may_be_swapped(tiny_vit: Any) -> None:
 
 def test_dropout_is_for_the_student_and_patch_scaling_for_both(tiny_vit: Any, first_tokens: Any) -> None:
     student, teacher, views = tiny_vit().train(), tiny_vit().train(), torch.randn(2, 3, 32, 32)
-    compress(student, Strategy(0.5, 4), teacher=teacher)
-    assert (get_strategy(student), get_strategy(teacher)) == (Strategy(0.5, 4), Strategy(0.0, 4))
-    assert first_tokens(student, views).shape[1] == 33
+    compress(student, Strategy(0.5, 10), teacher=teacher)
+    assert (get_strategy(student), get_strategy(teacher)) == (Strategy(0.5, 10), Strategy(0.0, 10))
+    assert first_tokens(student, views).shape[1] == 5
     with torch.no_grad():
         assert first_tokens(teacher, views).shape[1] == 65
         assert first_tokens(student, views).shape[1] == 17
@@ -375,8 +375,8 @@ def test_a_teacher_scales_patches_with_and_without_grad(tiny_vit: Any, first_tok
 def test_a_pair_has_one_strategy(tiny_vit: Any) -> None:
     student, teacher = tiny_vit(), tiny_vit()
     compress(student, STRATEGY, teacher=teacher)
-    set_strategy(student, Strategy(0.75, 4))
-    assert get_strategy(teacher) == Strategy(0.0, 4)
+    set_strategy(student, Strategy(0.75, 10))
+    assert get_strategy(teacher) == Strategy(0.0, 10)
     set_strategy(teacher, Strategy(0.25, 16))
     assert get_strategy(student) == Strategy(0.25, 16)
     assert get_strategy(nn.ModuleList([teacher, student])) == Strategy(0.25, 16)
@@ -391,12 +391,77 @@ def test_restoring_one_of_a_pair_restores_both(which: str, tiny_vit: Any) -> Non
     assert _look(pair["student"]) == _look(pair["teacher"]) == before
 
 
-def test_teacher_and_student_may_differ_in_prefix_and_width(tiny_vit: Any, first_tokens: Any) -> None:
-    student, teacher = tiny_vit().train(), tiny_vit(embed_dim=64, reg_tokens=2).train()
+def test_teacher_and_student_may_differ_in_prefix_and_depth(tiny_vit: Any, first_tokens: Any) -> None:
+    student, teacher = tiny_vit().train(), tiny_vit(depth=1, reg_tokens=2).train()
     compress(student, STRATEGY, teacher=teacher)
     views = torch.randn(2, 3, 32, 32)
     assert first_tokens(student, views).shape == (2, 3, 32)
-    assert first_tokens(teacher, views).shape == (2, 7, 64)
+    assert first_tokens(teacher, views).shape == (2, 7, 32)
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"img_size": 64}, "image size of model, 32 x 32 px, got 64 x 64 px"),
+        ({"patch_size": 16}, "patch size of model, 8 x 8 px, got 16 x 16 px"),
+        ({"embed_dim": 64}, "width of model, 32, got 64"),
+    ],
+)
+def test_a_teacher_of_another_size_is_refused_and_nothing_is_changed(
+    other: dict[str, int], words: str, tiny_vit: Any
+) -> None:
+    student, teacher = tiny_vit(), tiny_vit(**other)
+    with pytest.raises(ValueError, match=f"teacher must have the {words}"):
+        compress(student, STRATEGY, teacher=teacher)
+    assert not is_compressed(student)
+    assert not is_compressed(teacher)
+
+
+def test_a_frozen_student_beside_a_teacher_that_trains_is_refused_as_swapped(tiny_vit: Any) -> None:
+    student, teacher = tiny_vit(), tiny_vit().requires_grad_(False)
+    with pytest.raises(ValueError, match="frozen and those of teacher are not: swap them"):
+        compress(teacher, STRATEGY, teacher=student)
+    assert not is_compressed(nn.ModuleList([student, teacher]))
+    compress(student, STRATEGY, teacher=teacher)
+    assert get_strategy(teacher) == STRATEGY.without_dropout()
+
+
+def test_a_teacher_that_is_a_copy_of_a_compressed_student_becomes_a_teacher(tiny_vit: Any, first_tokens: Any) -> None:
+    student = compress(tiny_vit(), STRATEGY).train()
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    with pytest.raises(ValueError, match="a frozen copy of a compressed student"):
+        SequenceScheduler([student, teacher], total_steps=4)
+    compress(student, STRATEGY, teacher=teacher)
+    SequenceScheduler([student, teacher], total_steps=4)
+    assert first_tokens(teacher, torch.randn(2, 3, 32, 32)).shape[1] == 5
+
+
+@pytest.mark.parametrize(
+    ("plan", "strategy"),
+    [("drop 0.5, patch 16", Strategy(0.5, 16)), ("patch 16", Strategy(0.0, 16)), ("drop 0.25", Strategy(0.25)),
+     ("base", Strategy())],
+)  # fmt: skip
+def test_the_text_of_a_strategy_is_a_plan_in_force_at_once(plan: str, strategy: Strategy, tiny_vit: Any) -> None:
+    vit = compress(tiny_vit(), plan)
+    assert get_strategy(vit) == strategy
+    assert SequenceScheduler(compress(vit, "default"), plan, total_steps=4).schedule == Constant(strategy)
+    for text, words in (("drop 1.5", "plan: .*token_dropout must be in"), ("drop half", "plan: text must read")):
+        with pytest.raises(ValueError, match=words):
+            compress(vit, text)
+
+
+@pytest.mark.parametrize("size", [4, 7])
+def test_patches_smaller_than_the_encoders_own_are_refused(size: int, tiny_vit: Any) -> None:
+    vit = compress(tiny_vit(), token_dropout=0.25)
+    message = f"patch_size must be at least the encoder's own, 8, got {size}"
+    for change in (
+        lambda: compress(vit, patch_size=size),
+        lambda: set_strategy(vit, Strategy(0.5, size)),
+        lambda: SequenceScheduler(vit, Linear(Strategy(), Strategy(0.0, size)), total_steps=4),
+    ):
+        with pytest.raises(ValueError, match=message):
+            change()
+    assert get_strategy(vit) == Strategy(0.25)
 
 
 # Errors
@@ -432,13 +497,13 @@ def test_a_bad_argument_is_one_error_that_names_it_and_changes_nothing(
 ) -> None:
     vit = tiny_vit()
     if already:
-        compress(vit, Strategy(0.25, 4))
+        compress(vit, Strategy(0.25, 10))
     before = _look(vit)
     with pytest.raises(kind, match=words):
         compress(vit, **arguments)
     assert _look(vit) == before
     if already:
-        assert get_strategy(vit) == Strategy(0.25, 4)
+        assert get_strategy(vit) == Strategy(0.25, 10)
 
 
 def test_a_bad_schedule_file_is_one_error_that_names_the_field(tmp_path: Path, tiny_vit: Any) -> None:
@@ -451,7 +516,7 @@ def test_a_bad_schedule_file_is_one_error_that_names_the_field(tmp_path: Path, t
 
 def test_a_plan_that_does_not_suit_the_teacher_changes_neither(tiny_vit: Any) -> None:
     student, teacher = tiny_vit(img_size=64), tiny_vit(img_size=32)
-    with pytest.raises(ValueError, match=r"teacher: patch_size .*64"):
+    with pytest.raises(ValueError, match="teacher must have the image size"):
         compress(student, patch_size=64, teacher=teacher)
     assert not is_compressed(student)
     assert not is_compressed(teacher)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+import warnings
 from typing import Any
 
 import pytest
@@ -29,11 +31,17 @@ def test_it_applies_the_beginning_follows_the_schedule_and_stays_at_the_end(tiny
     set_strategy(vit, Strategy(0.9))
     scheduler = SequenceScheduler(vit, total_steps=8)
     followed = []
-    for _ in range(10):
+    for _ in range(8):
         assert scheduler.strategy == get_strategy(vit)
         followed.append(get_strategy(vit))
         scheduler.step()
-    assert followed == [STAGES(min(1.0, step / 8)) for step in range(10)]
+    assert followed == [STAGES(step / 8) for step in range(8)]
+    with pytest.warns(UserWarning, match=r"step 9 is past total_steps=8: .* \(base\)"):
+        scheduler.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # said once
+        scheduler.step()
+    assert get_strategy(vit) == STAGES(1.0)
     assert (scheduler.last_step, scheduler.progress) == (10, 1.0)
 
 
@@ -86,13 +94,13 @@ def test_another_strategy_can_be_put_in_force_until_the_next_step(tiny_vit: Any)
     ("schedule", "expected"),
     [
         (STAGES, Strategy()),
-        (Constant(Strategy(0.5, 4)), Strategy(0.5, 4)),
+        (Constant(Strategy(0.5, 10)), Strategy(0.5, 10)),
         (Linear(Strategy(0.5, 16), Strategy(0.0, 16)), Strategy(0.0, 16)),
         (Linear(Strategy(), Strategy(0.5, 16)), Strategy()),
         # halfway to 0.8 at 4 px is more than either end
-        (Linear(Strategy(0.8, 16), Strategy(0.8, 4)), Strategy(0.8, 4)),
-        (Linear(Strategy(0.0, 4), Strategy(0.9, 4)), Strategy(0.0, 4)),
-        (Linear(Strategy(0.0, 16), Strategy(0.9, 4)), Strategy(0.45, 4)),
+        (Linear(Strategy(0.8, 16), Strategy(0.8, 10)), Strategy(0.8, 10)),
+        (Linear(Strategy(0.0, 10), Strategy(0.9, 10)), Strategy(0.0, 10)),
+        (Linear(Strategy(0.0, 16), Strategy(0.9, 10)), Strategy(0.45, 10)),
     ],
 )
 def test_the_most_expensive_strategy_has_the_longest_sequences(
@@ -107,7 +115,7 @@ def test_budget_share_is_the_relative_cost_added_up(tiny_vit: Any) -> None:
     scheduler = SequenceScheduler([student, teacher], total_steps=8)
     costs = []
     for step in range(8):
-        strategy = STAGES(step / 8)
+        strategy = STAGES.at_step(step, 8)
         costs.append(3 * relative_cost(student, strategy, 32) + relative_cost(teacher, strategy.without_dropout(), 32))
     for step in range(9):
         assert scheduler.budget_share(step) == pytest.approx(sum(costs[:step]) / sum(costs))
@@ -117,6 +125,41 @@ def test_budget_share_is_the_relative_cost_added_up(tiny_vit: Any) -> None:
 def test_budget_share_of_a_constant_plan_is_the_share_of_steps(tiny_vit: Any) -> None:
     scheduler = SequenceScheduler(compress(tiny_vit(), token_dropout=0.5), total_steps=5)
     assert [scheduler.budget_share(step) for step in range(6)] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+
+
+def test_budget_share_of_a_long_ramp_is_counted_at_once(tiny_vit: Any) -> None:
+    plan = Linear(Strategy(0.9), Strategy())
+    scheduler = SequenceScheduler(compress(tiny_vit(img_size=128), plan), total_steps=100_000)
+    begin = time.process_time()
+    share = scheduler.budget_share(50_000)
+    assert time.process_time() - begin < 5  # hours, were each step's strategy run
+    short = SequenceScheduler(compress(tiny_vit(img_size=128), plan), total_steps=1000)
+    assert share == pytest.approx(short.budget_share(500), rel=2e-3)
+
+
+@pytest.mark.parametrize("steps", [4, 5, 8, 16, 17, 100])
+@pytest.mark.parametrize("plan", ["default", "gentle", "strong"])
+def test_every_stage_of_a_short_run_gets_a_step_and_the_last_step_is_run_at_the_end(
+    plan: str, steps: int, tiny_vit: Any
+) -> None:
+    vit = compress(tiny_vit(), plan)
+    scheduler, trained = SequenceScheduler(vit, total_steps=steps), []
+    for _ in range(steps):
+        trained.append(get_strategy(vit))
+        scheduler.step()
+    assert list(dict.fromkeys(trained)) == list(scheduler.schedule.strategies())
+    assert trained[-1] == scheduler.schedule(1.0) == get_strategy(vit)
+
+
+@pytest.mark.parametrize("plan", [Linear(Strategy(0.8), Strategy()), Stepwise({0.0: Strategy(0.8), 1.0: Strategy()})])
+def test_the_last_step_of_any_run_is_run_at_the_end(plan: Any, tiny_vit: Any) -> None:
+    for steps in (1, 2, 7):
+        vit = compress(tiny_vit(), plan)
+        scheduler = SequenceScheduler(vit, total_steps=steps)
+        scheduler.step(steps - 1)
+        assert get_strategy(vit) == Strategy()
+        scheduler.step(0)
+        assert get_strategy(vit) == (Strategy(0.8) if steps > 1 else Strategy())
 
 
 # Checkpoints
@@ -131,7 +174,9 @@ def test_loading_a_state_applies_it(tiny_vit: Any) -> None:
 
     resumed_vit = compress(tiny_vit(), token_dropout=0.1)
     resumed = SequenceScheduler(resumed_vit, total_steps=3)
-    resumed.load_state_dict(state)
+    with pytest.warns(UserWarning, match=r"saved state's (schedule Stepwise|total_steps=8)") as told:
+        resumed.load_state_dict(state)
+    assert len(told) == 2
     assert get_strategy(resumed_vit) == Strategy(0.5)
     assert (resumed.schedule, resumed.total_steps, resumed.last_step) == (STAGES, 8, 5)
     assert resumed.state_dict() == scheduler.state_dict()

@@ -59,7 +59,7 @@ def _train_step(vit: Any, views: list[Tensor], forward: Callable[[nn.Module, Ten
     "forward", [_blocks, _whole(True), _whole(False)], ids=["blocks", "reentrant", "not reentrant"]
 )
 @pytest.mark.parametrize("scheduled", [False, True], ids=["alone", "scheduled"])
-@pytest.mark.parametrize("strategy", [Strategy(0.5), Strategy(0.75, 4), Strategy(0.0, 16)], ids=str)
+@pytest.mark.parametrize("strategy", [Strategy(0.5), Strategy(0.75, 10), Strategy(0.0, 16)], ids=str)
 def test_checkpointing_has_the_gradients_of_a_run_without(
     forward: Any, scheduled: bool, strategy: Strategy, tiny_vit: Any, gradients: Any
 ) -> None:
@@ -89,7 +89,7 @@ def test_reentrant_checkpointing_compresses_its_first_pass_too(tiny_vit: Any) ->
 
 
 def test_teachers_without_grad_or_frozen_stay_uncompressed(tiny_vit: Any, first_tokens: Any) -> None:
-    vit, views = compress(tiny_vit(), Strategy(0.5, 4)).train(), torch.randn(2, 3, 32, 32)
+    vit, views = compress(tiny_vit(), Strategy(0.5, 10)).train(), torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         assert first_tokens(vit, views).shape[1] == 17
     vit.requires_grad_(False)
@@ -354,7 +354,7 @@ def test_lightlys_own_gradient_checkpointing_works(tiny_vit: Any, gradients: Any
         torch.manual_seed(2)
         masked = MaskedVisionTransformerTIMM(tiny_vit(), weight_initialization="skip").train()
         masked.set_grad_checkpointing(checkpointed)
-        compress(masked, Strategy(0.5, 4))
+        compress(masked, Strategy(0.5, 10))
         torch.manual_seed(3)
         masked(views)[:, 0].sum().backward()
         found.append(gradients(masked))
@@ -391,7 +391,7 @@ def test_a_strategy_set_by_hand_between_two_views_of_a_step_holds_for_the_second
     scheduler = SequenceScheduler(vit, total_steps=8)
     lengths = [first_tokens(vit, views).shape[1]]
     with pytest.warns(UserWarning, match="driven by a SequenceScheduler"):
-        set_strategy(vit, Strategy(0.0, 4))
+        set_strategy(vit, Strategy(0.0, 10))
     lengths.append(first_tokens(vit, views).shape[1])
     scheduler.step()
     lengths.append(first_tokens(vit, views).shape[1])

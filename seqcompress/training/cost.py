@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
@@ -21,7 +21,7 @@ from seqcompress.encoders import Family, find_encoder
 from seqcompress.encoders.family import Encoder
 from seqcompress.strategy import Strategy
 
-__all__ = ["FORWARD_AND_BACKWARD", "Flops", "encoder_flops", "num_tokens", "relative_cost"]
+__all__ = ["FORWARD_AND_BACKWARD", "Flops", "encoder_flops", "flops_by_tokens", "num_tokens", "relative_cost"]
 
 FORWARD_AND_BACKWARD = 3  # forward passes that a forward and its backward cost together
 
@@ -80,14 +80,23 @@ def encoder_flops(family: Family, encoder: Encoder, tokens: int) -> int:
     gives all other lengths, else each is run. Left out: resampling for patch scaling, below 1 % of the rest, and a
     convolutional stem before the embedding.
     """
+    return flops_by_tokens(family, encoder)(tokens)
+
+
+def flops_by_tokens(family: Family, encoder: Encoder) -> Callable[[int], int]:
+    """``encoder_flops`` of an encoder as it is now, for many lengths."""
     size = sum(parameter.numel() for parameter in encoder.parameters())
     known = _known.get(encoder)
     if known is None or known.size != size:  # somebody may have replaced its head, or its blocks
         known = _known[encoder] = _FlopsByTokens(size)
-    if tokens not in known.counted:
-        known.counted[tokens] = _known_growth(known, family, encoder, tokens)
-    patches = tokens - family.num_prefix_tokens(encoder)
-    return 2 * patches * family.projection_size(encoder) + known.counted[tokens]
+    prefix, projection = family.num_prefix_tokens(encoder), family.projection_size(encoder)
+
+    def flops(tokens: int) -> int:
+        if tokens not in known.counted:
+            known.counted[tokens] = _flops_of(known, family, encoder, tokens)
+        return 2 * (tokens - prefix) * projection + known.counted[tokens]
+
+    return flops
 
 
 class Flops:
@@ -131,7 +140,7 @@ class _FlopsByTokens:
 _known: WeakKeyDictionary[nn.Module, _FlopsByTokens] = WeakKeyDictionary()
 
 
-def _known_growth(known: _FlopsByTokens, family: Family, encoder: Encoder, tokens: int) -> int:
+def _flops_of(known: _FlopsByTokens, family: Family, encoder: Encoder, tokens: int) -> int:
     """FLOPs for a length that was not run, from what those that were have shown; run it if they show nothing."""
     if known.is_quadratic is None:
         first = family.num_prefix_tokens(encoder) + 1

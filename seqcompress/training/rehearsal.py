@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
 from collections import Counter
@@ -12,7 +13,9 @@ from typing import Protocol
 
 import torch
 from torch import distributed as dist
+from torch import nn
 
+from seqcompress.compression import described
 from seqcompress.compressors import CompressedPatchEmbed
 from seqcompress.compressors.patch_embed import Forward
 from seqcompress.encoders import find_encoder
@@ -75,9 +78,10 @@ def rehearse(scheduler: SequenceScheduler, step: Callable[[], object]) -> Rehear
             the longest sequences that fit, and about which batch would.
     """
     if not isinstance(scheduler, SequenceScheduler):
-        raise TypeError(f"scheduler must be a SequenceScheduler, got {scheduler!r}")
-    if not callable(step):
-        raise TypeError(f"step must be a function without arguments, got {step!r}")
+        swapped = ": the scheduler comes first, then the step" if isinstance(step, SequenceScheduler) else ""
+        raise TypeError(f"scheduler must be a SequenceScheduler, got {described(scheduler)}{swapped}")
+    if isinstance(step, nn.Module) or not callable(step):
+        raise TypeError(f"step must be a function without arguments, got {described(step)}")
     return rehearse_in(DeviceMemory.of(_device(scheduler)), scheduler, step)
 
 
@@ -395,11 +399,14 @@ def _without_a_trace(scheduler: SequenceScheduler) -> Iterator[None]:
     before = scheduler.embeds[0].compression.strategy
     tallies = [embed.tally.copy() for embed in scheduler.embeds]
     random_states = RandomStates()
+    streams = {embed.compression: copy.deepcopy(embed.compression.stream) for embed in scheduler.embeds}
     try:
         yield
     finally:
         random_states.restore()
         scheduler.use(before)
+        for compression, stream in streams.items():
+            compression.stream = stream
         for embed, tally in zip(scheduler.embeds, tallies, strict=True):
             embed.tally = tally
 

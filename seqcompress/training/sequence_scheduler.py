@@ -3,32 +3,40 @@
 from __future__ import annotations
 
 import operator
+import warnings
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import distributed as dist
 from torch import nn
 
-from seqcompress.compression import Plan, check_plan, compressed_embeds_of, resolve_plan
+from seqcompress.compression import Plan, check_plan, compressed_embeds_of, is_frozen, resolve_plan
 from seqcompress.compressors import CompressedPatchEmbed
 from seqcompress.compressors.compression import Compression
+from seqcompress.compressors.token_dropout import num_kept
 from seqcompress.encoders import find_encoder
 from seqcompress.schedules import Constant, Schedule
 from seqcompress.strategy import Strategy
-from seqcompress.training.cost import num_tokens, relative_cost
+from seqcompress.training.cost import FORWARD_AND_BACKWARD, flops_by_tokens, num_tokens
 
 __all__ = ["SequenceScheduler"]
+
+_LOOKED_AT = 10_000  # steps of a run at which a schedule is asked for its cost, at most
 
 
 class SequenceScheduler:
     """Moves the strategy of compressed encoders along a schedule. Used like a ``torch.optim.lr_scheduler``.
 
-    The constructor applies the schedule's beginning; call ``step()`` once after every training step. After
-    ``total_steps`` steps the schedule stays at its end.
+    The constructor applies the schedule's beginning; call ``step()`` once after every training step. The last of
+    ``total_steps`` steps is run at the schedule's end, and there it stays as long as the scheduler lives. One drives an
+    encoder at a time: while this one lives, no second one can be made for it.
 
-    In a distributed run ``step()`` is collective, to be called by all ranks: they follow rank 0's count, so
-    that every rank uses the same strategy at the same step.
+    In a distributed run, making a scheduler and ``step()`` are collective, to be called by all ranks: they follow rank
+    0's seed and count, so that every rank uses the same strategy at the same step. Where ranks may step alone (uneven
+    inputs), pass the number: ``step(i)`` waits for nobody.
 
     The random subsets of a step depend on the seed of the run, the step and the rank only. With the state
     saved and loaded, a resumed run draws what it would have drawn had it not stopped.
@@ -60,6 +68,7 @@ class SequenceScheduler:
     ) -> None:
         self._embeds = compressed_embeds_of(model_or_models)
         total_steps = _checked_count(total_steps, "total_steps", at_least=1)
+        _refuse_copied_teachers(self._embeds)
         plans = {embed.compression.plan for embed in self._embeds}
         if schedule is not None:
             plans = {resolve_plan(schedule, *find_encoder(self._embeds[0].encoder))}
@@ -69,8 +78,12 @@ class SequenceScheduler:
         check_plan(self._embeds, plan)
         self._driven = [(embed, embed.compression) for embed in self._embeds]
         self._claim()
+        self._told_of_the_end = False
+        self._spent_of: object = None
+        self._spent_after: tuple[list[int], list[float]] = ([], [])
+        self._world: Any = None
         self._group: Any = None
-        self._seed = torch.initial_seed()
+        self._seed = self._agreed(torch.initial_seed() % 2**63)
         self._apply(plan, total_steps, last_step=0)
 
     @property
@@ -101,7 +114,7 @@ class SequenceScheduler:
     @property
     def strategy(self) -> Strategy:
         """The strategy in force."""
-        return self._schedule(self.progress)
+        return self._schedule.at_step(self._last_step, self._total_steps)
 
     def step(self, step: int | None = None) -> None:
         """Go on to the next step, or to a given one.
@@ -109,10 +122,15 @@ class SequenceScheduler:
         Args:
             step: number of steps done. Whoever gives it makes sure that it is the same on every rank.
         """
-        if step is None:
-            self._apply(self._schedule, self._total_steps, self._agreed(self._last_step + 1))
-        else:
-            self._apply(self._schedule, self._total_steps, _checked_count(step, "step", at_least=0))
+        step = self._agreed(self._last_step + 1) if step is None else _checked_count(step, "step", at_least=0)
+        self._apply(self._schedule, self._total_steps, step)
+        if step > self._total_steps and not self._told_of_the_end:
+            self._told_of_the_end = True
+            warnings.warn(
+                f"seqcompress: step {step} is past total_steps={self._total_steps}: the encoders stay at the end of "
+                f"their schedule ({self.strategy})",
+                stacklevel=2,
+            )
 
     @property
     def is_current(self) -> bool:
@@ -149,7 +167,7 @@ class SequenceScheduler:
 
     # A copy has copies of the encoders, and drives those. A process group cannot be copied.
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_group": None}
+        return {**vars(self), "_world": None, "_group": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -164,11 +182,14 @@ class SequenceScheduler:
     def budget_share(self, step: int) -> float:
         """Share of the run's budget that is spent after ``step`` steps, as this schedule spends it.
 
-        Computed from the encoders' relative cost; for a learning rate that follows the budget, see
-        [PolynomialDecayLR][seqcompress.PolynomialDecayLR].
+        Computed from the encoders' relative cost, at 10,000 steps of a longer run; for a learning rate that follows the
+        budget, see [PolynomialDecayLR][seqcompress.PolynomialDecayLR].
         """
-        spent = self._spent()
-        return spent[min(_checked_count(step, "step", at_least=0), self._total_steps)] / spent[-1]
+        step = min(_checked_count(step, "step", at_least=0), self._total_steps)
+        steps, spent = self._spent()
+        after = min(bisect_right(steps, step), len(steps) - 1)
+        begin, end = steps[after - 1], steps[after]
+        return (spent[after - 1] + (spent[after] - spent[after - 1]) * (step - begin) / (end - begin)) / spent[-1]
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must keep. Plain values only."""
@@ -201,11 +222,15 @@ class SequenceScheduler:
             check_plan(self._embeds, schedule)
         except (TypeError, ValueError, OSError) as error:
             raise ValueError(f"state is not a SequenceScheduler's: {error}") from None
+        if schedule != self._schedule:
+            _warn_of_another(f"schedule {schedule!r}", repr(self._schedule))
+        if total_steps != self._total_steps:
+            _warn_of_another(f"total_steps={total_steps}", str(self._total_steps))
         self._seed = seed
         self._apply(schedule, total_steps, last_step)
 
     def _apply(self, schedule: Schedule, total_steps: int, last_step: int) -> None:
-        self._put(schedule(min(1.0, last_step / total_steps)))
+        self._put(schedule.at_step(last_step, total_steps))
         self._schedule, self._total_steps, self._last_step = schedule, total_steps, last_step
         for model, compression in enumerate(self._compressions):
             compression.finished = last_step >= total_steps
@@ -213,38 +238,85 @@ class SequenceScheduler:
             if compression.views is not None:
                 until = last_step + compression.views.lookahead
                 coming = [*range(last_step, until, max(1, compression.views.lookahead // 8)), until]
-                compression.views.ask_for(*(schedule(min(1.0, step / total_steps)) for step in coming))
+                compression.views.ask_for(*(schedule.at_step(step, total_steps) for step in coming))
 
-    def _agreed(self, step: int) -> int:
-        """Rank 0's step. Agreed on the CPU, so that no device has to wait."""
+    def _agreed(self, number: int) -> int:
+        """Rank 0's number. Agreed on the CPU, so that no device has to wait."""
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-            return step
-        if self._group is None:
-            self._group = dist.new_group(backend="gloo")
-        agreed = torch.tensor([step])
+            return number
+        if self._world is not dist.group.WORLD:  # none yet, or that one was destroyed since
+            self._world, self._group = dist.group.WORLD, _group_on_the_cpu()
+        agreed = torch.tensor([number], device="cpu")
         dist.broadcast(agreed, src=0, group=self._group)
         return int(agreed.item())
 
-    def _spent(self) -> list[float]:
-        """Cost of the first 0, 1, ... ``total_steps`` steps."""
+    def _spent(self) -> tuple[list[int], list[float]]:
+        """Numbers of steps, from 0 to all, and the cost of as many."""
         key = (self._schedule, self._total_steps)
-        if getattr(self, "_spent_of", None) != key:
-            costs: dict[Strategy, float] = {}
+        if self._spent_of != key:
+            costs = [_Costs(embed) for embed in self._embeds]
+            steps = [*range(0, self._total_steps, -(-self._total_steps // _LOOKED_AT)), self._total_steps]
             spent = [0.0]
-            for done in range(self._total_steps):
-                strategy = self._schedule(done / self._total_steps)
-                if strategy not in costs:
-                    costs[strategy] = sum(_cost(embed, strategy) for embed in self._embeds)
-                spent.append(spent[-1] + costs[strategy])
-            self._spent_of, self._spent_after = key, spent
+            for done, until in pairwise(steps):
+                strategy = self._schedule.at_step(done, self._total_steps)
+                spent.append(spent[-1] + (until - done) * sum(cost(strategy) for cost in costs))
+            self._spent_of, self._spent_after = key, (steps, spent)
         return self._spent_after
 
 
-def _cost(embed: CompressedPatchEmbed, strategy: Strategy) -> float:
-    family, encoder = find_encoder(embed.encoder)
-    if embed.drops_tokens:
-        return 3 * relative_cost(encoder, strategy, family.image_size(encoder))
-    return relative_cost(encoder, strategy.without_dropout(), family.image_size(encoder))
+class _Costs:
+    """Units that one view of a training step costs in one encoder: quick for many strategies, of few lengths."""
+
+    def __init__(self, embed: CompressedPatchEmbed) -> None:
+        self._family, self._encoder = find_encoder(embed.encoder)
+        self._size = self._family.image_size(self._encoder)
+        self._prefix = self._family.num_prefix_tokens(self._encoder)
+        self._is_student = embed.drops_tokens
+        self._patches: dict[int | None, int] = {}
+        self._costs: dict[int, float] = {}
+        self._flops = flops_by_tokens(self._family, self._encoder)
+        self._unit = self._flops(self._prefix + self._all(None))
+
+    def __call__(self, strategy: Strategy) -> float:
+        patches = self._all(strategy.patch_size)
+        kept = num_kept(patches, strategy.token_dropout) if self._is_student else patches
+        if kept not in self._costs:
+            passes = FORWARD_AND_BACKWARD if self._is_student else 1
+            self._costs[kept] = passes * self._flops(self._prefix + kept) / self._unit
+        return self._costs[kept]
+
+    def _all(self, patch_size: int | None) -> int:
+        if patch_size not in self._patches:
+            tokens = num_tokens(self._encoder, Strategy(0.0, patch_size), self._size)
+            self._patches[patch_size] = tokens - self._prefix
+        return self._patches[patch_size]
+
+
+def _group_on_the_cpu() -> Any:
+    """The default process group if it takes tensors on the CPU, else one beside it that waits as long."""
+    world: Any = dist.group.WORLD
+    if "gloo" in dist.get_backend() or "mpi" in dist.get_backend():
+        return world
+    try:
+        timeout = world._get_backend(torch.device("cuda")).options._timeout  # there is no public way to read it
+    except (AttributeError, RuntimeError):
+        timeout = None
+    return dist.new_group(backend="gloo", timeout=timeout)
+
+
+def _refuse_copied_teachers(embeds: Sequence[CompressedPatchEmbed]) -> None:
+    frozen = [embed.drops_tokens and is_frozen(embed.encoder) for embed in embeds]
+    if any(frozen) and not all(frozen):
+        raise ValueError(
+            "model_or_models holds a frozen copy of a compressed student, which would drop tokens as a student does: "
+            "make a teacher of it by compress(student, plan, teacher=...)"
+        )
+
+
+def _warn_of_another(saved: str, own: str) -> None:
+    warnings.warn(
+        f"seqcompress: goes on with the saved state's {saved}, not with the scheduler's own {own}", stacklevel=3
+    )
 
 
 def _checked_count(value: Any, name: str, *, at_least: int) -> int:
