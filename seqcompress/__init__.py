@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         plot_schedule,
     )
     from seqcompress.gradients.online import OnlineScheduler
+    from seqcompress.pairs import accelerate
     from seqcompress.schedules import Constant, Cosine, Linear, Schedule, Stepwise
     from seqcompress.strategy import Strategy
     from seqcompress.training.budget import Budget
@@ -46,6 +47,7 @@ __all__ = [
     "Stepwise",
     "Strategy",
     "TrainingStep",
+    "accelerate",
     "best_schedule",
     "compress",
     "explain_schedule",
@@ -78,6 +80,7 @@ _MODULES = {
     "Stepwise": "schedules",
     "Strategy": "strategy",
     "TrainingStep": "gradients",
+    "accelerate": "pairs",
     "best_schedule": "gradients",
     "compress": "compression",
     "explain_schedule": "gradients",

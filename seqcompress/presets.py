@@ -11,7 +11,9 @@ __all__ = ["DEFAULT", "PRESETS", "double_patch"]
 
 
 def double_patch(patch: int, side: int) -> int:
-    """A patch size near twice the model's own: one that divides the view if there is one close by.
+    """A patch size near twice the model's own, and no larger than the view: one that divides the view, if one does.
+
+    It is between 1.7 and 2.3 times as large wherever the view is.
 
     Args:
         patch: the model's patch size, in pixels.
@@ -21,9 +23,7 @@ def double_patch(patch: int, side: int) -> int:
         >>> double_patch(16, 224), double_patch(4, 28), double_patch(8, 8)
         (32, 7, 8)
     """
-    fitting = [
-        size for size in range(patch + 1, side // 2 + 1) if side % size == 0 and 1.4 * patch < size < 2.8 * patch
-    ]
+    fitting = [size for size in range(patch + 1, side + 1) if side % size == 0 and 1.7 <= size / patch <= 2.3]
     return min(fitting, key=lambda size: abs(size - 2 * patch), default=min(2 * patch, side))
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -154,3 +156,35 @@ def test_restoring_takes_the_encoder_from_its_driver(tiny_vit: Any) -> None:
     assert not scheduler.is_current
     own = SequenceScheduler(compress(vit, PLAN), total_steps=8)
     assert (own.is_current, get_strategy(vit)) == (True, HALF)
+
+
+ONE_OF_TWO = """
+import copy, sys
+from datetime import timedelta
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import distributed as dist
+from seqcompress import SequenceScheduler, Strategy, compress
+
+torch.set_num_threads(1)
+rank, folder = int(sys.argv[1]), sys.argv[2]
+torch.manual_seed(10 + rank)
+vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2, num_classes=0)
+for world in range(2):  # the second one after the first was destroyed
+    dist.init_process_group("gloo", init_method=f"file://{folder}/{world}", rank=rank, world_size=2)
+    if world == 0:
+        scheduler = SequenceScheduler(compress(vit, Strategy()).train(), total_steps=10)
+    scheduler.step()
+    dist.barrier()
+    dist.destroy_process_group()
+twin = copy.deepcopy(scheduler)
+twin.step()
+print(scheduler.state_dict()["seed"], scheduler.last_step, twin.last_step)
+"""
+
+
+def test_ranks_share_rank_0s_seed_and_a_scheduler_survives_its_process_group_and_a_copy(
+    tmp_path: Path, run_ranks: Any
+) -> None:
+    printed = run_ranks(*([sys.executable, "-c", ONE_OF_TWO, rank, tmp_path] for rank in range(2)))
+    assert printed == ["10 2 3\n", "10 2 3\n"]

@@ -89,6 +89,33 @@ def test_a_rehearsal_does_not_change_what_the_run_draws(tiny_vit: Any, first_tok
     assert torch.equal(*drawn)
 
 
+@pytest.mark.parametrize("forwards", [1, 2, 3])
+def test_a_rehearsal_of_any_number_of_forwards_leaves_a_resumed_step_its_subsets(
+    forwards: int, tiny_vit: Any, first_tokens: Any
+) -> None:
+    drawn = []
+    for rehearsed in (False, True):
+        torch.manual_seed(7)
+        vit, views = tiny_vit(), torch.randn(2, 3, 32, 32)
+        scheduler = _scheduler(vit)
+        vit(views)  # a step has begun
+        if rehearsed:
+            scheduler_step = lambda vit=vit, views=views: [vit(views) for _ in range(forwards)]  # noqa: E731
+            rehearse(scheduler, scheduler_step)
+        drawn.append(torch.stack([first_tokens(vit, views) for _ in range(2)]))
+    assert torch.equal(*drawn)
+
+
+def test_swapped_arguments_are_one_line_that_says_so(tiny_vit: Any) -> None:
+    vit = tiny_vit()
+    scheduler = _scheduler(vit)
+    with pytest.raises(TypeError, match="got a VisionTransformer: the scheduler comes first, then the step") as raised:
+        rehearse(vit, scheduler)  # type: ignore[arg-type]
+    assert "\n" not in str(raised.value)
+    with pytest.raises(TypeError, match="step must be a function without arguments, got a VisionTransformer"):
+        rehearse(scheduler, vit)
+
+
 def _out_of_memory_beyond(limit: int) -> Any:
     def hook(block: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         if args[0].shape[1] > limit:

@@ -311,3 +311,24 @@ def test_presets_relax_and_use_patches_that_fit_the_view(preset: str, patch: int
 )
 def test_the_doubled_patch_divides_the_view_where_one_near_does(patch: int, side: int, double: int) -> None:
     assert double_patch(patch, side) == double
+
+
+@pytest.mark.parametrize("patch", [16, 14, 8, 4])
+@pytest.mark.parametrize("side", [518, 384, 336, 256, 224, 196, 160, 128, 96, 64, 32, 28])
+def test_a_presets_large_patches_are_near_twice_the_models_own_at_every_size_of_view(side: int, patch: int) -> None:
+    large = double_patch(patch, side)
+    assert 1.7 * patch <= large <= min(side, 2.3 * patch)
+    if any(side % size == 0 for size in range(math.ceil(1.7 * patch), math.floor(2.3 * patch) + 1)):
+        assert side % large == 0
+
+
+@pytest.mark.parametrize(
+    ("steps", "first"), [(4, [0, 1, 2, 3]), (5, [0, 2, 3, 4]), (16, [0, 8, 12, 15]), (20, [0, 10, 15, 19]),
+                         (1000, [0, 500, 750, 950]), (3, [0, 0, 1, 2]), (1, [0, 0, 0, 0])]
+)  # fmt: skip
+def test_stages_begin_at_their_progress_and_no_later_than_leaves_a_step_for_each(steps: int, first: list[int]) -> None:
+    strategies = [Strategy(0.8), Strategy(0.6), Strategy(0.4), Strategy()]
+    plan = Stepwise(dict(zip((0.0, 0.5, 0.75, 0.95), strategies, strict=True)))
+    for step in range(steps + 3):
+        expected = [strategy for begin, strategy in zip(first, strategies, strict=True) if begin <= step][-1]
+        assert plan.at_step(step, steps) == expected

@@ -95,7 +95,7 @@ def test_teachers_without_grad_or_frozen_stay_uncompressed(tiny_vit: Any, first_
     vit.requires_grad_(False)
     assert first_tokens(vit, views).shape[1] == 17
     vit.requires_grad_(True)
-    assert first_tokens(vit, views).shape[1] == 33
+    assert first_tokens(vit, views).shape[1] == 5
 
 
 def test_the_usual_momentum_teacher_is_independent_of_its_student(tiny_vit: Any, first_tokens: Any) -> None:
@@ -296,7 +296,7 @@ def test_steps_views_and_seeds_all_have_their_own_subsets(tiny_vit: Any) -> None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("strategy", [Strategy(0.5), Strategy(0.5, 16), Strategy(0.0, 5)], ids=str)
+@pytest.mark.parametrize("strategy", [Strategy(0.5), Strategy(0.5, 16), Strategy(0.0, 10)], ids=str)
 def test_models_of_another_precision_train(dtype: torch.dtype, strategy: Strategy, tiny_vit: Any) -> None:
     vit = compress(tiny_vit().to(dtype), strategy).train()
     output = vit(torch.randn(2, 3, 32, 32, dtype=dtype))
@@ -307,7 +307,7 @@ def test_models_of_another_precision_train(dtype: torch.dtype, strategy: Strateg
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("patch", [4, 5, 16])
+@pytest.mark.parametrize("patch", [10, 12, 16])
 def test_half_precision_tokens_are_close_to_those_of_single_precision(
     dtype: torch.dtype, patch: int, tiny_vit: Any, first_tokens: Any
 ) -> None:
@@ -317,7 +317,7 @@ def test_half_precision_tokens_are_close_to_those_of_single_precision(
     assert (rounded - exact).norm() < 0.02 * exact.norm()
 
 
-@pytest.mark.parametrize("strategy", [Strategy(0.5), Strategy(0.5, 16), Strategy(0.0, 5)], ids=str)
+@pytest.mark.parametrize("strategy", [Strategy(0.5), Strategy(0.5, 16), Strategy(0.0, 10)], ids=str)
 def test_autocast_changes_no_more_than_it_does_to_a_plain_model(
     strategy: Strategy, tiny_vit: Any, first_tokens: Any
 ) -> None:
@@ -395,4 +395,4 @@ def test_a_strategy_set_by_hand_between_two_views_of_a_step_holds_for_the_second
     lengths.append(first_tokens(vit, views).shape[1])
     scheduler.step()
     lengths.append(first_tokens(vit, views).shape[1])
-    assert lengths == [3, 65, 3]
+    assert lengths == [3, 10, 3]

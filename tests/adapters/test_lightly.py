@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import seqcompress
 from seqcompress import SequenceScheduler, Strategy, compress, get_strategy, is_compressed, schedules
 from seqcompress.adapters.lightly import accelerate
 
@@ -270,7 +271,7 @@ def _pair(vit: nn.Module) -> dict[str, nn.Module]:
             lambda vit: {"backbone": timm.create_model("resnet18", num_classes=0)},
             {},
             ValueError,
-            "found none in Module. Supported: timm.models.vision_transformer.VisionTransformer",
+            r"found none in Module, which holds \.backbone \(ResNet\)\. Supported: timm",
         ),
     ],
 )
@@ -434,3 +435,7 @@ def test_compress_without_a_pair_leaves_the_teacher_to_itself(vit: nn.Module) ->
     module = MoCo(vit)
     compress(module.backbone, HALF_AND_16)
     assert not is_compressed(module.backbone_momentum)
+
+
+def test_it_is_one_of_the_cores_verbs() -> None:
+    assert seqcompress.accelerate is accelerate
