@@ -223,7 +223,11 @@ def test_roles_may_be_given(as_module: bool, named: tuple[str, ...], vit: nn.Mod
 
 
 def test_given_roles_overrule_names(vit: nn.Module) -> None:
-    module = accelerate(DINO(vit), HALF_AND_16, student="teacher_backbone")
+    module = DINO(vit)
+    with pytest.raises(ValueError, match="swap them"):  # its teacher is frozen
+        accelerate(module, HALF_AND_16, student="teacher_backbone")
+    module.teacher_backbone.requires_grad_(True)
+    accelerate(module, HALF_AND_16, student="teacher_backbone")
     assert get_strategy(module.teacher_backbone) == HALF_AND_16
     assert get_strategy(module.student_backbone) == PATCH_16
 
