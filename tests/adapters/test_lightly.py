@@ -380,7 +380,7 @@ def test_a_plain_loop_follows_the_schedule(vit: nn.Module, note_tokens: Build) -
     for _ in range(4):
         module.train().loss(crops(32, 32)).backward()
         scheduler.step()
-    assert student == [5, 5, 8, 8, 11, 11, 14, 14]  # 1 + 16 * (1/4, 7/16, 10/16, 13/16)
+    assert student == [5, 5, 8, 8, 11, 11, 17, 17]  # 1 + 16 * (1/4, 7/16, 10/16, and the end)
     assert teacher == [17] * 8
     assert get_strategy(module) == Strategy()
 
