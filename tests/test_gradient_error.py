@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import functools
 import random
+import threading
 import weakref
 from collections.abc import Callable, Iterator
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -137,7 +139,7 @@ def test_the_same_seed_gives_the_same_report_and_another_seed_another(tiny_vit: 
 
 
 def test_every_strategy_sees_the_same_views_even_between_two_forwards(tiny_vit: Any) -> None:
-    vit, seen = tiny_vit(), []
+    vit, seen = tiny_vit(), SimpleQueue[Any]()  # not a list: that would be put back
 
     def step(batch: Tensor) -> Tensor:
         draws = []
@@ -145,12 +147,13 @@ def test_every_strategy_sees_the_same_views_even_between_two_forwards(tiny_vit: 
         for _ in range(2):
             draws += [torch.rand(1).item(), np.random.rand(), random.random()]
             loss = loss + vit(batch + torch.randn_like(batch)).square().mean()
-        seen.append((get_strategy(vit), draws))
+        seen.put((get_strategy(vit), draws))
         return loss
 
     gradient_error(vit, step, _loader(3), [HALF, BOTH, LARGE], cost="flops")
-    draws = [tuple(drawn) for _, drawn in seen]
-    assert {strategy for strategy, _ in seen} == {Strategy(), HALF, BOTH, LARGE}
+    everything = [seen.get() for _ in range(seen.qsize())]
+    draws = [tuple(drawn) for _, drawn in everything]
+    assert {strategy for strategy, _ in everything} == {Strategy(), HALF, BOTH, LARGE}
     assert len(set(draws)) == 3  # one a batch, whatever the strategy
     assert len(set(draws[0])) == 6
 
@@ -169,10 +172,10 @@ def test_gradient_checkpointing_sees_the_same_tokens_twice(tiny_vit: Any) -> Non
 def test_a_teacher_scales_patches_and_drops_nothing(tiny_vit: Any) -> None:
     student = tiny_vit()
     teacher = copy.deepcopy(student).requires_grad_(False)
-    lengths: dict[Strategy, set[tuple[int, ...]]] = {}
+    seen = SimpleQueue[tuple[Strategy, int]]()
     for vit in (student, teacher):
         vit.blocks[0].register_forward_pre_hook(
-            lambda block, args: lengths.setdefault(get_strategy(student), set()).add(tuple(args[0].shape[1:2]))
+            lambda block, args: seen.put((get_strategy(student), args[0].shape[1]))
         )
 
     def step(batch: Tensor) -> Tensor:
@@ -181,7 +184,9 @@ def test_a_teacher_scales_patches_and_drops_nothing(tiny_vit: Any) -> None:
         return (student(batch) - target).square().mean()
 
     report = gradient_error(student, step, _loader(), [HALF, BOTH], teacher=teacher, cost="flops")
-    assert lengths == {Strategy(): {(17,)}, HALF: {(9,), (17,)}, BOTH: {(3,), (5,)}}
+    assert {seen.get() for _ in range(seen.qsize())} == {
+        *((Strategy(), 17), (HALF, 9), (HALF, 17), (BOTH, 3), (BOTH, 5))
+    }
     assert not is_compressed(student)
     assert not is_compressed(teacher)
     # of 4 equal parts a view, the student's forward and backward are 3: dropout acts on these only
@@ -290,13 +295,13 @@ def _random_states() -> list[Any]:
 
 
 def _interrupting(method: _Method, error: BaseException, after: int) -> Callable[[Tensor], Tensor]:
-    calls = [0]
+    calls = SimpleQueue[None]()
 
     def step(batch: Tensor) -> Tensor:
         batch.mul_(2)
         loss = method.training_step(batch)
-        calls[0] += 1
-        if calls[0] > after:
+        calls.put(None)
+        if calls.qsize() > after:
             raise error
         return loss
 
@@ -351,11 +356,11 @@ def test_everything_is_as_before_however_it_ends(ending: str, compressed: bool, 
 
 def test_after_an_interrupt_there_is_what_the_complete_batches_said(tiny_vit: Any) -> None:
     vit, batches = tiny_vit(), _loader(6)
-    calls = [0]
+    calls = SimpleQueue[None]()
 
     def step(batch: Tensor) -> Tensor:
-        calls[0] += 1
-        if calls[0] > 11:  # a warm-up, three batches of three, and the base of the fourth
+        calls.put(None)
+        if calls.qsize() > 11:  # a warm-up, three batches of three, and the base of the fourth
             raise KeyboardInterrupt
         return _loss_of(vit)(batch)
 
@@ -402,11 +407,8 @@ def test_a_module_of_a_framework_is_measured_with_its_heads(tiny_vit: Any) -> No
 
 
 def test_what_a_step_keeps_elsewhere_is_protected_if_it_is_named(tiny_vit: Any) -> None:
-    class Queue:
-        def __init__(self) -> None:
-            self.keys = torch.zeros(4, 32)
-
-    vit, queue = tiny_vit(), Queue()
+    vit, queue = tiny_vit(), threading.local()  # an object of Python's own is not looked into
+    queue.keys = torch.zeros(4, 32)
 
     def step(batch: Tensor) -> Tensor:
         features = vit(batch)
@@ -450,16 +452,16 @@ def test_generators_of_ones_own_give_the_same_views_under_every_strategy(tiny_vi
         random.Random(3),
     )
     before = torch_generator.get_state(), numpy_generator.bit_generator.state, python_generator.getstate()
-    noises: list[float] = []
+    noises = SimpleQueue[float]()
 
     def step(batch: Tensor) -> Tensor:
         scale = numpy_generator.random() + python_generator.random()
-        noises.append(scale)
+        noises.put(scale)
         return vit(batch + scale * torch.randn(batch.shape, generator=torch_generator)).square().mean()
 
     report = gradient_error(vit, step, _loader(), [nothing_dropped], cost="flops")
     assert report[nothing_dropped].bias2 == 0
-    assert len(set(noises)) == report.num_batches  # another one for each batch, the same for every strategy
+    assert len({noises.get() for _ in range(noises.qsize())}) == report.num_batches  # another one for each batch, the same for every strategy
     assert torch.equal(torch_generator.get_state(), before[0])
     assert (numpy_generator.bit_generator.state, python_generator.getstate()) == before[1:]
 

@@ -202,9 +202,10 @@ class GradientMoments:
         return self.sketch.relative_error if self._sketch_only else 0.0
 
     def begin(self, gradient: Gradient) -> None:
-        """Open a batch with the base's gradient, which must stay as it is until the batch is closed."""
+        """Open a batch with the base's gradient."""
         sketch = self.sketch(gradient)
-        self._open = self._vector(gradient, sketch)
+        # A copy: what is kept must not lie in memory of others, such as the buckets of DistributedDataParallel.
+        self._open = self._vector([part.clone() for part in gradient] if not self._sketch_only else (), sketch)
         if not self._base_sum:
             self._base_sum = [torch.zeros_like(part, dtype=_wide(part)) for part in self._open]
         square, before = _Dot(), _Dot()
