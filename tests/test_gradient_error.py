@@ -174,9 +174,7 @@ def test_a_teacher_scales_patches_and_drops_nothing(tiny_vit: Any) -> None:
     teacher = copy.deepcopy(student).requires_grad_(False)
     seen = SimpleQueue[tuple[Strategy, int]]()
     for vit in (student, teacher):
-        vit.blocks[0].register_forward_pre_hook(
-            lambda block, args: seen.put((get_strategy(student), args[0].shape[1]))
-        )
+        vit.blocks[0].register_forward_pre_hook(lambda block, args: seen.put((get_strategy(student), args[0].shape[1])))
 
     def step(batch: Tensor) -> Tensor:
         with torch.no_grad():
@@ -461,7 +459,9 @@ def test_generators_of_ones_own_give_the_same_views_under_every_strategy(tiny_vi
 
     report = gradient_error(vit, step, _loader(), [nothing_dropped], cost="flops")
     assert report[nothing_dropped].bias2 == 0
-    assert len({noises.get() for _ in range(noises.qsize())}) == report.num_batches  # another one for each batch, the same for every strategy
+    assert (
+        len({noises.get() for _ in range(noises.qsize())}) == report.num_batches
+    )  # another one for each batch, the same for every strategy
     assert torch.equal(torch_generator.get_state(), before[0])
     assert (numpy_generator.bit_generator.state, python_generator.getstate()) == before[1:]
 

@@ -138,7 +138,7 @@ def test_one_command_writes_reports_pictures_and_a_schedule_that_compress_takes(
     results = folder / "results"
     assert {path.name for path in results.iterdir()} == {
         *(f"stage-{progress}.{kind}" for progress in ("0", "0.5") for kind in ("json", "csv", "png")),
-        *("analysis.json", "schedule.json", "schedule.png", "summary.txt"),
+        *("analysis.json", ".analysis.lock", "schedule.json", "schedule.png", "summary.txt"),
     }
     assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in results.glob("*.png"))
     assert "stage 1 of 2, progress 0: early.pt" in done.stderr
@@ -239,6 +239,7 @@ def test_an_interrupted_command_goes_on_after_the_stages_that_are_complete(
     assert main(_arguments()) == 130
     assert "interrupted" in capsys.readouterr().err
     assert {path.name for path in Path("results").iterdir()} == {
+        ".analysis.lock",
         "analysis.json",
         "stage-0.json",
         "stage-0.csv",

@@ -280,7 +280,7 @@ def test_a_resumed_run_decides_what_it_would_have_had_it_not_stopped() -> None:
     batches, done = list(_batches(50)), 0
     whole = _Run().train(iter(batches))
     stopped = _Run()
-    while not (stopped.scheduler.decisions and len(stopped.scheduler.state_dict()["events"]) == 2):
+    while not (stopped.scheduler.decisions and len(json.loads(stopped.scheduler.state_dict()["events"])) == 2):
         stopped.train(iter([batches[done]]))
         done += 1
     assert 4 < done < 46
@@ -411,14 +411,29 @@ def test_encoders_that_were_restored_are_an_error() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"ladder": None}, "is not an OnlineScheduler's"),
-        ({"ladder": ["drop 0.5", "patch 64", "base"]}, "patch 64 does not suit"),
-        ({"ladder": ["base"]}, r"must be of strategies of the ladder, got drop 0\.5"),
+        ({"ladder": None}, "is not an OnlineScheduler's: ladder must be JSON text, got None"),
+        ({"ladder": "[" * 100_000}, "ladder must be JSON text of a list"),
+        ({"ladder": '["drop 0.5", "patch 64", "base"]'}, "patch 64 does not suit"),
+        ({"ladder": '["base"]'}, r"must be of strategies of the ladder, got drop 0\.5"),
         ({"compute_share": 2}, r"compute_share must be in \(0, 1\], got 2"),
-        ({"measured": -1}, "measured must be a number of at least 0, got -1"),
-        ({"decisions": [{}]}, "must have the field 'step'"),
-        ({"events": [{"sketches": {"base": torch.zeros(1, 2)}, "flops": {}}]}, "sketches must have the shape"),
+        ({"compute_share": 10**400}, r"compute_share must be in \(0, 1\], got a number of very many digits"),
+        ({"measured": -1}, "measured must be a number from 0 to 1e40, got -1"),
+        ({"measured": 1e299}, r"measured must be a number from 0 to 1e40, got 1e\+299"),
+        ({"trained": 10**400}, "trained must be a number from 0 to 1e40, got a number of very many digits"),
+        ({"total_steps": 10**400}, "total_steps must be a whole number of at least 0, got a number of very many"),
+        ({"last_step": 10**400}, "last_step must be a whole number of at least 0, got a number of very many"),
+        ({"seed": 10**400}, "seed must be a whole number of at least 0, got a number of very many"),
+        ({"decisions": "[{}]"}, "must have the field 'step'"),
+        ({"decisions": f'[{{"step": {10**400}}}]'}, "decisions' step must be a whole number"),
+        ({"decisions": '[{"step": 60, "share": 0}]'}, "step must be at most last_step, got 60 after"),
+        ({"decisions": '[{"step": 1, "share": 1e299}]'}, "share must be a number of at least 0"),
+        ({"events": '[{"sketches": ["base"], "flops": [0]}]'}, "flops must be above 0, got 0"),
+        ({"events": '[{"sketches": ["base"], "flops": [1, 2]}]'}, "flops must be one number a strategy"),
+        ({"events": '[{"sketches": ["base"], "flops": [1]}]'}, "must be of drop 0.5, its neighbours and the base"),
+        ({"sketches": torch.zeros(1, 2)}, "sketches must be a tensor of shape"),
+        ({"sketches": None}, "sketches must be a tensor of shape .* got None"),
         ({"last_step": -1}, "is not an OnlineScheduler's"),
+        ({"total_steps": 0}, "is not an OnlineScheduler's: .*total_steps must be a whole number of at least 1, got 0"),
     ],
 )
 def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(changes: dict[str, Any], message: str) -> None:

@@ -471,7 +471,6 @@ class Runner:
             raise ValueError(f"{where} must give a finite gradient, got infinite values or NaN")
         return gradient
 
-
     def _no_gradient(self) -> list[Tensor]:
         """Of a loss that is not finite."""
         return [torch.full_like(parameter, math.nan) for parameter in self._parameters]

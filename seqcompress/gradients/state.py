@@ -85,11 +85,7 @@ class Snapshot:
 
     def not_restored(self) -> list[str]:
         """Names of what has changed since the snapshot and could not be put back; to be asked after ``restore``."""
-        changed = [
-            name
-            for (name, value), mark in zip(self._watched, self._marks, strict=True)
-            if _mark(value) != mark
-        ]
+        changed = [name for (name, value), mark in zip(self._watched, self._marks, strict=True) if _mark(value) != mark]
         return list(dict.fromkeys([*self._failed, *changed]))
 
     def clear_gradients(self) -> None:
@@ -286,9 +282,7 @@ class Reach:
             for name in names:
                 self._bind_name(function.__globals__, name, name, depth, names)
 
-    def _bind_name(
-        self, namespace: dict[str, Any], key: str, name: str, depth: int, names: Sequence[str]
-    ) -> None:
+    def _bind_name(self, namespace: dict[str, Any], key: str, name: str, depth: int, names: Sequence[str]) -> None:
         if (id(namespace), key) in self._bound:
             return
         self._bound.add((id(namespace), key))

@@ -73,16 +73,22 @@ class Estimate:
         deviations have no such part, as their noises are independent, but scatter more. The mean of the two is taken:
         rather too wide an interval than too narrow a one.
         """
-        if not self.leave_one_out:
+        if not self.leave_one_out or not all(math.isfinite(value) for row in self.leave_one_out for value in row):
             return math.inf
+        try:
+            variance = self._variance()
+        except OverflowError:
+            return math.inf
+        return variance if math.isfinite(variance) else math.inf
+
+    def _variance(self) -> float:
         rows = [[value - fmean(row) for value in row] for row in self.leave_one_out]
         batches = len(rows[0])
         squares = fmean(fmean(row) ** 2 for row in zip(*rows, strict=True))
         if len(rows) == 2:
             products = fmean(first * second for first, second in zip(*rows, strict=True))
             squares = (squares + max(0.0, products)) / 2
-        variance = (batches - 1) * squares
-        return variance if math.isfinite(variance) else math.inf
+        return (batches - 1) * squares
 
     @property
     def chance_of_positive(self) -> float:

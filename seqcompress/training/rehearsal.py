@@ -74,8 +74,8 @@ def rehearse(scheduler: SequenceScheduler, step: Callable[[], object]) -> Rehear
         MemoryError: it does not fit. The message says at which strategy, about how much it needs (on CUDA devices),
             the longest sequences that fit, and about which batch would.
     """
-    if not isinstance(scheduler, SequenceScheduler):
-        raise TypeError(f"scheduler must be a SequenceScheduler, got {scheduler!r}")
+    if not all(hasattr(scheduler, name) for name in ("embeds", "most_expensive", "use")):  # an OnlineScheduler has, too
+        raise TypeError(f"scheduler must be a SequenceScheduler, got one of type {type(scheduler).__name__}")
     if not callable(step):
         raise TypeError(f"step must be a function without arguments, got {step!r}")
     return rehearse_in(DeviceMemory.of(_device(scheduler)), scheduler, step)
