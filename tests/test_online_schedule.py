@@ -7,6 +7,7 @@ import functools
 import io
 import json
 import logging
+import math
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.distributed import checkpoint
 
 from seqcompress import (
     OnlineScheduler,
@@ -446,6 +448,51 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(changes: dict[
         run.scheduler.load_state_dict(SequenceScheduler(run.method, HALF, total_steps=5).state_dict())
     with pytest.raises(ValueError, match="state must be an OnlineScheduler's"):
         run.scheduler.load_state_dict([])
+
+
+def test_a_batch_with_infinite_values_or_nan_costs_one_measurement_and_not_the_run(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    run = _Run()
+    batches = list(_batches(40))
+    while not run.scheduler.measured_share:
+        run.train(iter([batches.pop()]))
+    events = len(json.loads(run.scheduler.state_dict()["events"]))
+    for bad in (torch.nan, torch.inf):
+        share, step = run.scheduler.measured_share, run.scheduler.last_step
+        run.scheduler.step(torch.full((4, 3, 16, 16), bad))
+        while run.scheduler.measured_share <= share:
+            run.train(iter([batches.pop()]), lambda batch: run.scheduler.step(batch * torch.nan))
+        assert run.scheduler.last_step > step
+    assert len(json.loads(run.scheduler.state_dict()["events"])) == events
+    dropped = [record.getMessage() for record in caplog.records if "dropped" in record.getMessage()]
+    assert len(dropped) >= 2
+    assert "this measurement is dropped: its loss or gradient is not finite under base / drop 0.5" in dropped[0]
+    assert all(value.isfinite().all() for value in run.method.parameters())
+    run.train(iter(batches))
+    assert len(run.scheduler.decisions) >= 1
+    assert all(math.isfinite(entry.ca_mse) for entry in run.scheduler.decisions[0].report.entries)
+
+
+def test_the_state_has_the_same_structure_at_every_step_so_that_distributed_checkpoints_load(tmp_path: Path) -> None:
+    fresh, run = _Run(), _Run().train(_batches(40))
+    while not json.loads(run.scheduler.state_dict()["events"]):
+        run.train(_batches(1))
+    assert len(run.scheduler.decisions) >= 1
+    checkpoint.save({"online": run.scheduler.state_dict()}, checkpoint_id=tmp_path, no_dist=True)
+    loaded = {"online": fresh.scheduler.state_dict()}
+    checkpoint.load(loaded, checkpoint_id=tmp_path, no_dist=True)
+    fresh.scheduler.load_state_dict(loaded["online"])
+    assert fresh.scheduler.decisions == run.scheduler.decisions
+    assert repr(fresh.scheduler.state_dict()) == repr(run.scheduler.state_dict())
+
+
+def test_gradients_that_are_taken_inside_the_backward_pass_are_an_error_once_they_are_measured() -> None:
+    run = _Run()
+    for parameter in run.method.head.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda each: setattr(each, "grad", None))
+    with pytest.raises(ValueError, match=r"must leave its gradients in \.grad, got 4 of "):
+        run.train(_batches(60))
 
 
 @pytest.fixture(scope="module")

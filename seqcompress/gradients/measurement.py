@@ -66,7 +66,7 @@ def gradient_error(
     Nothing is changed: before every run and at the end, also after an error or an interrupt, everything is put back
     that ``step`` may change. That is: ``model`` and ``teacher``; and what ``step`` and ``after_backward`` can get at by
     what they are bound to, their closures, arguments and global names, and those of functions that they call. Of these:
-    names bound anew; tensors and arrays, their gradients too; lists, dicts, sets; modules, optimizers, their schedulers,
+    names bound anew; tensors and their gradients, arrays; lists, dicts, sets; modules, optimizers, their schedulers,
     random generators; attributes of objects of one's own, eight deep, and of their classes. Besides: a batch changed in
     place, the random generators that ``batches`` holds, and the global random states of torch, numpy and Python. What
     was seen to change and cannot be put back, such as an iterator, is named in a warning. Memory holds a copy of all

@@ -222,7 +222,8 @@ class Reach:
         elif isinstance(value, GeneratorType):
             self.watched.append((name, value))
             for key, item in inspect.getgeneratorlocals(value).items():
-                self._follow(item, f"{name}'s {key}", depth, ())
+                if not key.startswith("."):  # the iterator of a generator expression, which goes on with it
+                    self._follow(item, f"{name}'s {key}", depth, ())
         elif self._is_followed(value):
             if depth < _DEPTH:
                 self._attributes(value, name, depth + 1, names)
