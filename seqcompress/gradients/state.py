@@ -227,7 +227,7 @@ class Reach:
         elif self._is_followed(value):
             if depth < _DEPTH:
                 self._attributes(value, name, depth + 1, names)
-        elif not callable(value) and not type(value).__module__.startswith("seqcompress."):
+        elif not callable(value) and not _is_quiet(type(value).__module__):
             self.watched.append((name, value))
 
     def _is_followed(self, value: object) -> bool:
@@ -375,6 +375,13 @@ def _names(code: CodeType) -> Iterator[str]:
 
 def _is_hosts(module: str | None) -> bool:
     return (module or "").partition(".")[0] in _HOSTS
+
+
+def _is_quiet(module: str) -> bool:
+    """Whether what an object of such a class keeps is nothing to tell of: caches, and the measurement's own."""
+    return module.partition(".")[0] in ("seqcompress", "logging") or (
+        module.startswith("torch.") and not module.startswith("torch.utils.data")
+    )
 
 
 def _slots(value: object) -> list[str]:
