@@ -295,7 +295,7 @@ class OnlineScheduler:
             for kept, sketch in zip(row, event.sketches.values(), strict=False):
                 kept.copy_(sketch)
         events = [
-            {"sketches": list(map(str, event.sketches)), "flops": [event.flops[each] for each in event.sketches]}
+            {"sketches": list(map(str, event.sketches)), "flops": [float(event.flops[each]) for each in event.sketches]}
             for event in self._events
         ]
         decisions = [
