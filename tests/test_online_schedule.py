@@ -12,6 +12,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -215,16 +216,18 @@ def test_measuring_never_takes_more_than_its_share_and_most_of_it(share: float) 
     run = _Run(compute_share=share, total_steps=1000)
     family, student = find_encoder(run.method.backbone)
     flops = functools.cache(encoder_flops)
-    calls: list[tuple[int, int]] = []  # weight and tokens of every forward
+    calls = SimpleQueue[tuple[int, int]]()  # weight and tokens of every forward; a list would be put back
     for weight, vit in ((3, student), (1, run.method.teacher)):
         vit.blocks[0].register_forward_pre_hook(
-            lambda block, args, weight=weight: calls.append((weight, args[0].shape[1])), prepend=True
+            lambda block, args, weight=weight: calls.put((weight, args[0].shape[1])), prepend=True
         )
     spent = {"training": 0, "measuring": 0}
 
     def add(kind: str) -> None:
-        spent[kind] += sum(4 * weight * flops(family, student, tokens) for weight, tokens in calls)
-        calls.clear()
+        spent[kind] += sum(
+            4 * weight * flops(family, student, tokens)
+            for weight, tokens in (calls.get() for _ in range(calls.qsize()))
+        )
 
     def advance(batch: Tensor) -> None:
         add("training")
