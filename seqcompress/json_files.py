@@ -7,11 +7,23 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FieldError", "check_names", "is_file", "read_json", "take", "take_version", "write_json"]
+__all__ = [
+    "FieldError",
+    "check_names",
+    "is_file",
+    "read_json",
+    "replacing",
+    "take",
+    "take_version",
+    "write_json",
+    "write_text",
+]
 
 
 class FieldError(ValueError):
@@ -25,8 +37,48 @@ def write_json(content: Mapping[str, Any], path: str | os.PathLike[str] | None) 
     """An object as JSON text, written to ``path`` too if one is given."""
     text = json.dumps(content, indent=2) + "\n"
     if path is not None:
-        Path(path).write_text(text, encoding="utf-8")
+        write_text(text, path)
     return text
+
+
+def write_text(text: str, path: str | os.PathLike[str]) -> None:
+    """Write a text file, whole or not at all; see [replacing][seqcompress.json_files.replacing]."""
+    with replacing(path) as beside, beside.open("w", encoding="utf-8", newline="") as file:
+        file.write(text)
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A file beside ``path`` to be written, which takes its place when it is complete and on the disk.
+
+    Whoever is killed on the way, or finds the disk full, leaves what was there before. After a kill, a hidden file
+    ending in ``.unfinished`` and the suffix may be left. What is no ordinary file, such as a pipe, is written directly.
+
+    Raises:
+        OSError: it cannot be written; the message is the system's.
+    """
+    target = Path(os.path.realpath(path))  # a link stays one
+    if target.exists() and not target.is_file():
+        yield target
+        return
+    beside = target.with_name(f".{secrets.token_hex(8)}.unfinished{target.suffix}")
+    try:
+        yield beside
+        with suppress(FileNotFoundError):
+            beside.chmod(target.stat().st_mode & 0o7777)
+        with beside.open("rb+") as file:
+            os.fsync(file.fileno())
+        beside.replace(target)
+    except BaseException:
+        with suppress(OSError):
+            beside.unlink()
+        raise
+    with suppress(OSError, AttributeError):  # where folders can be flushed
+        folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def read_json(source: str | os.PathLike[str], what: str) -> tuple[dict[str, Any], str]:

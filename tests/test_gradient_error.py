@@ -5,17 +5,23 @@ from __future__ import annotations
 import copy
 import functools
 import random
+import threading
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
 
 from seqcompress import (
     Budget,
@@ -137,7 +143,7 @@ def test_the_same_seed_gives_the_same_report_and_another_seed_another(tiny_vit: 
 
 
 def test_every_strategy_sees_the_same_views_even_between_two_forwards(tiny_vit: Any) -> None:
-    vit, seen = tiny_vit(), []
+    vit, seen = tiny_vit(), SimpleQueue[Any]()  # not a list: that would be put back
 
     def step(batch: Tensor) -> Tensor:
         draws = []
@@ -145,12 +151,13 @@ def test_every_strategy_sees_the_same_views_even_between_two_forwards(tiny_vit: 
         for _ in range(2):
             draws += [torch.rand(1).item(), np.random.rand(), random.random()]
             loss = loss + vit(batch + torch.randn_like(batch)).square().mean()
-        seen.append((get_strategy(vit), draws))
+        seen.put((get_strategy(vit), draws))
         return loss
 
     gradient_error(vit, step, _loader(3), [HALF, BOTH, LARGE], cost="flops")
-    draws = [tuple(drawn) for _, drawn in seen]
-    assert {strategy for strategy, _ in seen} == {Strategy(), HALF, BOTH, LARGE}
+    everything = [seen.get() for _ in range(seen.qsize())]
+    draws = [tuple(drawn) for _, drawn in everything]
+    assert {strategy for strategy, _ in everything} == {Strategy(), HALF, BOTH, LARGE}
     assert len(set(draws)) == 3  # one a batch, whatever the strategy
     assert len(set(draws[0])) == 6
 
@@ -169,11 +176,9 @@ def test_gradient_checkpointing_sees_the_same_tokens_twice(tiny_vit: Any) -> Non
 def test_a_teacher_scales_patches_and_drops_nothing(tiny_vit: Any) -> None:
     student = tiny_vit()
     teacher = copy.deepcopy(student).requires_grad_(False)
-    lengths: dict[Strategy, set[tuple[int, ...]]] = {}
+    seen = SimpleQueue[tuple[Strategy, int]]()
     for vit in (student, teacher):
-        vit.blocks[0].register_forward_pre_hook(
-            lambda block, args: lengths.setdefault(get_strategy(student), set()).add(tuple(args[0].shape[1:2]))
-        )
+        vit.blocks[0].register_forward_pre_hook(lambda block, args: seen.put((get_strategy(student), args[0].shape[1])))
 
     def step(batch: Tensor) -> Tensor:
         with torch.no_grad():
@@ -181,7 +186,9 @@ def test_a_teacher_scales_patches_and_drops_nothing(tiny_vit: Any) -> None:
         return (student(batch) - target).square().mean()
 
     report = gradient_error(student, step, _loader(), [HALF, BOTH], teacher=teacher, cost="flops")
-    assert lengths == {Strategy(): {(17,)}, HALF: {(9,), (17,)}, BOTH: {(3,), (5,)}}
+    assert {seen.get() for _ in range(seen.qsize())} == {
+        *((Strategy(), 17), (HALF, 9), (HALF, 17), (BOTH, 3), (BOTH, 5))
+    }
     assert not is_compressed(student)
     assert not is_compressed(teacher)
     # of 4 equal parts a view, the student's forward and backward are 3: dropout acts on these only
@@ -290,13 +297,13 @@ def _random_states() -> list[Any]:
 
 
 def _interrupting(method: _Method, error: BaseException, after: int) -> Callable[[Tensor], Tensor]:
-    calls = [0]
+    calls = SimpleQueue[None]()
 
     def step(batch: Tensor) -> Tensor:
         batch.mul_(2)
         loss = method.training_step(batch)
-        calls[0] += 1
-        if calls[0] > after:
+        calls.put(None)
+        if calls.qsize() > after:
             raise error
         return loss
 
@@ -351,11 +358,11 @@ def test_everything_is_as_before_however_it_ends(ending: str, compressed: bool, 
 
 def test_after_an_interrupt_there_is_what_the_complete_batches_said(tiny_vit: Any) -> None:
     vit, batches = tiny_vit(), _loader(6)
-    calls = [0]
+    calls = SimpleQueue[None]()
 
     def step(batch: Tensor) -> Tensor:
-        calls[0] += 1
-        if calls[0] > 11:  # a warm-up, three batches of three, and the base of the fourth
+        calls.put(None)
+        if calls.qsize() > 11:  # a warm-up, three batches of three, and the base of the fourth
             raise KeyboardInterrupt
         return _loss_of(vit)(batch)
 
@@ -402,11 +409,8 @@ def test_a_module_of_a_framework_is_measured_with_its_heads(tiny_vit: Any) -> No
 
 
 def test_what_a_step_keeps_elsewhere_is_protected_if_it_is_named(tiny_vit: Any) -> None:
-    class Queue:
-        def __init__(self) -> None:
-            self.keys = torch.zeros(4, 32)
-
-    vit, queue = tiny_vit(), Queue()
+    vit, queue = tiny_vit(), threading.local()  # an object of Python's own is not looked into
+    queue.keys = torch.zeros(4, 32)
 
     def step(batch: Tensor) -> Tensor:
         features = vit(batch)
@@ -450,16 +454,18 @@ def test_generators_of_ones_own_give_the_same_views_under_every_strategy(tiny_vi
         random.Random(3),
     )
     before = torch_generator.get_state(), numpy_generator.bit_generator.state, python_generator.getstate()
-    noises: list[float] = []
+    noises = SimpleQueue[float]()
 
     def step(batch: Tensor) -> Tensor:
         scale = numpy_generator.random() + python_generator.random()
-        noises.append(scale)
+        noises.put(scale)
         return vit(batch + scale * torch.randn(batch.shape, generator=torch_generator)).square().mean()
 
     report = gradient_error(vit, step, _loader(), [nothing_dropped], cost="flops")
     assert report[nothing_dropped].bias2 == 0
-    assert len(set(noises)) == report.num_batches  # another one for each batch, the same for every strategy
+    assert (
+        len({noises.get() for _ in range(noises.qsize())}) == report.num_batches
+    )  # another one for each batch, the same for every strategy
     assert torch.equal(torch_generator.get_state(), before[0])
     assert (numpy_generator.bit_generator.state, python_generator.getstate()) == before[1:]
 
@@ -629,6 +635,145 @@ def test_a_progress_bar_is_shown_on_demand(tiny_vit: Any, capsys: Any) -> None:
     for shown in (None, True):
         gradient_error(vit, _loss_of(vit), _loader(), [HALF], cost="flops", progress=shown)
         assert ("4/4" in capsys.readouterr().err) == bool(shown)
+
+
+POINTER, CENTRE = 0, torch.zeros(4, 32)
+
+
+def _enqueue(features: Tensor) -> None:
+    global POINTER, CENTRE, NEW
+    POINTER += 1
+    CENTRE = CENTRE + features
+    NEW = features  # type: ignore[name-defined]
+
+
+def test_names_that_a_step_binds_anew_are_put_back_in_closures_and_among_globals(tiny_vit: Any) -> None:
+    vit, queue, steps, keys = tiny_vit(), torch.zeros(4, 32), 0, torch.zeros(3)
+    first, centre = queue, CENTRE
+
+    def step(batch: Tensor) -> Tensor:
+        nonlocal queue, steps
+        features = vit(batch)
+        loss = (features - queue - CENTRE + steps + POINTER).square().mean()
+        queue, steps = queue + features.detach(), steps + 1
+        keys.add_(1)
+        _enqueue(features.detach())
+        return loss
+
+    gradient_error(vit, step, _loader(), [HALF], cost="flops")
+    assert (queue is first, steps, POINTER, CENTRE is centre) == (True, 0, 0, True)
+    assert "NEW" not in globals()
+    assert [float(each.abs().max()) for each in (queue, keys, CENTRE)] == [0.0, 0.0, 0.0]
+
+
+def test_objects_of_ones_own_are_put_back_several_deep(tiny_vit: Any) -> None:
+    class Queue:
+        __slots__ = ("keys",)
+        updates = 0
+
+        def __init__(self) -> None:
+            self.keys = [torch.zeros(4, 32)]
+
+    class Algorithm:
+        def __init__(self) -> None:
+            self.queue, self.pointer = Queue(), 0
+
+    class Runner:
+        def __init__(self) -> None:
+            self.vit, self.algorithm = tiny_vit(), Algorithm()
+
+        def loss(self, batch: Tensor) -> Tensor:
+            features = self.vit(batch)
+            self.algorithm.pointer += 1
+            Queue.updates += 1
+            self.algorithm.queue.keys[0].add_(1)
+            self.algorithm.queue.keys = [*self.algorithm.queue.keys, features.detach()]
+            return features.square().mean()
+
+    runner = Runner()
+    keys = runner.algorithm.queue.keys
+    gradient_error(runner.vit, lambda batch: runner.loss(batch) + 0 * Queue.updates, _loader(), [HALF], cost="flops")
+    assert (runner.algorithm.pointer, Queue.updates) == (0, 0)
+    assert runner.algorithm.queue.keys is keys
+    assert (len(keys), float(keys[0].abs().max())) == (1, 0.0)
+
+
+def test_what_cannot_be_put_back_is_named_once(tiny_vit: Any) -> None:
+    vit, noises, loader = tiny_vit(), iter(range(1000)), (number for number in range(1000))
+
+    def step(batch: Tensor) -> Tensor:
+        return vit(batch).square().mean() + 0 * next(noises) + 0 * next(loader)
+
+    with pytest.warns(UserWarning, match="cannot put back") as caught:
+        gradient_error(vit, step, _loader(), [HALF], cost="flops")
+    assert [str(each.message).split(". ")[0] for each in caught] == [
+        "measuring has changed what it cannot put back: loader, noises"
+    ]
+
+
+def test_the_batches_own_generator_is_put_back(tiny_vit: Any) -> None:
+    vit, generator = tiny_vit(), torch.Generator().manual_seed(7)
+    loader = DataLoader(torch.randn(8, 3, 32, 32), batch_size=2, shuffle=True, generator=generator)
+    before = generator.get_state()
+    reports = [gradient_error(vit, _loss_of(vit), loader, [HALF], cost="flops") for _ in range(2)]
+    assert torch.equal(generator.get_state(), before)
+    assert reports[0] == reports[1]
+
+
+def test_an_optimizer_that_steps_inside_the_backward_pass_is_an_error_and_is_put_back(tiny_vit: Any) -> None:
+    vit = tiny_vit()
+    optimizers = {each: torch.optim.SGD([each], lr=0.1, momentum=0.9) for each in vit.blocks.parameters()}
+
+    def finish(parameter: Tensor) -> None:
+        optimizers[parameter].step()
+        optimizers[parameter].zero_grad()
+
+    for parameter in optimizers:
+        parameter.register_post_accumulate_grad_hook(finish)
+    _loss_of(vit)(_loader()[0]).backward()
+    weights = [each.clone() for each in optimizers]
+    momenta = [each.state[parameter]["momentum_buffer"].clone() for parameter, each in optimizers.items()]
+    with pytest.raises(ValueError, match=r"base must leave its gradients in \.grad, got 24 of 30 that were gone"):
+        gradient_error(vit, _loss_of(vit), _loader(), [HALF], cost="flops")
+    assert all(map(torch.equal, optimizers, weights))
+    after = [each.state[parameter]["momentum_buffer"] for parameter, each in optimizers.items()]
+    assert all(map(torch.equal, after, momenta))
+
+
+def test_no_gradient_at_all_is_an_error_and_not_zero(tiny_vit: Any) -> None:
+    vit, head = tiny_vit(), nn.Linear(32, 1)
+
+    def step(batch: Tensor) -> Tensor:
+        return head(vit(batch).detach()).mean()
+
+    with pytest.raises(ValueError, match="must give model a gradient, got none on any of its parameters"):
+        gradient_error(vit, step, _loader(), [HALF], cost="flops")
+
+
+def test_a_step_that_calls_backward_itself_is_told_so(tiny_vit: Any) -> None:
+    vit = tiny_vit()
+
+    def step(batch: Tensor) -> Tensor:
+        loss = _loss_of(vit)(batch)
+        loss.backward()
+        return loss
+
+    with pytest.raises(ValueError, match="under base must leave the backward pass to the analysis"):
+        gradient_error(vit, step, _loader(), [HALF], cost="flops")
+    assert all(parameter.grad is None for parameter in vit.parameters())
+
+
+def test_gradients_that_lie_in_anothers_buckets_are_copied(tiny_vit: Any, tmp_path: Path) -> None:
+    vit, batches = tiny_vit(embed_dim=64), _loader(4)  # large enough for sums that are kept apart from sketches
+    plain = gradient_error(vit, _loss_of(vit), batches, [LARGE], cost="flops")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        parallel = DistributedDataParallel(vit, gradient_as_bucket_view=True)
+        report = gradient_error(vit, _loss_of(parallel), batches, [LARGE], cost="flops")
+    finally:
+        dist.destroy_process_group()
+    assert plain[LARGE].bias2 > 0
+    assert report[LARGE].bias2 == pytest.approx(plain[LARGE].bias2, rel=1e-5)
 
 
 @pytest.mark.gpu

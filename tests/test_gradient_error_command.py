@@ -17,7 +17,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from seqcompress import GradientErrorReport, Schedule, Strategy, TrainingStep, compress, gradient_error
-from seqcompress.gradients import plots
+from seqcompress.gradients import command, plots
 from seqcompress.gradients.command import main
 
 # What a user would write. It imports what lies beside it, and notes every call.
@@ -132,13 +132,13 @@ def _refusal(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
 
 
 def test_one_command_writes_reports_pictures_and_a_schedule_that_compress_takes(folder: Path) -> None:
-    command = [sys.executable, "-m", "seqcompress.gradients", *_arguments()]
-    done = subprocess.run(command, env=ONE_THREAD, cwd=folder, capture_output=True, text=True, timeout=300)
+    arguments = [sys.executable, "-m", "seqcompress.gradients", *_arguments()]
+    done = subprocess.run(arguments, env=ONE_THREAD, cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     results = folder / "results"
     assert {path.name for path in results.iterdir()} == {
         *(f"stage-{progress}.{kind}" for progress in ("0", "0.5") for kind in ("json", "csv", "png")),
-        *("analysis.json", "schedule.json", "schedule.png", "summary.txt"),
+        *("analysis.json", ".analysis.lock", "schedule.json", "schedule.png", "summary.txt"),
     }
     assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in results.glob("*.png"))
     assert "stage 1 of 2, progress 0: early.pt" in done.stderr
@@ -239,6 +239,7 @@ def test_an_interrupted_command_goes_on_after_the_stages_that_are_complete(
     assert main(_arguments()) == 130
     assert "interrupted" in capsys.readouterr().err
     assert {path.name for path in Path("results").iterdir()} == {
+        ".analysis.lock",
         "analysis.json",
         "stage-0.json",
         "stage-0.csv",
@@ -348,6 +349,62 @@ def test_an_error_in_the_users_own_code_keeps_its_traceback(folder: Path, traini
     training.at = broken
     with pytest.raises(ValueError, match="no such weights"):
         main(_arguments())
+
+
+def test_two_commands_measure_into_one_folder_at_once_and_neither_loses_its_stage(folder: Path) -> None:
+    def arguments(stage: str) -> list[str]:
+        return [sys.executable, "-m", "seqcompress.gradients", *_arguments("--checkpoints", stage)]
+
+    stages = ("0=early.pt", "0.5=late.pt")
+    settings = {"env": ONE_THREAD, "cwd": folder, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen(arguments(stage), **settings) for stage in stages]
+    assert [process.communicate(timeout=300)[1].count("Traceback") for process in both] == [0, 0]
+    assert [process.returncode for process in both] == [0, 0]
+    assert set(json.loads((folder / "results" / "analysis.json").read_text())["stages"]) == {"0", "0.5"}
+
+
+def test_a_stage_that_another_command_has_completed_meanwhile_stays_written_down(
+    undrawn: Path, training: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = command._measured
+
+    def slowly(function: Any, stage: Any, *others: Any) -> GradientErrorReport:
+        report = measured(function, stage, *others)
+        if stage.progress == 0:
+            assert main(_arguments("--checkpoints", "0.5=late.pt")) == 0
+        return report
+
+    monkeypatch.setattr(command, "_measured", slowly)
+    assert main(_arguments("--checkpoints", "0=early.pt")) == 0
+    assert set(json.loads(Path("results/analysis.json").read_text())["stages"]) == {"0", "0.5"}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files as POSIX does")
+def test_a_full_disk_is_one_line_and_loses_nothing(folder: Path) -> None:
+    import resource
+
+    def run(*more: str, room: int | None = None) -> subprocess.CompletedProcess[str]:
+        limit = None if room is None else (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)))
+        arguments = [sys.executable, "-m", "seqcompress.gradients", *_arguments("--checkpoints", "early.pt", *more)]
+        return subprocess.run(
+            arguments, env=ONE_THREAD, cwd=folder, capture_output=True, text=True, timeout=300, preexec_fn=limit
+        )
+
+    assert run().returncode == 0
+    names = {path.name for path in (folder / "results").iterdir()}
+    before = (folder / "results" / "stage-0.json").read_bytes()
+    full = run("--overwrite", room=1000)
+    assert full.returncode == 1
+    assert "Traceback" not in full.stderr
+    assert full.stderr.splitlines()[-1].startswith("python -m seqcompress.gradients: error: argument --output: ")
+    assert (folder / "results" / "stage-0.json").read_bytes() == before
+    assert {path.name for path in (folder / "results").iterdir()} == names
+
+
+def test_a_checkpoint_that_is_a_folder_gets_its_own_words(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "sharded").mkdir()
+    refusal = _refusal(capsys, _arguments("--checkpoints", "0=sharded"))
+    assert "--checkpoints: sharded is a folder: a checkpoint must be one file" in refusal
 
 
 def test_without_matplotlib_nothing_is_begun(

@@ -7,7 +7,9 @@ import itertools
 import json
 import logging
 import math
+import subprocess
 import sys
+import time
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -152,7 +154,7 @@ def _broken(**changes: Any) -> str:
         ({"complete": 1}, "field 'complete': must be true or false, got 1"),
         ({"sketch_error": -1}, "field 'sketch_error'"),
         ({"base_norm2": 3.0}, "field 'base_norm2': must be an object"),
-        ({"base_norm2__value": "3"}, r"field 'base_norm2\.value': must be finite numbers, got '3'"),
+        ({"base_norm2__value": "3"}, r"field 'base_norm2\.value': must be finite numbers of at most .*, got '3'"),
         ({"strategies": []}, "field 'strategies': must be a list of strategies"),
         ({"strategies__0": 3}, r"field 'strategies\[0\]': must be an object, got 3"),
         ({"strategies__1__token_dropout": 2.0}, r"field 'strategies\[1\]': token_dropout must be in \[0, 1\)"),
@@ -170,6 +172,94 @@ def test_a_bad_file_is_one_error_that_names_the_field(changes: dict[str, Any], m
     with pytest.raises(ValueError, match=message) as raised:
         GradientErrorReport.from_json(path)
     assert "bad.json" in str(raised.value)
+
+
+@pytest.mark.parametrize("number", [10**400, 1e299, -1e299])
+@pytest.mark.parametrize("name", ["base_norm2", "bias2", "variance", "cost"])
+def test_numbers_that_nothing_can_be_computed_from_are_refused(name: str, number: float) -> None:
+    content = json.loads(_report({BASE: 1.0, HALF: 2.0}).to_json())
+    place = content if name == "base_norm2" else content["strategies"][1]
+    for target, key in ((place[name], "value"), (place[name]["leave_one_out"][0], 3)):
+        kept, target[key] = target[key], number
+        with pytest.raises(ValueError, match=f"{name}.*must be finite numbers of at most 1e"):
+            GradientErrorReport.from_json(json.dumps(content))
+        target[key] = kept
+    assert GradientErrorReport.from_json(json.dumps(content)).best() == BASE
+
+
+def test_the_largest_numbers_that_are_read_break_nothing() -> None:
+    content = json.loads(_report({BASE: 1.0, HALF: 2.0}).to_json())
+    errors = [part[name] for part in content["strategies"] for name in ("bias2", "variance")]
+    for entry in (content["base_norm2"], *errors):
+        entry.update(value=1e150, leave_one_out=[[1e150, -1e150] * 4])
+    for part in content["strategies"]:
+        part["cost"].update(value=1e150, leave_one_out=[[1e150, 1e-150] * 4])
+    report = GradientErrorReport.from_json(json.dumps(content))
+    assert report[HALF].bias2_interval[0] < 0 < report[HALF].bias2_interval[1]
+    assert str(best_schedule({0.0: report}))
+    assert "e+" in str(report)
+
+
+def test_a_cost_of_nothing_is_refused() -> None:
+    content = json.loads(_report({BASE: 1.0, HALF: 2.0}).to_json())
+    content["strategies"][1]["cost"]["value"] = 0
+    with pytest.raises(ValueError, match=r"strategies\[1\].cost': must be above 0"):
+        GradientErrorReport.from_json(json.dumps(content))
+
+
+WRITER = """
+import sys
+from seqcompress import GradientErrorReport
+report = GradientErrorReport.from_json(sys.argv[1])
+print("ready", flush=True)
+while True:
+    report.to_json(sys.argv[1])
+"""
+
+
+def test_a_process_that_is_killed_as_it_writes_leaves_a_whole_file(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    expected = _report({BASE: 1.0, HALF: 2.0, LARGE: 3.0}, noise=0.1)
+    expected.to_json(path)
+    for kill in range(8):
+        process = subprocess.Popen([sys.executable, "-c", WRITER, path], stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        time.sleep(0.01 + 0.007 * kill)
+        process.kill()
+        process.communicate()
+        assert GradientErrorReport.from_json(path) == expected
+
+
+def test_a_file_that_is_replaced_keeps_its_mode_and_a_link_its_target(tmp_path: Path) -> None:
+    path, link = tmp_path / "report.json", tmp_path / "link.json"
+    path.write_text("{}")
+    path.chmod(0o640)
+    link.symlink_to(path)
+    expected = _report({BASE: 1.0, HALF: 2.0})
+    expected.to_json(link)
+    assert link.is_symlink()
+    assert path.stat().st_mode & 0o777 == 0o640
+    assert GradientErrorReport.from_json(path) == expected
+    expected.to_csv(tmp_path / "report.csv")
+    assert {each.name for each in tmp_path.iterdir()} == {"report.json", "link.json", "report.csv"}
+
+
+def test_no_point_lies_under_the_legend_of_a_picture(tmp_path: Path, monkeypatch: Any) -> None:
+    from seqcompress.gradients import plots
+
+    report = _report({BASE: 4.0, HALF: 1.0, LARGE: 2.0, BOTH: 3.0}, noise=0.2)
+    drawn: list[Any] = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
+    report.plot(tmp_path / "report.png")
+    (figure,) = drawn
+    figure.canvas.draw()
+    axes = figure.axes[0]
+    legend = axes.get_legend().get_window_extent()
+    assert not legend.overlaps(axes.get_window_extent())
+    boxes = [label.get_window_extent() for label in axes.get_xticklabels()]
+    assert not legend.overlaps(axes.title.get_window_extent())
+    assert len(boxes) == 4
 
 
 def test_a_missing_file_is_said_to_be_missing(tmp_path: Path) -> None:
@@ -319,8 +409,9 @@ def test_the_schedule_is_a_plan_that_compress_takes(
     ("reports", "error", "message"),
     [
         ({}, ValueError, "at least one stage"),
-        ([], TypeError, "reports must map progress to GradientErrorReport"),
-        ({0.0: "report"}, TypeError, "reports must map progress to GradientErrorReport"),
+        ([], TypeError, "reports must map progress to GradientErrorReport, got one of type list"),
+        (_report({BASE: 1.0}), TypeError, r"such as \{0\.0: report\}, got one report alone"),
+        ({0.0: "report"}, TypeError, "reports must map progress to .*, got one of type str at 0.0"),
         ({1.5: _report({BASE: 1.0})}, ValueError, r"progress must be in \[0, 1\], got 1\.5"),
         (
             {0.0: _report({BASE: 1.0}), 0.5: _report({BASE: 1.0}, own_patch_size=16)},

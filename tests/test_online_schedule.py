@@ -7,10 +7,12 @@ import functools
 import io
 import json
 import logging
+import math
 import statistics
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.distributed import checkpoint
 
 from seqcompress import (
     OnlineScheduler,
@@ -213,16 +216,18 @@ def test_measuring_never_takes_more_than_its_share_and_most_of_it(share: float) 
     run = _Run(compute_share=share, total_steps=1000)
     family, student = find_encoder(run.method.backbone)
     flops = functools.cache(encoder_flops)
-    calls: list[tuple[int, int]] = []  # weight and tokens of every forward
+    calls = SimpleQueue[tuple[int, int]]()  # weight and tokens of every forward; a list would be put back
     for weight, vit in ((3, student), (1, run.method.teacher)):
         vit.blocks[0].register_forward_pre_hook(
-            lambda block, args, weight=weight: calls.append((weight, args[0].shape[1])), prepend=True
+            lambda block, args, weight=weight: calls.put((weight, args[0].shape[1])), prepend=True
         )
     spent = {"training": 0, "measuring": 0}
 
     def add(kind: str) -> None:
-        spent[kind] += sum(4 * weight * flops(family, student, tokens) for weight, tokens in calls)
-        calls.clear()
+        spent[kind] += sum(
+            4 * weight * flops(family, student, tokens)
+            for weight, tokens in (calls.get() for _ in range(calls.qsize()))
+        )
 
     def advance(batch: Tensor) -> None:
         add("training")
@@ -281,7 +286,7 @@ def test_a_resumed_run_decides_what_it_would_have_had_it_not_stopped() -> None:
     batches, done = list(_batches(50)), 0
     whole = _Run().train(iter(batches))
     stopped = _Run()
-    while not (stopped.scheduler.decisions and len(stopped.scheduler.state_dict()["events"]) == 2):
+    while not (stopped.scheduler.decisions and len(json.loads(stopped.scheduler.state_dict()["events"])) == 2):
         stopped.train(iter([batches[done]]))
         done += 1
     assert 4 < done < 46
@@ -413,14 +418,29 @@ def test_encoders_that_were_restored_are_an_error() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"ladder": None}, "is not an OnlineScheduler's"),
-        ({"ladder": ["drop 0.5", "patch 64", "base"]}, "patch 64 does not suit"),
-        ({"ladder": ["base"]}, r"must be of strategies of the ladder, got drop 0\.5"),
+        ({"ladder": None}, "is not an OnlineScheduler's: ladder must be JSON text, got None"),
+        ({"ladder": "[" * 100_000}, "ladder must be JSON text of a list"),
+        ({"ladder": '["drop 0.5", "patch 64", "base"]'}, "patch 64 does not suit"),
+        ({"ladder": '["base"]'}, r"must be of strategies of the ladder, got drop 0\.5"),
         ({"compute_share": 2}, r"compute_share must be in \(0, 1\], got 2"),
-        ({"measured": -1}, "measured must be a number of at least 0, got -1"),
-        ({"decisions": [{}]}, "must have the field 'step'"),
-        ({"events": [{"sketches": {"base": torch.zeros(1, 2)}, "flops": {}}]}, "sketches must have the shape"),
+        ({"compute_share": 10**400}, r"compute_share must be in \(0, 1\], got a number of very many digits"),
+        ({"measured": -1}, "measured must be a number from 0 to 1e40, got -1"),
+        ({"measured": 1e299}, r"measured must be a number from 0 to 1e40, got 1e\+299"),
+        ({"trained": 10**400}, "trained must be a number from 0 to 1e40, got a number of very many digits"),
+        ({"total_steps": 10**400}, "total_steps must be a whole number of at least 0, got a number of very many"),
+        ({"last_step": 10**400}, "last_step must be a whole number of at least 0, got a number of very many"),
+        ({"seed": 10**400}, "seed must be a whole number of at least 0, got a number of very many"),
+        ({"decisions": "[{}]"}, "must have the field 'step'"),
+        ({"decisions": f'[{{"step": {10**400}}}]'}, "decisions' step must be a whole number"),
+        ({"decisions": '[{"step": 60, "share": 0}]'}, "step must be at most last_step, got 60 after"),
+        ({"decisions": '[{"step": 1, "share": 1e299}]'}, "share must be a number of at least 0"),
+        ({"events": '[{"sketches": ["base"], "flops": [0]}]'}, "flops must be above 0, got 0"),
+        ({"events": '[{"sketches": ["base"], "flops": [1, 2]}]'}, "flops must be one number a strategy"),
+        ({"events": '[{"sketches": ["base"], "flops": [1]}]'}, "must be of drop 0.5, its neighbours and the base"),
+        ({"sketches": torch.zeros(1, 2)}, "sketches must be a tensor of shape"),
+        ({"sketches": None}, "sketches must be a tensor of shape .* got None"),
         ({"last_step": -1}, "is not an OnlineScheduler's"),
+        ({"total_steps": 0}, "is not an OnlineScheduler's: .*total_steps must be a whole number of at least 1, got 0"),
     ],
 )
 def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(changes: dict[str, Any], message: str) -> None:
@@ -433,6 +453,51 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(changes: dict[
         run.scheduler.load_state_dict(SequenceScheduler(compress(_vit(), HALF), total_steps=5).state_dict())
     with pytest.raises(ValueError, match="state must be an OnlineScheduler's"):
         run.scheduler.load_state_dict([])
+
+
+def test_a_batch_with_infinite_values_or_nan_costs_one_measurement_and_not_the_run(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    run = _Run()
+    batches = list(_batches(40))
+    while not run.scheduler.measured_share:
+        run.train(iter([batches.pop()]))
+    events = len(json.loads(run.scheduler.state_dict()["events"]))
+    for bad in (torch.nan, torch.inf):
+        share, step = run.scheduler.measured_share, run.scheduler.last_step
+        run.scheduler.step(torch.full((4, 3, 16, 16), bad))
+        while run.scheduler.measured_share <= share:
+            run.train(iter([batches.pop()]), lambda batch: run.scheduler.step(batch * torch.nan))
+        assert run.scheduler.last_step > step
+    assert len(json.loads(run.scheduler.state_dict()["events"])) == events
+    dropped = [record.getMessage() for record in caplog.records if "dropped" in record.getMessage()]
+    assert len(dropped) >= 2
+    assert "this measurement is dropped: its loss or gradient is not finite under base / drop 0.5" in dropped[0]
+    assert all(value.isfinite().all() for value in run.method.parameters())
+    run.train(iter(batches))
+    assert len(run.scheduler.decisions) >= 1
+    assert all(math.isfinite(entry.ca_mse) for entry in run.scheduler.decisions[0].report.entries)
+
+
+def test_the_state_has_the_same_structure_at_every_step_so_that_distributed_checkpoints_load(tmp_path: Path) -> None:
+    fresh, run = _Run(), _Run().train(_batches(40))
+    while not json.loads(run.scheduler.state_dict()["events"]):
+        run.train(_batches(1))
+    assert len(run.scheduler.decisions) >= 1
+    checkpoint.save({"online": run.scheduler.state_dict()}, checkpoint_id=tmp_path, no_dist=True)
+    loaded = {"online": fresh.scheduler.state_dict()}
+    checkpoint.load(loaded, checkpoint_id=tmp_path, no_dist=True)
+    fresh.scheduler.load_state_dict(loaded["online"])
+    assert fresh.scheduler.decisions == run.scheduler.decisions
+    assert repr(fresh.scheduler.state_dict()) == repr(run.scheduler.state_dict())
+
+
+def test_gradients_that_are_taken_inside_the_backward_pass_are_an_error_once_they_are_measured() -> None:
+    run = _Run()
+    for parameter in run.method.head.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda each: setattr(each, "grad", None))
+    with pytest.raises(ValueError, match=r"must leave its gradients in \.grad, got 4 of "):
+        run.train(_batches(60))
 
 
 @pytest.fixture(scope="module")

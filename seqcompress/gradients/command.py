@@ -21,7 +21,7 @@ from seqcompress.gradients.measurement import gradient_error, measured_encoders,
 from seqcompress.gradients.report import CostKind, GradientErrorReport, canonical
 from seqcompress.gradients.schedule_search import best_schedule, explain_schedule, plot_schedule
 from seqcompress.gradients.training_step import TrainingStep
-from seqcompress.json_files import FieldError, read_json, take, take_version, write_json
+from seqcompress.json_files import FieldError, read_json, take, take_version, write_json, write_text
 from seqcompress.strategy import Strategy
 from seqcompress.training.random_states import RandomStates
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "seqcompress-gradient
         prog: the command's name in its help.
 
     Returns:
-        0, or 130 after Ctrl-C.
+        0, or 130 after Ctrl-C, or 1 if the results cannot be written (a full disk), after a message.
 
     Raises:
         SystemExit: with 2 for arguments that are wrong, after a message; with 0 after ``--help``.
@@ -50,6 +50,9 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "seqcompress-gradient
         _run(arguments)
     except _UsageError as error:
         parser.error(str(error))
+    except _WriteError as error:
+        _say(f"{prog}: error: argument --output: {error}; stages that are complete in the folder stay so")
+        return 1
     except KeyboardInterrupt:
         _say(f"interrupted; the same command goes on after the stages that are complete in {arguments.output}")
         return _INTERRUPTED
@@ -58,6 +61,18 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "seqcompress-gradient
 
 class _UsageError(Exception):
     """Something that the user must change about the command."""
+
+
+class _WriteError(Exception):
+    """The folder cannot be written."""
+
+
+@contextlib.contextmanager
+def _writing() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _WriteError(str(error)) from None
 
 
 @dataclass(frozen=True)
@@ -171,9 +186,7 @@ def _run(arguments: argparse.Namespace) -> None:
         }
         for stage in stages
     }
-    if arguments.overwrite:
-        records.forget(stages)
-    known = {stage: records.report(stage, settings[stage]) for stage in stages}
+    known = {stage: None if arguments.overwrite else records.report(stage, settings[stage]) for stage in stages}
 
     reports: dict[float, GradientErrorReport] = {}
     for number, stage in enumerate(stages, 1):
@@ -185,16 +198,19 @@ def _run(arguments: argparse.Namespace) -> None:
             _say(f"{where}: {stage.checkpoint}")
             started = time.perf_counter()
             report = _measured(function, stage, strategies, arguments)
-            report.to_json(stage.file(folder, "json"))
-            records.add(stage, settings[stage], time.perf_counter() - started)
-        report.to_csv(stage.file(folder, "csv"))
-        report.plot(stage.file(folder, "png"))
+            with _writing():
+                records.add(stage, report, settings[stage], time.perf_counter() - started)
+        with _writing():
+            report.to_csv(stage.file(folder, "csv"))
+            report.plot(stage.file(folder, "png"))
         reports[stage.progress] = report
 
-    best_schedule(reports, arguments.monotone).to_json(folder / "schedule.json")
-    plot_schedule(reports, folder / "schedule.png", arguments.monotone)
+    schedule = best_schedule(reports, arguments.monotone)
     summary = _summary(stages, reports, arguments.monotone, records.seconds(stages))
-    (folder / "summary.txt").write_text(summary, encoding="utf-8")
+    with _writing():
+        schedule.to_json(folder / "schedule.json")
+        plot_schedule(reports, folder / "schedule.png", arguments.monotone)
+        write_text(summary, folder / "summary.txt")
     print(summary, end="")
     _say(f"reports, pictures and schedule: {folder}")
 
@@ -261,15 +277,17 @@ class _FirstBatches:
 
 
 class _Records:
-    """Which stages are complete in a folder, under which settings and in how many seconds: its ``analysis.json``."""
+    """Which stages are complete in a folder, under which settings and in how many seconds: its ``analysis.json``.
+
+    Several commands may measure stages into one folder at a time: each change is read, made and written while no other
+    can be.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._path = folder / "analysis.json"
-        try:
-            self._stages = _read_stages(self._path) if self._path.exists() else {}
-        except (OSError, ValueError) as error:
-            raise _UsageError(f"argument --output: {error}") from None
+        self._stages = self._read()
+        self._seconds = {name: float(record["seconds"]) for name, record in self._stages.items()}
 
     def report(self, stage: _Stage, settings: Mapping[str, Any]) -> GradientErrorReport | None:
         """The report of a stage, if it is complete."""
@@ -288,23 +306,53 @@ class _Records:
         except (OSError, ValueError) as error:
             raise _UsageError(f"argument --output: {error}") from None
 
-    def add(self, stage: _Stage, settings: Mapping[str, Any], seconds: float) -> None:
-        """Write down that a stage is complete."""
-        self._stages[str(stage)] = {"checkpoint": str(stage.checkpoint), **settings, "seconds": round(seconds, 3)}
-        self._write()
-
-    def forget(self, stages: Iterable[_Stage]) -> None:
-        """Let stages count as not measured; in the file from the next one that is complete on."""
-        self._stages = {name: record for name, record in self._stages.items() if name not in map(str, stages)}
+    def add(self, stage: _Stage, report: GradientErrorReport, settings: Mapping[str, Any], seconds: float) -> None:
+        """Write a stage's report, and down that it is complete: never a new report under settings of an old one."""
+        record = {"checkpoint": str(stage.checkpoint), **settings, "seconds": round(seconds, 3)}
+        with _locked(self._folder / ".analysis.lock"):
+            if self._change(stage, None):
+                self._write()
+            report.to_json(stage.file(self._folder, "json"))
+            self._change(stage, record)
+            self._write()
+            self._seconds[str(stage)] = seconds
 
     def seconds(self, stages: Iterable[_Stage]) -> float:
         """How long these stages took."""
-        return math.fsum(self._stages[str(stage)]["seconds"] for stage in stages)
+        return math.fsum(self._seconds[str(stage)] for stage in stages)
+
+    def _change(self, stage: _Stage, record: dict[str, Any] | None) -> bool:
+        """Change one stage of what the file says now; whether there was anything."""
+        self._stages = self._read()
+        before = self._stages.pop(str(stage), None)
+        if record is not None:
+            self._stages[str(stage)] = record
+        return before is not None
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            return _read_stages(self._path) if self._path.exists() else {}
+        except (OSError, ValueError) as error:
+            raise _UsageError(f"argument --output: {error}") from None
 
     def _write(self) -> None:
-        unfinished = self._path.with_suffix(".tmp")
-        write_json({"seqcompress_analysis": _VERSION, "stages": self._stages}, unfinished)
-        unfinished.replace(self._path)
+        write_json({"seqcompress_analysis": _VERSION, "stages": self._stages}, self._path)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Held by one process at a time; the system lets go of it when a process ends, however it does."""
+    with path.open("a+b") as file:
+        if sys.platform == "win32":
+            import msvcrt
+
+            file.seek(0)
+            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _read_stages(path: Path) -> dict[str, Any]:
@@ -315,8 +363,9 @@ def _read_stages(path: Path) -> dict[str, Any]:
         if not isinstance(stages, dict):
             raise FieldError("stages", f"must be an object, got {stages!r}")
         for name, record in stages.items():
-            if not isinstance(record, dict) or not isinstance(record.get("seconds"), (int, float)):
-                raise FieldError(f"stages.{name}", f"must be an object with a number of seconds, got {record!r}")
+            seconds = record.get("seconds") if isinstance(record, dict) else None
+            if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds < 1e12:
+                raise FieldError(f"stages.{name}", "must be an object with a number of seconds")
     except FieldError as error:
         raise ValueError(f"{origin}: {error}") from None
     return stages
@@ -365,6 +414,11 @@ def _checkpoint(text: str) -> tuple[float | None, Path]:
     if progress is not None and not 0 <= progress <= 1:
         raise argparse.ArgumentTypeError(f"progress must be in [0, 1], got {before}")
     path = Path(text if progress is None else after)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(
+            f"{path} is a folder: a checkpoint must be one file. Of a sharded one, name a file in it, whose content "
+            "tells it from others; FUNCTION gets that path and may load the folder around it"
+        )
     if not path.is_file():
         raise argparse.ArgumentTypeError(f"there is no file {path}")
     return progress, path

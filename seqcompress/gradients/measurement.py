@@ -28,7 +28,7 @@ from seqcompress.compressors.patch_embed import Compression, When
 from seqcompress.encoders import Family, find_encoder
 from seqcompress.encoders.family import Encoder
 from seqcompress.gradients.report import CostKind, GradientErrorReport, canonical
-from seqcompress.gradients.state import Snapshot, reached_by
+from seqcompress.gradients.state import Generators, Snapshot
 from seqcompress.gradients.statistics import GradientMoments, interquartile_mean, jackknife
 from seqcompress.schedules import Constant
 from seqcompress.strategy import Strategy
@@ -64,12 +64,14 @@ def gradient_error(
     require grad; a parameter that gets none counts as zero.
 
     Nothing is changed: before every run and at the end, also after an error or an interrupt, everything is put back
-    that ``step`` may change. That is: weights, gradients, buffers, queues and other attributes, training modes of
-    ``model``, of ``teacher`` and of every module that ``step`` and ``after_backward`` can get at (what they are bound
-    to, closure, arguments, global names); optimizers, their schedulers and random generators found in the same way; the
-    attributes of the object that ``step`` is a method of; a batch changed in place; the global random states of torch,
-    numpy and Python. Memory holds a copy of all that meanwhile, one gradient-sized sum a strategy, the gradients of two
-    runs, and 32,768 numbers a batch and strategy.
+    that ``step`` may change. That is: ``model`` and ``teacher``; and what ``step`` and ``after_backward`` can get at by
+    what they are bound to, their closures, arguments and global names, and those of functions that they call. Of these:
+    names bound anew; tensors and their gradients, arrays; lists, dicts, sets; modules, optimizers, their schedulers,
+    random generators; attributes of objects of one's own, eight deep, and of their classes. Besides: a batch changed in
+    place, the random generators that ``batches`` holds, and the global random states of torch, numpy and Python. What
+    was seen to change and cannot be put back, such as an iterator, is named in a warning. Memory holds a copy of all
+    that meanwhile, one gradient-sized sum a strategy, the gradients of two runs, and 32,768 numbers a batch and
+    strategy.
 
     Args:
         model: an encoder, compressed or not, or a module that holds compressed encoders, such as a LightningModule
@@ -103,7 +105,7 @@ def gradient_error(
         TypeError: an argument has the wrong type, or ``model`` is not supported.
         ValueError: an argument is out of range; the model is in eval mode or nothing in it requires grad; a
             strategy does not suit it; there are fewer than 2 batches; a loss does not come from the model or is not a
-            finite scalar (the message names strategy and batch).
+            finite scalar, or gradients are not there after the backward pass (the message names strategy and batch).
         ImportError: ``progress=True`` without tqdm.
 
     Example:
@@ -119,7 +121,7 @@ def gradient_error(
     """
     for name, function in (("step", step), ("after_backward", after_backward)):
         if not callable(function) and (name == "step" or function is not None):
-            raise TypeError(f"{name} must be a function, got {function!r}")
+            raise TypeError(f"{name} must be a function, got {shown(function)}")
     if cost not in get_args(CostKind):
         raise ValueError(f"cost must be 'measured' or 'flops', got {cost!r}")
     if sketch is not None and (isinstance(sketch, bool) or not isinstance(sketch, int)):
@@ -129,7 +131,7 @@ def gradient_error(
     wanted = checked_strategies(strategies)
     encoders = measured_encoders(model, teacher)
     if not isinstance(batches, Iterable):
-        raise TypeError(f"batches must be an iterable, got {batches!r}")
+        raise TypeError(f"batches must be an iterable, got {shown(batches)}")
     own_patch_size = own_patch_size_of(encoders)
     others = list(dict.fromkeys(canonical(strategy, own_patch_size) for strategy in wanted))
     others = [strategy for strategy in others if strategy != _BASE]
@@ -139,7 +141,7 @@ def gradient_error(
     if not parameters:
         raise ValueError("model must have parameters that require grad, got none")
     bar = _progress_bar(batches, progress)
-    roots = [model, teacher, *reached_by(after_backward), *listed(protect)]
+    roots = [model, teacher, *listed(protect)]
 
     moments = GradientMoments(
         sum(parameter.numel() for parameter in parameters),
@@ -152,9 +154,12 @@ def gradient_error(
     }
     costs: dict[Strategy, list[float]] = {strategy: [] for strategy in uses}
     complete = True
-    with running(encoders, parameters, step, after_backward, roots, timed=cost == "measured", seed=seed) as runner:
+    with (
+        _as_before(batches) as generators,
+        running(encoders, parameters, step, after_backward, roots, timed=cost == "measured", seed=seed) as runner,
+    ):
         try:
-            for batch in bar(_drawn(batches)):
+            for batch in bar(_drawn(batches, generators)):
                 spent = runner.measure(batch, uses)
                 del batch  # before the next is made
                 for strategy, amount in spent.items():
@@ -301,6 +306,8 @@ def running(
     timed: bool = False,
     first: int = 0,
     warm_up: bool = True,
+    must_be_finite: bool = True,
+    reported: set[str] | None = None,
 ) -> Iterator[Runner]:
     """Run steps that leave no trace: in the end everything is as it was found, also after an error.
 
@@ -314,11 +321,27 @@ def running(
         timed: measure seconds, of complete steps; else FLOPs.
         first: number of the first batch.
         warm_up: run the first batch once more before, and warn if its loss is not the same.
+        must_be_finite: a loss or a gradient with infinite values or NaN is an error. Else such a gradient is used as
+            it is, and one of a loss that is not finite is NaN.
+        reported: names of what could not be put back that the user was told of, none of them twice.
     """
     random_states = RandomStates()
     with _compressed(encoders) as compression:
-        state = Snapshot(root for root in [*roots, *reached_by(step)] if root is not None)
-        runner = Runner(compression, encoders, parameters, step, after_backward, state, timed, seed, first, warm_up)
+        state = Snapshot(roots, [step, after_backward])
+        runner = Runner(
+            compression,
+            encoders,
+            parameters,
+            step,
+            after_backward,
+            state,
+            timed,
+            seed,
+            first,
+            warm_up,
+            must_be_finite,
+            set() if reported is None else reported,
+        )
         try:
             yield runner
         finally:
@@ -341,6 +364,8 @@ class Runner:
         seed: int,
         first: int,
         warm_up: bool,
+        must_be_finite: bool,
+        reported: set[str],
     ) -> None:
         self._compression = compression
         self._embeds: list[CompressedPatchEmbed] = [measured.encoder.patch_embed for measured in encoders]
@@ -352,6 +377,8 @@ class Runner:
         self._seed = seed
         self._number = first
         self._warm_up = warm_up
+        self._must_be_finite = must_be_finite
+        self._reported = reported
         self._order = random.Random(seed)
         self._flops = Flops(measured.encoder for measured in encoders)
         self._batch = Snapshot(())
@@ -375,6 +402,7 @@ class Runner:
             ran = self._run(batch, strategy, use=use, complete=self._timed)
             spent[strategy] = ran.seconds if self._timed else ran.flops
         self.put_back()
+        self._report_changes()
         self._batch = Snapshot(())  # lets go of the batch
         self._number += 1
         self._warm_up = False
@@ -384,6 +412,16 @@ class Runner:
         """Leave everything as it was found, the batch too."""
         self._batch.restore()
         self._state.restore()
+
+    def _report_changes(self) -> None:
+        changed = [name for name in self._state.not_restored() if name not in self._reported]
+        if changed:
+            self._reported.update(changed)
+            warnings.warn(
+                f"measuring has changed what it cannot put back: {', '.join(changed)}. What step changes should be "
+                "tensors, random generators, lists, dicts, or attributes of objects of one's own.",
+                stacklevel=5,
+            )
 
     def _run(self, batch: Any, strategy: Strategy, *, use: Use = _nothing, complete: bool = False) -> _Ran:
         """One step; a complete one goes on after the backward pass."""
@@ -397,13 +435,15 @@ class Runner:
             embed.tally.clear()
         where = f"step on batch {self._number} under {strategy!s}"
         clock = _Clock(self._parameters[0].device)
-        with torch.enable_grad(), clock:
+        with torch.enable_grad(), clock, _Arrivals(self._parameters) as arrivals:
             loss = self._step(batch)
+            if arrivals:
+                raise ValueError(f"{where} must leave the backward pass to the analysis, got one that calls backward")
             _check_loss(loss, where)
             loss.backward()
         value = float(loss.detach())
         del loss
-        if not math.isfinite(value):
+        if self._must_be_finite and not math.isfinite(value):
             raise ValueError(f"{where} must return a finite loss, got {value}")
         if not any(forward.graph for embed in self._embeds for forward in embed.tally):
             raise ValueError(f"{where} must run the encoder in train mode, got a loss that did not pass through it")
@@ -414,7 +454,8 @@ class Runner:
                     f"{where} must get full views, got some of {size[0]} x {size[1]} px that scale_views made smaller: "
                     f"no gradient without compression can be had from them"
                 )
-        use(self._gradient(where))
+        self._check_gradients(arrivals, where)
+        use(self._gradient(where) if math.isfinite(value) else self._no_gradient())
         flops = self._flops(embed.tally for embed in self._embeds)
         if complete and self._after_backward is not None:
             with clock:
@@ -426,9 +467,49 @@ class Runner:
             torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for parameter in self._parameters
         ]
         gradient = [part.to_dense() if part.is_sparse else part for part in gradient]
-        if not bool(torch.stack([part.isfinite().all() for part in gradient]).all()):
+        if self._must_be_finite and not bool(torch.stack([part.isfinite().all() for part in gradient]).all()):
             raise ValueError(f"{where} must give a finite gradient, got infinite values or NaN")
         return gradient
+
+    def _no_gradient(self) -> list[Tensor]:
+        """Of a loss that is not finite."""
+        return [torch.full_like(parameter, math.nan) for parameter in self._parameters]
+
+    def _check_gradients(self, arrivals: _Arrivals, where: str) -> None:
+        """Raise ValueError unless the gradients are there that the backward pass has made."""
+        gone = sum(parameter.grad is None for parameter in arrivals)
+        if gone:
+            raise ValueError(
+                f"{where} must leave its gradients in .grad, got {gone} of {len(arrivals)} that were gone after the "
+                "backward pass: something takes them there, such as an optimizer that steps in a parameter's hook"
+            )
+        if all(parameter.grad is None for parameter in self._parameters):
+            raise ValueError(f"{where} must give model a gradient, got none on any of its parameters that require grad")
+
+
+class _Arrivals:
+    """The parameters that got a gradient while a ``with`` block ran, whether it is still there or not."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self._parameters = parameters
+        self._arrived: dict[int, nn.Parameter] = {}
+
+    def __enter__(self) -> _Arrivals:
+        self._hooks = [each.register_post_accumulate_grad_hook(self._arrive) for each in self._parameters]
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def __len__(self) -> int:
+        return len(self._arrived)
+
+    def __iter__(self) -> Iterator[nn.Parameter]:
+        return iter(self._arrived.values())
+
+    def _arrive(self, parameter: Tensor) -> None:
+        self._arrived[id(parameter)] = parameter  # type: ignore[assignment]
 
 
 class _Clock:
@@ -452,18 +533,18 @@ class _Clock:
 
 
 def _check_reproduced(first: float, second: float) -> None:
-    if not math.isclose(first, second, rel_tol=1e-2, abs_tol=1e-6):
+    if math.isfinite(first + second) and not math.isclose(first, second, rel_tol=1e-2, abs_tol=1e-6):
         warnings.warn(
             f"step is not reproducible: the same batch and random state gave the losses {first:.6g} and {second:.6g} "
-            "without compression. Pass what it changes to protect=.",
+            "without compression. It changes something that was not found: pass that to protect=.",
             stacklevel=4,
         )
 
 
 def _check_loss(loss: object, where: str) -> None:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
-        shown = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
-        raise ValueError(f"{where} must return a scalar loss, got {shown}")
+        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else shown(loss)
+        raise ValueError(f"{where} must return a scalar loss, got {got}")
     if not loss.requires_grad:
         raise ValueError(f"{where} must return a loss that can be differentiated, got one without a graph")
 
@@ -495,17 +576,30 @@ def _report(
     )
 
 
-def _drawn(batches: Iterable[Batch]) -> Iterator[Batch]:
+@contextmanager
+def _as_before(batches: object) -> Iterator[Generators]:
+    """The random generators of the batches' own, which end as they began."""
+    at_first = Generators(batches)
+    try:
+        yield Generators(batches)
+    finally:
+        at_first.restore()
+
+
+def _drawn(batches: Iterable[Batch], generators: Generators) -> Iterator[Batch]:
     """The batches, made in the random state that their maker left, not in one of a run."""
     iterator = iter(batches)
     states = RandomStates()
+    generators.keep()
     while True:
         states.restore()
+        generators.restore()
         try:
             batch = next(iterator)
         except StopIteration:
             return
         states = RandomStates()
+        generators.keep()
         yield batch
         del batch
 
@@ -529,11 +623,11 @@ def _progress_bar(batches: Iterable[Any], wanted: bool | None) -> Callable[[Iter
 def checked_strategies(strategies: Iterable[Strategy]) -> list[Strategy]:
     """A list of them, for sure."""
     if isinstance(strategies, Strategy) or not isinstance(strategies, Iterable):
-        raise TypeError(f"strategies must be several of them, such as a list, got {strategies!r}")
+        raise TypeError(f"strategies must be several of them, such as a list, got {shown(strategies)}")
     checked = list(strategies)
     for strategy in checked:
         if not isinstance(strategy, Strategy):
-            raise TypeError(f"strategies must be of type Strategy, got {strategy!r}")
+            raise TypeError(f"strategies must be of type Strategy, got {shown(strategy)}")
     return checked
 
 
@@ -541,6 +635,15 @@ def own_patch_size_of(encoders: Sequence[MeasuredEncoder]) -> int | None:
     """Side of the patches that all these encoders have without compression; None if they differ or are not square."""
     sides = {side for measured in encoders for side in measured.family.patch_size(measured.encoder)}
     return sides.pop() if len(sides) == 1 else None
+
+
+def shown(value: object) -> str:
+    """A value for a message: what is short as it is, anything else by its type."""
+    if value is None or isinstance(value, (bool, int, float, str, Strategy)):
+        text = repr(value)
+        if len(text) <= 80:
+            return text
+    return f"one of type {type(value).__name__}"
 
 
 def listed(protect: object) -> list[object]:

@@ -5,8 +5,8 @@ CA-MSE decides, as in Lin et al., NeurIPS 2024 (arXiv 2410.22364); there, it is 
 
 from __future__ import annotations
 
+import json
 import logging
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from seqcompress.compression import compressed_embeds_of
-from seqcompress.compressors.patch_embed import Forward
+from seqcompress.compressors.patch_embed import CompressedPatchEmbed, Forward
 from seqcompress.gradients.measurement import (
     SKETCH_SIZE,
     MeasuredEncoder,
@@ -28,6 +28,7 @@ from seqcompress.gradients.measurement import (
     own_patch_size_of,
     running,
     seed_of,
+    shown,
 )
 from seqcompress.gradients.report import GradientErrorReport, canonical
 from seqcompress.gradients.statistics import Sketch, interquartile_mean, jackknife, norm2_of_mean, variance
@@ -42,6 +43,7 @@ __all__ = ["OnlineDecision", "OnlineScheduler"]
 _BASE = Strategy()
 _BATCHES = 4  # a decision
 _CONFIDENCE = 0.8
+_MOST_COMPARED = 4  # the base, the strategy in force, and a neighbour on either side
 _RUNG = 0.75  # what a rung of the default ladder costs at most, relative to the next dearer one
 
 _logger = logging.getLogger(__name__)
@@ -87,7 +89,7 @@ class _Event(NamedTuple):
     flops: dict[Strategy, float]
 
 
-class OnlineScheduler(SequenceScheduler):
+class OnlineScheduler:
     """Finds its schedule during the run: every so often, it measures neighbouring strategies and may move to one.
 
     Strategies form a ladder, ordered by cost. The run begins at the strategy that its encoders were compressed with.
@@ -157,7 +159,7 @@ class OnlineScheduler(SequenceScheduler):
     ) -> None:
         embeds = compressed_embeds_of(model_or_models)
         if not callable(step):
-            raise TypeError(f"step must be a function, got {step!r}")
+            raise TypeError(f"step must be a function, got {shown(step)}")
         compute_share = _checked_share(compute_share)
         models = [model_or_models] if isinstance(model_or_models, nn.Module) else list(model_or_models)
         parameters = [value for value in nn.ModuleList(models).parameters() if value.requires_grad]
@@ -178,7 +180,9 @@ class OnlineScheduler(SequenceScheduler):
                 "model_or_models must not have scale_views for an online schedule with patch sizes: gradient error is "
                 "measured on full views"
             )
-        super().__init__(model_or_models, Stepwise({0.0: starts[0]}), total_steps=total_steps)
+        self._sequence = SequenceScheduler(model_or_models, Stepwise({0.0: starts[0]}), total_steps=total_steps)
+        for compression in {embed.compression for embed in self.embeds}:
+            compression.claim(self._sequence, "an OnlineScheduler")
         self._ladder = tuple(_by_cost(ladder, encoders, flops))
         self._compute_share = compute_share
         self._loss = step
@@ -192,6 +196,47 @@ class OnlineScheduler(SequenceScheduler):
         self._events: list[_Event] = []
         self._trained = self._measured = 0.0
         self._counted = self._tallies()
+        self._reported: set[str] = set()
+        self._group: Any = None
+
+    @property
+    def embeds(self) -> tuple[CompressedPatchEmbed, ...]:
+        """The compressed patch embeddings that are driven."""
+        return self._sequence.embeds
+
+    @property
+    def schedule(self) -> Schedule:
+        """What was found so far."""
+        return self._sequence.schedule
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return self._sequence.total_steps
+
+    @property
+    def last_step(self) -> int:
+        """Steps that are done."""
+        return self._sequence.last_step
+
+    @property
+    def progress(self) -> float:
+        """Share of the steps that is done, in [0, 1]."""
+        return self._sequence.progress
+
+    @property
+    def strategy(self) -> Strategy:
+        """The strategy in force."""
+        return self._sequence.strategy
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the encoders are still compressed as they were when this scheduler was made."""
+        return self._sequence.is_current
+
+    def use(self, strategy: Strategy) -> None:
+        """Put another strategy in force until the next step; see [SequenceScheduler][seqcompress.SequenceScheduler]."""
+        self._sequence.use(strategy)
 
     @property
     def ladder(self) -> tuple[Strategy, ...]:
@@ -208,19 +253,18 @@ class OnlineScheduler(SequenceScheduler):
         """FLOPs of measuring so far, relative to those of training so far."""
         return self._measured / self._trained if self._trained else 0.0
 
-    # A schedule that depends on what was seen on the way cannot be advanced by a number.
-    def step(self, batch: Any) -> None:  # type: ignore[override]
+    def step(self, batch: Any) -> None:
         """Go on to the next step; measure, if the compute allows it, and decide.
 
         Args:
             batch: what the step that was just done has trained on: what the function ``step`` takes.
 
         Raises:
-            ValueError: while measuring, the model is in eval mode, or a loss or a gradient is not finite. The model and
-                the random states are as before.
+            ValueError: while measuring, the model is in eval mode, or gradients are not there after the backward pass.
+                The model and the random states are as before.
             RuntimeError: the encoders were restored or compressed anew.
         """
-        super().step()
+        self._sequence.step()
         tallies = self._tallies()
         done = [now - before for now, before in zip(tallies, self._counted, strict=True)]
         self._counted = tallies
@@ -243,33 +287,38 @@ class OnlineScheduler(SequenceScheduler):
         raise RuntimeError("an OnlineScheduler does not know what the rest of the run will cost: count steps instead")
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must keep: plain values and, between the batches of a decision, tensors.
+        """What a checkpoint must keep: plain values, and one tensor for the batches of an open decision.
 
-        At the most 32,768 numbers for each of the 4 strategies and up to 3 batches.
+        Names and shapes are the same at every step, as torch.distributed.checkpoint wants it. The tensor has up to
+        32,768 numbers for each of 4 strategies and 3 batches.
         """
+        sketches = torch.zeros(_BATCHES - 1, _MOST_COMPARED, *self._sketch.shape)
+        for row, event in zip(sketches, self._events, strict=False):
+            for kept, sketch in zip(row, event.sketches.values(), strict=False):
+                kept.copy_(sketch)
+        events = [
+            {"sketches": list(map(str, event.sketches)), "flops": [float(event.flops[each]) for each in event.sketches]}
+            for event in self._events
+        ]
+        decisions = [
+            {
+                "step": decision.step,
+                "before": str(decision.before),
+                "after": str(decision.after),
+                "report": decision.report.to_json(),
+                "share": decision.share,
+            }
+            for decision in self._decisions
+        ]
         return {
-            **super().state_dict(),
-            "ladder": [str(strategy) for strategy in self._ladder],
+            **self._sequence.state_dict(),
+            "ladder": json.dumps([str(strategy) for strategy in self._ladder]),
             "compute_share": self._compute_share,
             "trained": self._trained,
             "measured": self._measured,
-            "events": [
-                {
-                    "sketches": {str(strategy): sketch.clone() for strategy, sketch in event.sketches.items()},
-                    "flops": {str(strategy): flops for strategy, flops in event.flops.items()},
-                }
-                for event in self._events
-            ],
-            "decisions": [
-                {
-                    "step": decision.step,
-                    "before": str(decision.before),
-                    "after": str(decision.after),
-                    "report": decision.report.to_json(),
-                    "share": decision.share,
-                }
-                for decision in self._decisions
-            ],
+            "events": json.dumps(events),
+            "sketches": sketches,
+            "decisions": json.dumps(decisions),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -282,27 +331,30 @@ class OnlineScheduler(SequenceScheduler):
                 wrong, and nothing has been changed.
         """
         if not isinstance(state, Mapping):
-            raise ValueError(f"state must be an OnlineScheduler's state_dict(), got {state!r}")
+            raise ValueError(f"state must be an OnlineScheduler's state_dict(), got {shown(state)}")
         try:
-            ladder = tuple(map(Strategy.parse, state["ladder"]))
+            ladder = tuple(map(Strategy.parse, _read_list(state["ladder"], "ladder")))
             for encoder in self._encoders:
                 encoder.check_strategies(ladder)
             share = _checked_share(state["compute_share"])
             trained, measured = (_checked_flops(state[name], name) for name in ("trained", "measured"))
-            decisions = [_read_decision(fields) for fields in state["decisions"]]
-            events = [_read_event(fields, self._sketch.shape) for fields in state["events"]]
+            total, last = (_checked_steps(state[name], name) for name in ("total_steps", "last_step"))
+            _checked_steps(state["seed"], "seed")
+            decisions = [_read_decision(fields, last) for fields in _read_list(state["decisions"], "decisions")]
+            sketches = _read_sketches(state["sketches"], (_BATCHES - 1, _MOST_COMPARED, *self._sketch.shape))
+            events = _read_events(_read_list(state["events"], "events"), sketches)
             schedule = Schedule.from_json(state["schedule"])
             for strategy in (*schedule.strategies(), *(decision.after for decision in decisions)):
                 if strategy not in ladder:
                     raise ValueError(f"schedule and decisions must be of strategies of the ladder, got {strategy!s}")
-            now = schedule(min(1.0, state["last_step"] / state["total_steps"]))
+            now = schedule(min(last, total) / max(1, total))
             if any(set(event.sketches) != set(_compared(ladder, now)) for event in events):
                 raise ValueError(f"events must be of {now!s}, its neighbours and the base")
+            self._sequence.load_state_dict({name: state[name] for name in self._sequence.state_dict()})
         except KeyError as error:
             raise ValueError(f"state is not an OnlineScheduler's: it must have the field {error}") from None
-        except (TypeError, ValueError, AttributeError) as error:
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ValueError(f"state is not an OnlineScheduler's: {error}") from None
-        super().load_state_dict(state)
         self._ladder, self._compute_share = ladder, share
         self._trained, self._measured = trained, measured
         self._decisions, self._events = decisions, events
@@ -316,7 +368,7 @@ class OnlineScheduler(SequenceScheduler):
 
     def _can_afford(self, done: Sequence[Counter[Forward]]) -> bool:
         """Whether the share allows to measure a step like this one; at first, as many as a decision needs."""
-        if self._last_step >= self._total_steps or not any(forward.graph for tally in done for forward in tally):
+        if self.last_step >= self.total_steps or not any(forward.graph for tally in done for forward in tally):
             return False
         costs = {strategy: self._flops(_under(strategy, self._encoders, done)) for strategy in self._compared()}
         batches = 1 if self._events else _BATCHES
@@ -342,26 +394,39 @@ class OnlineScheduler(SequenceScheduler):
             self._loss,
             None,
             self._roots,
-            seed=seed_of(self._seed, self._rank),
-            first=self._last_step,
+            seed=seed_of(self._sequence.state_dict()["seed"], self._rank),
+            first=self.last_step,
             warm_up=not self._measured,
+            must_be_finite=False,  # a bad batch on one rank must not leave the others waiting
+            reported=self._reported,
         ) as runner:
             flops = runner.measure(batch, {strategy: partial(keep, strategy) for strategy in compared})
         self._measured += sum(flops.values()) + self._extra(flops)
+        bad = [strategy for strategy, sketch in sketches.items() if not bool(sketch.isfinite().all())]
+        if bad:  # known to all ranks, as sketches are means over them
+            if self._rank == 0:
+                under = " / ".join(map(str, bad))
+                _logger.warning(
+                    "step %d: this measurement is dropped: its loss or gradient is not finite under %s",
+                    self.last_step,
+                    under,
+                )
+            return
         self._events.append(_Event(sketches, flops))
 
     def _decide(self) -> None:
         before = self.strategy
-        decision = OnlineDecision(self._last_step, before, before, self._report(), self.measured_share)
+        decision = OnlineDecision(self.last_step, before, before, self._report(), self.measured_share)
         others = [strategy for strategy in self._compared() if strategy != before]
         better = [strategy for strategy in others if decision.chance(strategy) >= _CONFIDENCE]
         after = min(better or [before], key=lambda strategy: decision.report[strategy].ca_mse)
         after = self._ladder[self._agreed(self._ladder.index(after))]
-        decision = OnlineDecision(self._last_step, before, after, decision.report, decision.share)
+        decision = OnlineDecision(self.last_step, before, after, decision.report, decision.share)
         self._decisions.append(decision)
         self._events = []
-        moves = {made.step / self._total_steps: made.after for made in self._decisions if made.after != made.before}
-        self._apply(Stepwise({0.0: self._schedule(0.0), **moves}), self._total_steps, self._last_step)
+        moves = {made.step / self.total_steps: made.after for made in self._decisions if made.after != made.before}
+        found = Stepwise({0.0: self.schedule(0.0), **moves})
+        self._sequence._apply(found, self.total_steps, self.last_step)
         if self._rank == 0:
             _logger.info("%s", decision)
 
@@ -388,13 +453,30 @@ class OnlineScheduler(SequenceScheduler):
 
     @property
     def _rank(self) -> int:
-        return 0 if self._group is None else dist.get_rank()
+        return dist.get_rank() if _has_ranks() else 0
+
+    def _agreed(self, number: int) -> int:
+        """Rank 0's number. Agreed on the CPU, so that no device has to wait."""
+        if not _has_ranks():
+            return number
+        agreed = torch.tensor([number])
+        dist.broadcast(agreed, src=0, group=self._ranks())
+        return int(agreed.item())
 
     def _mean_over_ranks(self, sketch: Tensor) -> Tensor:
-        if self._group is None:
+        if not _has_ranks():
             return sketch
-        dist.all_reduce(sketch, group=self._group)
+        dist.all_reduce(sketch, group=self._ranks())
         return sketch / dist.get_world_size()
+
+    def _ranks(self) -> Any:
+        if self._group is None:
+            self._group = dist.new_group(backend="gloo")
+        return self._group
+
+
+def _has_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _neighbours(ladder: Sequence[Strategy], strategy: Strategy) -> list[Strategy]:
@@ -462,33 +544,82 @@ def _under(
 
 def _checked_share(share: Any) -> float:
     if isinstance(share, bool) or not isinstance(share, (int, float)):
-        raise TypeError(f"compute_share must be a number in (0, 1], got {share!r}")
+        raise TypeError(f"compute_share must be a number in (0, 1], got {shown(share)}")
     if not 0 < share <= 1:
-        raise ValueError(f"compute_share must be in (0, 1], got {share!r}")
+        raise ValueError(f"compute_share must be in (0, 1], got {_short(share)}")
     return float(share)
 
 
-def _checked_flops(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
+def _checked_flops(value: Any, name: str, above: float = -1.0) -> float:
+    """More than all machines will ever do is nonsense, and would overflow when it is added up or divided."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not max(above, 0) <= value <= 1e40:
+        raise ValueError(f"{name} must be a number from 0 to 1e40, got {_short(value)}")
+    if value <= above:
+        raise ValueError(f"{name} must be above {above:g}, got {_short(value)}")
     return float(value)
 
 
-def _read_decision(fields: Mapping[str, Any]) -> OnlineDecision:
+def _checked_steps(value: Any, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**64:
+        raise ValueError(f"{name} must be a whole number of at least 0, got {_short(value)}")
+    return value
+
+
+def _short(value: object) -> str:
+    """A number of hundreds of digits has no place in a message, and str() of one of thousands is an error."""
+    return "a number of very many digits" if isinstance(value, int) and abs(value) >= 10**40 else shown(value)
+
+
+def _read_list(text: Any, name: str) -> list[Any]:
+    if not isinstance(text, str):
+        raise TypeError(f"{name} must be JSON text, got {shown(text)}")
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError(f"{name} must be JSON text of a list, got other text") from None
+    if not isinstance(content, list):
+        raise ValueError(f"{name} must be JSON text of a list, got one of a {type(content).__name__}")
+    return content
+
+
+def _read_decision(fields: Mapping[str, Any], last_step: int) -> OnlineDecision:
+    step = _checked_steps(fields["step"], "decisions' step")
+    if step > last_step:
+        raise ValueError(f"decisions' step must be at most last_step, got {step} after {last_step}")
+    share = fields["share"]
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1e40:
+        raise ValueError(f"decisions' share must be a number of at least 0, got {_short(share)}")
     return OnlineDecision(
-        step=int(fields["step"]),
+        step=step,
         before=Strategy.parse(fields["before"]),
         after=Strategy.parse(fields["after"]),
         report=GradientErrorReport.from_json(fields["report"]),
-        share=float(fields["share"]),
+        share=float(share),
     )
 
 
-def _read_event(fields: Mapping[str, Any], shape: tuple[int, int]) -> _Event:
-    sketches = {Strategy.parse(text): sketch.detach().cpu().clone() for text, sketch in fields["sketches"].items()}
-    for strategy, sketch in sketches.items():
-        if sketch.shape != torch.Size(shape):
-            raise ValueError(f"sketches must have the shape {shape}, got {tuple(sketch.shape)} for {strategy!s}")
-    return _Event(
-        sketches, {strategy: _checked_flops(fields["flops"][str(strategy)], "flops") for strategy in sketches}
-    )
+def _read_sketches(sketches: Any, shape: tuple[int, ...]) -> Tensor:
+    if not isinstance(sketches, Tensor) or sketches.shape != torch.Size(shape) or not sketches.is_floating_point():
+        got = f"shape {tuple(sketches.shape)}" if isinstance(sketches, Tensor) else shown(sketches)
+        raise ValueError(f"sketches must be a tensor of shape {shape}, got {got}")
+    if not bool(sketches.isfinite().all()):
+        raise ValueError("sketches must be finite, got infinite values or NaN")
+    return sketches.detach().cpu()
+
+
+def _read_events(fields: list[Any], sketches: Tensor) -> list[_Event]:
+    if len(fields) > len(sketches):
+        raise ValueError(f"events must be at most {len(sketches)}, got {len(fields)}")
+    events = []
+    for entry, rows in zip(fields, sketches, strict=False):
+        strategies, flops = list(map(Strategy.parse, entry["sketches"])), entry["flops"]
+        if not isinstance(flops, list) or len(flops) != len(strategies) or len(strategies) > len(rows):
+            raise ValueError(f"events' flops must be one number a strategy, got {shown(flops)}")
+        numbers = [_checked_flops(value, "events' flops", above=0.0) for value in flops]
+        events.append(
+            _Event(
+                {strategy: row.clone() for strategy, row in zip(strategies, rows, strict=False)},
+                dict(zip(strategies, numbers, strict=True)),
+            )
+        )
+    return events

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from seqcompress.json_files import replacing
 from seqcompress.strategy import Strategy
 
 if TYPE_CHECKING:
@@ -38,11 +39,11 @@ def plot_report(report: GradientErrorReport, path: str | os.PathLike[str]) -> No
     tied = report.tied()
     marks = dict.fromkeys(tied, " =") | {tied[0]: " *"}
     labels = [f"{entry.strategy!s}{marks.get(entry.strategy, '')}" for entry in entries]
-    errors.set_xticks(range(len(entries)), labels, rotation=45, ha="right")
+    errors.set_xticks(range(len(entries)), labels, rotation=45, ha="right", rotation_mode="anchor")
     errors.set(ylabel=scale, title=f"{report.num_batches} batches   * best" + "   = tied" * (len(tied) > 1))
-    errors.legend()
+    errors.legend(loc="lower left", bbox_to_anchor=(0, 1.07), ncols=3, frameon=False)  # above: no point is under it
     _draw_costs(costs, report)
-    figure.savefig(path, dpi=150)
+    _save(figure, path)
 
 
 def plot_stages(
@@ -71,7 +72,12 @@ def plot_stages(
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
     stages = " → ".join(dict.fromkeys(f"{strategy!s}" for strategy in chosen.values()))
     figure.suptitle(f"schedule: {stages}")
-    figure.savefig(path, dpi=150)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: str | os.PathLike[str]) -> None:
+    with replacing(path) as beside:
+        figure.savefig(beside, dpi=150)
 
 
 def _colors(strategies: list[Strategy]) -> dict[Strategy, Any]:

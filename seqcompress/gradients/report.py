@@ -7,11 +7,10 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from seqcompress.gradients.statistics import LEVEL, Estimate, Interval
-from seqcompress.json_files import FieldError, check_names, read_json, take, take_version, write_json
+from seqcompress.json_files import FieldError, check_names, read_json, replacing, take, take_version, write_json
 from seqcompress.strategy import Strategy
 
 if TYPE_CHECKING:
@@ -21,6 +20,7 @@ __all__ = ["CostKind", "GradientErrorReport", "StrategyError"]
 
 CostKind = Literal["measured", "flops"]
 _VERSION = 1
+_LARGEST = 1e150  # what can still be squared
 _ESTIMATED = ("bias2", "variance", "cost")
 _QUANTITIES = (*_ESTIMATED, "ca_mse", "relative_bias2", "relative_variance", "relative_ca_mse")
 
@@ -217,7 +217,7 @@ class GradientErrorReport:
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write a table of all numbers and intervals, one strategy a row."""
         rows = self._rows()
-        with Path(path).open("w", newline="", encoding="utf-8") as file:
+        with replacing(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
             writer.writerows(rows)
@@ -314,7 +314,7 @@ def _report(fields: dict[str, Any]) -> GradientErrorReport:
         fields,
         ("num_batches", "cost_kind", "own_patch_size", "complete", "sketch_error", "base_norm2", "strategies"),
     )
-    batches = _checked(fields, "num_batches", int, lambda value: value >= 2, "a whole number of at least 2")
+    batches = _checked(fields, "num_batches", int, lambda value: 2 <= value <= 2**31, "a whole number of at least 2")
     own = fields["own_patch_size"]
     if own is not None:
         _checked(fields, "own_patch_size", int, lambda value: value >= 1, "a whole number of at least 1, or null")
@@ -323,7 +323,7 @@ def _report(fields: dict[str, Any]) -> GradientErrorReport:
     for index, entry in enumerate(listed):
         place = f"strategies[{index}]"
         if not isinstance(entry, dict):
-            raise FieldError(place, f"must be an object, got {entry!r}")
+            raise FieldError(place, f"must be an object, got {_shown(entry)}")
         rest = dict(entry)
         try:
             estimated = {name: take(rest, name) for name in _ESTIMATED}
@@ -333,6 +333,9 @@ def _report(fields: dict[str, Any]) -> GradientErrorReport:
         if strategy in strategies:
             raise FieldError(place, f"{strategy!s} is there twice")
         strategies[strategy] = {name: _estimate(value, f"{place}.{name}", batches) for name, value in estimated.items()}
+        cost = strategies[strategy]["cost"]
+        if min(cost.value, *(value for row in cost.leave_one_out for value in row)) <= 0:
+            raise FieldError(f"{place}.cost", "must be above 0")
     if Strategy() not in strategies:
         raise FieldError("strategies", "must contain the base strategy")
     return GradientErrorReport.from_estimates(
@@ -351,13 +354,21 @@ def _report(fields: dict[str, Any]) -> GradientErrorReport:
 def _checked(fields: Mapping[str, Any], name: str, kind: Any, suits: Any, expected: str) -> Any:
     value = fields[name]
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool) or not suits(value):
-        raise FieldError(name, f"must be {expected}, got {value!r}")
+        raise FieldError(name, f"must be {expected}, got {_shown(value)}")
     return value
+
+
+def _shown(value: object) -> str:
+    """For a message: no lists of thousands, and no number of hundreds of digits, which str() may refuse."""
+    if isinstance(value, int) and abs(value) > _LARGEST:
+        return "a number of very many digits"
+    short = value is None or isinstance(value, (bool, int, float)) or (isinstance(value, str) and len(value) <= 40)
+    return repr(value) if short else f"one of type {type(value).__name__}"
 
 
 def _estimate(fields: Any, name: str, batches: int) -> Estimate:
     if not isinstance(fields, dict):
-        raise FieldError(name, f"must be an object with 'value' and 'leave_one_out', got {fields!r}")
+        raise FieldError(name, f"must be an object with 'value' and 'leave_one_out', got {_shown(fields)}")
     try:
         check_names(fields, ("value", "leave_one_out"))
     except FieldError as error:
@@ -366,17 +377,17 @@ def _estimate(fields: Any, name: str, batches: int) -> Estimate:
     rows = fields["leave_one_out"]
     per_row = batches if batches > 2 else 0
     if not isinstance(rows, list) or len(rows) > 2 or bool(rows) != bool(per_row):
-        raise FieldError(f"{name}.leave_one_out", f"must be one or two rows for {batches} batches, got {rows!r}")
+        raise FieldError(f"{name}.leave_one_out", f"must be one or two rows for {batches} batches, got {_shown(rows)}")
     read = []
     for row in rows:
         if not isinstance(row, list) or len(row) != per_row:
-            raise FieldError(f"{name}.leave_one_out", f"must be rows of {per_row} numbers, got {row!r}")
+            raise FieldError(f"{name}.leave_one_out", f"must be rows of {per_row} numbers, got {_shown(row)}")
         read.append(_numbers(row, f"{name}.leave_one_out"))
     return Estimate(value, tuple(read))
 
 
 def _numbers(values: Iterable[Any], name: str) -> tuple[float, ...]:
     for value in values:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise FieldError(name, f"must be finite numbers, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _LARGEST:
+            raise FieldError(name, f"must be finite numbers of at most {_LARGEST:g}, got {_shown(value)}")
     return tuple(map(float, values))

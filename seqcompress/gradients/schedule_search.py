@@ -141,9 +141,14 @@ def _stepwise(stages: Mapping[float, Strategy]) -> Stepwise:
 
 
 def _sorted(reports: Reports) -> list[tuple[float, GradientErrorReport]]:
-    found = reports.values() if isinstance(reports, Mapping) else [reports]
-    if not all(isinstance(report, GradientErrorReport) for report in found):
-        raise TypeError(f"reports must map progress to GradientErrorReport, got {reports!r}")
+    if isinstance(reports, GradientErrorReport):
+        raise TypeError("reports must map progress to GradientErrorReport, such as {0.0: report}, got one report alone")
+    if not isinstance(reports, Mapping):
+        raise TypeError(f"reports must map progress to GradientErrorReport, got one of type {type(reports).__name__}")
+    for progress, report in reports.items():
+        if not isinstance(report, GradientErrorReport):
+            kind = type(report).__name__
+            raise TypeError(f"reports must map progress to GradientErrorReport, got one of type {kind} at {progress}")
     if not reports:
         raise ValueError("reports must have at least one stage, got none")
     Stepwise({0.0: Strategy(), **dict.fromkeys(reports, Strategy())})  # checks every progress

@@ -1,58 +1,96 @@
-"""Putting everything back that a training step changes: weights, gradients, buffers, queues, optimizers, generators."""
+"""Putting everything back that a training step changes: weights, gradients, buffers, queues, optimizers, generators.
+
+Two parts: [Reach][seqcompress.gradients.state.Reach] finds what a function can get at, and under which names;
+[Snapshot][seqcompress.gradients.state.Snapshot] keeps and restores it, and knows by name what it could not restore.
+"""
 
 from __future__ import annotations
 
+import argparse
+import collections
 import functools
+import inspect
+import operator
 import random
+import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from types import CodeType, FunctionType, MethodType, ModuleType
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import CellType, CodeType, FunctionType, GeneratorType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader, Dataset
 
 from seqcompress.training.random_states import numpy_if_loaded
 
-__all__ = ["Snapshot", "reached_by"]
+__all__ = ["Generators", "Snapshot"]
 
 _Stateful = (nn.Module, Optimizer, LRScheduler)
+_Plain = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+_ABSENT = object()  # a name without a value
+_DEPTH = 8  # plain objects within plain objects
+_TOO_MANY = 100_000  # items of a list that are looked at one by one
+# What these keep is theirs: a Trainer's loops, a logger's files, a progress bar's clock.
+_HOSTS = {
+    *sys.stdlib_module_names,
+    *("torch", "numpy", "lightning", "pytorch_lightning", "lightning_fabric", "torchmetrics", "seqcompress"),
+    *("accelerate", "deepspeed", "wandb", "tensorboard", "mlflow", "tqdm", "rich", "matplotlib", "pandas", "PIL"),
+} - {"__main__"}
+_OWN = (SimpleNamespace, argparse.Namespace, collections.UserDict, collections.UserList, torch.amp.GradScaler)
+_DATA = (Dataset, DataLoader)
 
 
 class Snapshot:
-    """The state of objects, to be put back as often as needed.
+    """The state of objects and names, to be put back as often as needed.
 
-    Followed are modules, optimizers and learning-rate schedulers with all their attributes; tensors, arrays, random
-    generators, lists, dicts, sets and deques. What else an attribute may hold is put back as the same object, but not
-    looked into. Objects keep their identity, and tensors their memory.
+    Followed are modules, optimizers and learning-rate schedulers with all their attributes; plain objects, eight deep;
+    tensors, arrays, random generators, lists, dicts, sets and deques; and the names that functions use. Objects keep
+    their identity, and tensors their memory. What data sets and objects of frameworks (a Trainer, a logger) keep is not
+    looked into; it is watched instead, as iterators are.
 
     Args:
         roots: where to begin. Attributes of these are followed whatever their class.
+        functions: what these can get at is followed too: what they are bound to, closure, arguments, global names,
+            and the functions that they call.
     """
 
-    def __init__(self, roots: Iterable[object]) -> None:
-        self._seen: dict[int, object] = {}
-        self._tensors: list[_SavedTensor] = []
-        self._undo: list[Callable[[], object]] = []
-        self._generators: list[Any] = []
+    def __init__(self, roots: Iterable[object], functions: Iterable[object] = ()) -> None:
+        reach = Reach()
         for root in roots:
-            self._save(root)
-            if id(root) not in self._seen and hasattr(root, "__dict__"):
-                self._save(vars(root))
+            reach.follow_root(root)
+        for function in functions:
+            reach.follow_function(function)
+        self._kept = reach.found  # holds the objects, so that no identity is used again
+        self._tensors: list[tuple[str, _SavedTensor]] = []
+        self._undo: list[tuple[str, Callable[[], object]]] = []
+        self._generators: list[Any] = []
+        self._watched: list[tuple[str, object]] = list(reach.watched)
+        self._failed: dict[str, None] = {}
+        for name, binding in reach.bindings:
+            self._undo.append((name, binding.restore))
+        for name, value in reach.found:
+            self._save(value, name)
+        self._marks = [_mark(value) for _, value in self._watched]
 
     def restore(self) -> None:
         """Put everything back."""
-        for undo in self._undo:
-            undo()
         with torch.no_grad():
-            for tensor in self._tensors:
-                tensor.restore()
+            for name, undo in self._undo:
+                self._tried(name, undo)
+            for name, tensor in self._tensors:
+                self._tried(name, tensor.restore)
+
+    def not_restored(self) -> list[str]:
+        """Names of what has changed since the snapshot and could not be put back; to be asked after ``restore``."""
+        changed = [name for (name, value), mark in zip(self._watched, self._marks, strict=True) if _mark(value) != mark]
+        return list(dict.fromkeys([*self._failed, *changed]))
 
     def clear_gradients(self) -> None:
         """Let a backward pass start from nothing; ``restore`` brings the gradients back."""
-        for tensor in self._tensors:
+        for _, tensor in self._tensors:
             tensor.clear_gradient()
 
     def seed(self, seed: int) -> None:
@@ -60,35 +98,254 @@ class Snapshot:
         for generator in self._generators:
             _seed(generator, seed)
 
-    def _save(self, value: Any) -> None:
-        if id(value) in self._seen:
-            return
+    def _tried(self, name: str, undo: Callable[[], object]) -> None:
+        try:
+            undo()
+        except Exception:  # whatever a foreign class raises: the rest must be put back all the same
+            self._failed[name] = None
+
+    def _save(self, value: Any, name: str) -> None:
         if isinstance(value, Tensor):
-            self._seen[id(value)] = value
-            if not _is_expanded(value):  # torch itself refuses to write into those
-                self._tensors.append(_SavedTensor(value))
-        elif isinstance(value, _Stateful):
-            self._seen[id(value)] = value
-            self._save(vars(value))
-        elif isinstance(value, (dict, list, set, deque)):
-            self._seen[id(value)] = value
-            self._undo.append(_undo_of(value))
-            for item in _contents(value):
-                self._save(item)
-        elif isinstance(value, tuple):
-            for item in value:
-                self._save(item)
-        elif (undo := _undo_of_other(value)) is not None:
-            self._seen[id(value)] = value
-            self._undo.append(undo)
+            try:
+                saved = None if _is_expanded(value) else _SavedTensor(value)
+            except (RuntimeError, NotImplementedError):  # of a layout without memory of its own
+                saved = None
+            if saved is None:
+                self._watched.append((name, value))
+            else:
+                self._tensors.append((name, saved))
+        elif (undo := _undo_of(value)) is not None:
+            self._undo.append((name, undo))
             if _is_generator(value):
                 self._generators.append(value)
+
+
+class Generators:
+    """The random generators that an object, such as a data loader, holds; and their states, to be put back."""
+
+    def __init__(self, owner: object) -> None:
+        reach = Reach(into_data=True)
+        reach.follow_root(owner)
+        self._generators = [value for _, value in reach.found if _is_generator(value)]
+        self.keep()
+
+    def keep(self) -> None:
+        """Keep the states as they are now."""
+        self._undo = [_undo_of(generator) for generator in self._generators]
+
+    def restore(self) -> None:
+        """Put them back as they were kept."""
+        for undo in self._undo:
+            if undo is not None:
+                undo()
+
+
+class Reach:
+    """What functions and objects can get at, with names for messages.
+
+    Attributes:
+        found: tensors, arrays, generators and containers (attributes of an object are one), each once.
+        bindings: names that may be bound anew: closure cells, global names, attributes of classes.
+        watched: what cannot be put back; only that it changed can be seen.
+    """
+
+    def __init__(self, *, into_data: bool = False) -> None:
+        self.found: list[tuple[str, Any]] = []
+        self.bindings: list[tuple[str, _Binding]] = []
+        self.watched: list[tuple[str, object]] = []
+        self._into_data = into_data
+        self._seen: dict[int, object] = {}
+        self._bound: set[tuple[int, str]] = set()
+
+    def follow_root(self, root: object) -> None:
+        """Follow an object, its attributes too whatever its class."""
+        if root is None:
+            return
+        name = type(root).__name__
+        if not self._is_followed(root) and hasattr(root, "__dict__") and not isinstance(root, (FunctionType, Tensor)):
+            self._attributes(root, name, 0, ())
+        self._follow(root, name, 0, ())
+
+    def follow_function(self, function: object) -> None:
+        """Follow what a function can get at. For a method, the object itself comes first, whatever its class."""
+        if isinstance(function, MethodType):
+            names = tuple(_names(function.__func__.__code__)) if isinstance(function.__func__, FunctionType) else ()
+            owner = function.__self__
+            if not self._is_followed(owner) and hasattr(owner, "__dict__"):
+                self._seen[id(owner)] = owner
+                self._attributes(owner, type(owner).__name__, 0, names)
+            self._follow(owner, type(owner).__name__, 0, names)
+        self._follow(function, getattr(function, "__name__", type(function).__name__), 0, ())
+
+    def _follow(self, value: Any, name: str, depth: int, names: Sequence[str]) -> None:
+        if isinstance(value, _Plain) or id(value) in self._seen:
+            return
+        self._seen[id(value)] = value
+        if isinstance(value, Tensor):
+            self.found.append((name, value))
+            for hooks in (getattr(value, "_backward_hooks", None), getattr(value, "_post_accumulate_grad_hooks", None)):
+                for hook in list((hooks or {}).values()):  # an optimizer may step in there
+                    self._follow(hook, f"{name}'s hook", depth, ())
+        elif isinstance(value, _Stateful):
+            self._attributes(value, name, depth, names)
+        elif isinstance(value, dict):
+            self.found.append((name, value))
+            for key, item in list(value.items()):
+                self._follow(key, name, depth, ())
+                self._follow(item, f"{name}[{key!r}]" if isinstance(key, _Plain) else name, depth, names)
+        elif isinstance(value, (list, set, deque)):
+            self.found.append((name, value))
+            if len(value) <= _TOO_MANY:
+                for item in list(value):
+                    self._follow(item, f"{name}[...]", depth, names)
+        elif isinstance(value, (tuple, frozenset)):
+            for item in value:
+                self._follow(item, name, depth, names)
+        elif _is_generator(value) or _is_array(value):
+            self.found.append((name, value))
+        elif isinstance(value, functools.partial):
+            for item in (value.func, *value.args, *value.keywords.values()):
+                self._follow(item, name, depth, ())
+        elif isinstance(value, MethodType):
+            code = getattr(value.__func__, "__code__", None)
+            self._follow(value.__self__, name, depth, () if code is None else tuple(_names(code)))
+            self._follow(value.__func__, name, depth, ())
+        elif isinstance(value, FunctionType):
+            self._function(value, depth)
+        elif isinstance(value, ModuleType):
+            if not _is_hosts(value.__name__):
+                for key in names:
+                    self._bind_name(vars(value), key, f"{value.__name__}.{key}", depth, ())
+        elif isinstance(value, type):
+            if not _is_hosts(value.__module__):
+                self._class(value, depth)
+        elif isinstance(value, GeneratorType):
+            self.watched.append((name, value))
+            for key, item in inspect.getgeneratorlocals(value).items():
+                if not key.startswith("."):  # the iterator of a generator expression, which goes on with it
+                    self._follow(item, f"{name}'s {key}", depth, ())
+        elif self._is_followed(value):
+            if depth < _DEPTH:
+                self._attributes(value, name, depth + 1, names)
+        elif not callable(value) and not _is_quiet(type(value).__module__):
+            self.watched.append((name, value))
+
+    def _is_followed(self, value: object) -> bool:
+        """Whether attributes of an object are its user's own."""
+        if isinstance(value, (*_Stateful, *_OWN)):
+            return True
+        if isinstance(value, (type, ModuleType, FunctionType, MethodType, Tensor, GeneratorType)):
+            return False
+        if self._into_data:
+            return hasattr(value, "__dict__")
+        if isinstance(value, _DATA) or _is_hosts(type(value).__module__):
+            return False
+        return hasattr(value, "__dict__") or bool(_slots(value))
+
+    def _attributes(self, value: Any, name: str, depth: int, names: Sequence[str]) -> None:
+        for slot in _slots(value):
+            self.bindings.append((f"{name}.{slot}", _Binding.of_attribute(value, slot)))
+            self._follow(getattr(value, slot, None), f"{name}.{slot}", depth, names)
+        attributes = getattr(value, "__dict__", None)
+        if isinstance(attributes, dict) and id(attributes) not in self._seen:
+            self._seen[id(attributes)] = attributes
+            self.found.append((name, attributes))
+            for key, item in list(attributes.items()):
+                if key in ("_modules", "_parameters", "_buffers") and isinstance(item, dict):
+                    self._seen[id(item)] = item
+                    self.found.append((name, item))
+                    for child, part in list(item.items()):
+                        self._follow(part, f"{name}.{child}", depth, names)
+                else:
+                    self._follow(item, f"{name}.{key}", depth, names)
+        for kind in type(value).__mro__:
+            if not _is_hosts(kind.__module__):
+                for method in {"forward", "__call__", *names} & vars(kind).keys():
+                    self._follow(vars(kind)[method], f"{kind.__name__}.{method}", depth, ())
+
+    def _class(self, kind: type, depth: int) -> None:
+        for key, item in list(vars(kind).items()):
+            if key.startswith("__") or callable(item) or hasattr(item, "__get__"):
+                continue
+            self.bindings.append((f"{kind.__name__}.{key}", _Binding.of_attribute(kind, key)))
+            self._follow(item, f"{kind.__name__}.{key}", depth, ())
+
+    def _function(self, function: FunctionType, depth: int) -> None:
+        names = tuple(_names(function.__code__))
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            binding = _Binding.of_cell(cell)
+            self.bindings.append((name, binding))
+            if binding.kept is not _ABSENT:
+                self._follow(binding.kept, name, depth, names)
+        for default in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+            self._follow(default, f"{function.__name__}'s default", depth, names)
+        if not _is_hosts(function.__globals__.get("__name__", "")):
+            for name in names:
+                self._bind_name(function.__globals__, name, name, depth, names)
+
+    def _bind_name(self, namespace: dict[str, Any], key: str, name: str, depth: int, names: Sequence[str]) -> None:
+        if (id(namespace), key) in self._bound:
+            return
+        self._bound.add((id(namespace), key))
+        binding = _Binding.of_item(namespace, key)
+        self.bindings.append((name, binding))
+        if binding.kept is not _ABSENT:
+            self._follow(binding.kept, name, depth, names)
+
+
+class _Binding:
+    """One name, and the object that it was bound to."""
+
+    def __init__(self, get: Callable[[], Any], put: Callable[[Any], None]) -> None:
+        self._get, self._put = get, put
+        self.kept = get()
+
+    def restore(self) -> None:
+        if self._get() is not self.kept:
+            self._put(self.kept)
+
+    @classmethod
+    def of_cell(cls, cell: CellType) -> _Binding:
+        def get() -> Any:
+            try:
+                return cell.cell_contents
+            except ValueError:  # a name that has no value yet
+                return _ABSENT
+
+        def put(value: Any) -> None:
+            if value is _ABSENT:
+                del cell.cell_contents
+            else:
+                cell.cell_contents = value
+
+        return cls(get, put)
+
+    @classmethod
+    def of_item(cls, namespace: dict[str, Any], key: str) -> _Binding:
+        def put(value: Any) -> None:
+            if value is _ABSENT:
+                del namespace[key]
+            else:
+                namespace[key] = value
+
+        return cls(lambda: namespace.get(key, _ABSENT), put)
+
+    @classmethod
+    def of_attribute(cls, owner: Any, key: str) -> _Binding:
+        def put(value: Any) -> None:
+            if value is _ABSENT:
+                delattr(owner, key)
+            else:
+                setattr(owner, key, value)
+
+        return cls(lambda: getattr(owner, key, _ABSENT), put)
 
 
 class _SavedTensor:
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor
         self._memory = tensor.data
+        self._memory.data_ptr()  # raises for a tensor without memory of its own
         self._values = tensor.data.clone()
         self._requires_grad = tensor.requires_grad
         self._gradient = tensor.grad if tensor.is_leaf else None
@@ -109,55 +366,6 @@ class _SavedTensor:
             self._tensor.grad = None
 
 
-def reached_by(function: object) -> list[object]:
-    """Modules, optimizers, learning-rate schedulers and random generators that a function can get at.
-
-    For a method, the object itself comes first, whatever its class. Searched are what the function is bound to, its
-    closure, its default and partial arguments, the global names in its code, and functions of the same file that it
-    calls; lists and dicts among these, and attributes of other objects.
-    """
-    owner = [function.__self__] if isinstance(function, MethodType) else []
-    found = {id(value): value for value in (*owner, *_reached(function, set(), in_object=False))}
-    return list(found.values())
-
-
-def _reached(value: Any, seen: set[int], *, in_object: bool) -> Iterator[object]:
-    if id(value) in seen or isinstance(value, type):
-        return
-    seen.add(id(value))
-    nested: Iterable[object] = ()
-    if isinstance(value, _Stateful) or _is_generator(value):
-        yield value
-    elif isinstance(value, functools.partial):
-        nested = (value.func, *value.args, *value.keywords.values())
-    elif isinstance(value, MethodType):
-        nested = (value.__self__, value.__func__)
-    elif isinstance(value, FunctionType):
-        nested = _used_by(value)
-    elif isinstance(value, (list, tuple, set, deque)):
-        nested = list(value)
-    elif isinstance(value, dict):
-        nested = list(value.values())
-    elif hasattr(value, "__dict__") and not in_object and not isinstance(value, (Tensor, ModuleType)):
-        nested, in_object = list(vars(value).values()), True
-    for item in nested:
-        yield from _reached(item, seen, in_object=in_object)
-
-
-def _used_by(function: FunctionType) -> Iterator[object]:
-    for cell in function.__closure__ or ():
-        try:
-            yield cell.cell_contents
-        except ValueError:  # a name that has no value yet
-            continue
-    yield from function.__defaults__ or ()
-    yield from (function.__kwdefaults__ or {}).values()
-    for name in _names(function.__code__):
-        used = function.__globals__.get(name)
-        if not isinstance(used, FunctionType) or used.__globals__ is function.__globals__:
-            yield used
-
-
 def _names(code: CodeType) -> Iterator[str]:
     yield from code.co_names
     for constant in code.co_consts:
@@ -165,16 +373,71 @@ def _names(code: CodeType) -> Iterator[str]:
             yield from _names(constant)
 
 
+def _is_hosts(module: str | None) -> bool:
+    return (module or "").partition(".")[0] in _HOSTS
+
+
+def _is_quiet(module: str) -> bool:
+    """Whether what an object of such a class keeps is nothing to tell of: caches, and the measurement's own."""
+    return module.partition(".")[0] in ("seqcompress", "logging") or (
+        module.startswith("torch.") and not module.startswith("torch.utils.data")
+    )
+
+
+def _slots(value: object) -> list[str]:
+    slots = [vars(kind).get("__slots__", ()) for kind in type(value).__mro__ if not _is_hosts(kind.__module__)]
+    listed = [name for names in slots for name in ((names,) if isinstance(names, str) else names)]
+    return [name for name in listed if not name.startswith("__")]
+
+
 def _is_expanded(tensor: Tensor) -> bool:
+    """torch itself refuses to write into those."""
     return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 
-def _contents(value: Any) -> list[Any]:
-    return [*value.keys(), *value.values()] if isinstance(value, dict) else list(value)
+def _mark(value: Any) -> object:
+    """Something cheap to compare that differs if an object has changed, as far as it can be seen from outside."""
+    try:
+        if isinstance(value, Tensor):
+            return (value._version, id(value.grad))
+        if isinstance(value, GeneratorType):
+            frame = value.gi_frame
+            return None if frame is None else (frame.f_lasti, _shallow(inspect.getgeneratorlocals(value)))
+        if hasattr(value, "__dict__"):
+            return _shallow(vars(value))
+        if type(value).__module__ == "itertools":
+            return repr(value)
+        return operator.length_hint(value, -1) if isinstance(value, Iterator) else None
+    except Exception:  # a foreign class may refuse to be looked at
+        return None
 
 
-def _undo_of(value: Any) -> Callable[[], None]:
-    """How to give a container the contents back that it has now."""
+def _shallow(attributes: Mapping[str, Any]) -> dict[str, object]:
+    return {
+        name: value if isinstance(value, _Plain) else (id(value), len(value) if hasattr(value, "__len__") else 0)
+        for name, value in attributes.items()
+    }
+
+
+def _undo_of(value: Any) -> Callable[[], object] | None:
+    """How to give a container, a random generator or an array the contents back that it has now."""
+    if isinstance(value, (dict, list, set, deque)):
+        return _undo_of_container(value)
+    if isinstance(value, torch.Generator):
+        return functools.partial(value.set_state, value.get_state())
+    if isinstance(value, random.Random):
+        return functools.partial(value.setstate, value.getstate())
+    numpy = numpy_if_loaded()
+    if numpy and isinstance(value, numpy.ndarray):
+        return _undo_of_array(value)
+    if numpy and isinstance(value, numpy.random.RandomState):
+        return functools.partial(value.set_state, value.get_state())
+    if numpy and isinstance(value, numpy.random.Generator):
+        return functools.partial(setattr, value.bit_generator, "state", value.bit_generator.state)
+    return None
+
+
+def _undo_of_container(value: Any) -> Callable[[], None]:
     kept = list(value.items() if isinstance(value, dict) else value)
 
     def undo() -> None:
@@ -191,26 +454,25 @@ def _undo_of(value: Any) -> Callable[[], None]:
     return undo
 
 
+def _undo_of_array(value: Any) -> Callable[[], None]:
+    kept = value.copy()
+
+    def undo() -> None:
+        if value.flags.writeable:  # else nothing else can have written into it either
+            value[...] = kept
+
+    return undo
+
+
 def _same(now: Any, kept: Any) -> bool:
     if isinstance(now, tuple) and isinstance(kept, tuple) and len(now) == len(kept):
         return all(first is second for first, second in zip(now, kept, strict=True))
     return now is kept
 
 
-def _undo_of_other(value: Any) -> Callable[[], object] | None:
-    """The same for random generators and numpy arrays."""
-    if isinstance(value, torch.Generator):
-        return functools.partial(value.set_state, value.get_state())
-    if isinstance(value, random.Random):
-        return functools.partial(value.setstate, value.getstate())
+def _is_array(value: object) -> bool:
     numpy = numpy_if_loaded()
-    if numpy and isinstance(value, numpy.ndarray):
-        return functools.partial(numpy.copyto, value, value.copy())
-    if numpy and isinstance(value, numpy.random.RandomState):
-        return functools.partial(value.set_state, value.get_state())
-    if numpy and isinstance(value, numpy.random.Generator):
-        return functools.partial(setattr, value.bit_generator, "state", value.bit_generator.state)
-    return None
+    return bool(numpy) and isinstance(value, numpy.ndarray)
 
 
 def _is_generator(value: object) -> bool:

@@ -73,16 +73,22 @@ class Estimate:
         deviations have no such part, as their noises are independent, but scatter more. The mean of the two is taken:
         rather too wide an interval than too narrow a one.
         """
-        if not self.leave_one_out:
+        if not self.leave_one_out or not all(math.isfinite(value) for row in self.leave_one_out for value in row):
             return math.inf
+        try:
+            variance = self._variance()
+        except OverflowError:
+            return math.inf
+        return variance if math.isfinite(variance) else math.inf
+
+    def _variance(self) -> float:
         rows = [[value - fmean(row) for value in row] for row in self.leave_one_out]
         batches = len(rows[0])
         squares = fmean(fmean(row) ** 2 for row in zip(*rows, strict=True))
         if len(rows) == 2:
             products = fmean(first * second for first, second in zip(*rows, strict=True))
             squares = (squares + max(0.0, products)) / 2
-        variance = (batches - 1) * squares
-        return variance if math.isfinite(variance) else math.inf
+        return (batches - 1) * squares
 
     @property
     def chance_of_positive(self) -> float:
@@ -202,9 +208,10 @@ class GradientMoments:
         return self.sketch.relative_error if self._sketch_only else 0.0
 
     def begin(self, gradient: Gradient) -> None:
-        """Open a batch with the base's gradient, which must stay as it is until the batch is closed."""
+        """Open a batch with the base's gradient."""
         sketch = self.sketch(gradient)
-        self._open = self._vector(gradient, sketch)
+        # A copy: what is kept must not lie in memory of others, such as the buckets of DistributedDataParallel.
+        self._open = self._vector([part.clone() for part in gradient] if not self._sketch_only else (), sketch)
         if not self._base_sum:
             self._base_sum = [torch.zeros_like(part, dtype=_wide(part)) for part in self._open]
         square, before = _Dot(), _Dot()

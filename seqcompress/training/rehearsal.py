@@ -77,7 +77,7 @@ def rehearse(scheduler: SequenceScheduler, step: Callable[[], object]) -> Rehear
         MemoryError: it does not fit. The message says at which strategy, about how much it needs (on CUDA devices),
             the longest sequences that fit, and about which batch would.
     """
-    if not isinstance(scheduler, SequenceScheduler):
+    if not all(hasattr(scheduler, name) for name in ("embeds", "most_expensive", "use")):  # an OnlineScheduler has, too
         swapped = ": the scheduler comes first, then the step" if isinstance(step, SequenceScheduler) else ""
         raise TypeError(f"scheduler must be a SequenceScheduler, got {described(scheduler)}{swapped}")
     if isinstance(step, nn.Module) or not callable(step):
