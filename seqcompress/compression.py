@@ -86,7 +86,7 @@ def compress(
 
     encoders = [encoder for _, encoder in found.values()]
     views = next((embed.compression.views for embed in compressed_embeds(*encoders)), None)
-    compression = Compression(schedule, schedule(0.0), views=views)
+    compression = Compression(schedule, views=views)
     for embed in compressed_embeds(*encoders):
         for partner in embed.partners():
             if partner.encoder not in encoders:
@@ -142,18 +142,22 @@ def get_strategy(model: nn.Module) -> Strategy:
 
 
 def set_strategy(model: nn.Module, strategy: Strategy) -> None:
-    """Change the strategy, for all encoders that were compressed together.
+    """Change the strategy, for all encoders that were compressed together, until it is changed again.
+
+    This counts as driving a schedule by hand.
 
     Raises:
         TypeError: ``strategy`` is not a Strategy.
         ValueError: the model is not compressed, or the strategy does not suit it.
+        RuntimeError: something drives the encoders already, such as a
+            [SequenceScheduler][seqcompress.SequenceScheduler].
     """
     if not isinstance(strategy, Strategy):
         raise TypeError(f"strategy must be a Strategy, got {strategy!r}")
     embeds = _one_compression(model)
     check_plan(embeds, Constant(strategy))
     compression = embeds[0].compression
-    compression.strategy = strategy
+    compression.set_by_hand(strategy)
     if compression.views is not None:
         compression.views.ask_for(strategy)
 
@@ -244,7 +248,7 @@ def _proven(family: Family, encoder: nn.Module, name: str) -> bool:
     embed = (
         embeds[0]
         if embeds
-        else family.attach(encoder, Compression(Constant(Strategy()), Strategy()), drops_tokens=True, when="grad")
+        else family.attach(encoder, Compression(Constant(Strategy())), drops_tokens=True, when="grad")
     )
     before = embed.blank_per_view
     try:

@@ -77,17 +77,21 @@ def test_compress_returns_the_same_object(tiny_vit: Any) -> None:
         ({"plan": "gentle"}, Strategy(0.0, 16)),
     ],
 )
-def test_every_form_of_a_plan_begins_at_its_beginning(
+def test_every_form_of_a_plan_begins_at_its_beginning_once_it_is_driven(
     arguments: dict[str, Any], expected: Strategy, tiny_vit: Any
 ) -> None:
-    assert get_strategy(compress(tiny_vit(), **arguments)) == expected
+    vit = compress(tiny_vit(), **arguments)
+    scheduler = SequenceScheduler(vit, total_steps=100)
+    assert get_strategy(vit) == scheduler.strategy == expected
 
 
 @pytest.mark.parametrize("as_text", [True, False])
 def test_a_plan_may_be_the_path_of_a_schedule_file(as_text: bool, tmp_path: Path, tiny_vit: Any) -> None:
     path = tmp_path / "plan.json"
     Linear(Strategy(0.75), Strategy()).to_json(path)
-    assert get_strategy(compress(tiny_vit(), str(path) if as_text else path)) == Strategy(0.75)
+    vit = compress(tiny_vit(), str(path) if as_text else path)
+    scheduler = SequenceScheduler(vit, total_steps=100)
+    assert get_strategy(vit) == scheduler.strategy == Strategy(0.75)
 
 
 def test_set_strategy_changes_the_next_forward(tiny_vit: Any, first_tokens: Any) -> None:

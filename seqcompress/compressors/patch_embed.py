@@ -12,8 +12,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 from weakref import WeakSet
 
 import torch
@@ -22,6 +21,7 @@ from timm.layers.format import Format, nchw_to
 from timm.layers.patch_embed import PatchEmbed
 from torch import Tensor, distributed, nn
 
+from seqcompress.compressors.compression import Compression
 from seqcompress.compressors.patch_scaling import (
     fit_to_grid,
     grid_size,
@@ -32,36 +32,18 @@ from seqcompress.compressors.patch_scaling import (
 )
 from seqcompress.compressors.tables import in_function_transform, is_fake
 from seqcompress.compressors.token_dropout import (
-    SubsetStream,
     gather_patches,
     in_backward,
     num_kept,
     random_subset,
     rows_of_patches,
 )
-from seqcompress.schedules import Schedule
 from seqcompress.strategy import Strategy
-
-if TYPE_CHECKING:
-    from seqcompress.views import ScaledViews
 
 __all__ = ["CompressedPatchEmbed", "Compression", "When"]
 
 When = Literal["grad", "train"]
 Size = tuple[int, int]
-
-
-@dataclass(eq=False)
-class Compression:
-    """What the encoders that were compressed together share: one plan, one strategy, one random stream.
-
-    ``views`` is there if loaders make smaller views for them.
-    """
-
-    plan: Schedule
-    strategy: Strategy
-    stream: SubsetStream = field(default_factory=SubsetStream)
-    views: ScaledViews | None = None
 
 
 class Forward(NamedTuple):
@@ -338,6 +320,8 @@ class CompressedPatchEmbed(nn.Module):
         compressing = graph or self.when == "train"
         if not compressing:
             self._warn_of_a_pass_without_gradients()
+        elif self.drops_tokens and (missing := self.compression.notice_missing_driver()):
+            self._warn("no driver", missing)
         strategy = self.strategy if compressing else Strategy()
         base, view = patch_size(self.embed), (views.shape[2], views.shape[3])
         full = view if self.compression.views is None else self.compression.views.full_size(view)

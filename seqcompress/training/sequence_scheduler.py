@@ -12,6 +12,7 @@ from torch import nn
 
 from seqcompress.compression import Plan, check_plan, compressed_embeds_of, resolve_plan
 from seqcompress.compressors import CompressedPatchEmbed
+from seqcompress.compressors.compression import Compression
 from seqcompress.encoders import find_encoder
 from seqcompress.schedules import Constant, Schedule
 from seqcompress.strategy import Strategy
@@ -39,7 +40,8 @@ class SequenceScheduler:
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: nothing is compressed, or the schedule does not suit the encoders; nothing has been changed.
+        ValueError: nothing is compressed, or the schedule does not suit the encoders.
+        RuntimeError: another scheduler, which is alive, drives the encoders. In each case, nothing has been changed.
 
     Example:
         >>> import timm
@@ -66,6 +68,7 @@ class SequenceScheduler:
         (plan,) = plans
         check_plan(self._embeds, plan)
         self._driven = [(embed, embed.compression) for embed in self._embeds]
+        self._claim()
         self._group: Any = None
         self._seed = torch.initial_seed()
         self._apply(plan, total_steps, last_step=0)
@@ -130,8 +133,27 @@ class SequenceScheduler:
     def _put(self, strategy: Strategy) -> None:
         if not self.is_current:
             raise RuntimeError("the encoders were restored or compressed anew: make a new SequenceScheduler")
-        for _, compression in self._driven:
+        for compression in self._compressions:
             compression.strategy = strategy
+
+    @property
+    def _compressions(self) -> list[Compression]:
+        """What is driven, each once."""
+        return list(dict.fromkeys(compression for _, compression in self._driven))
+
+    def _claim(self) -> None:
+        for compression in self._compressions:  # all or none
+            compression.check_free(self)
+        for compression in self._compressions:
+            compression.claim(self, f"a {type(self).__name__}")
+
+    # A copy has copies of the encoders, and drives those. A process group cannot be copied.
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_group": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._claim()
 
     def most_expensive(self) -> Strategy:
         """The strategy of the schedule with the longest sequences: the one that needs the most memory."""
@@ -185,7 +207,8 @@ class SequenceScheduler:
     def _apply(self, schedule: Schedule, total_steps: int, last_step: int) -> None:
         self._put(schedule(min(1.0, last_step / total_steps)))
         self._schedule, self._total_steps, self._last_step = schedule, total_steps, last_step
-        for model, compression in enumerate(dict.fromkeys(compression for _, compression in self._driven)):
+        for model, compression in enumerate(self._compressions):
+            compression.finished = last_step >= total_steps
             compression.stream.anchor(self._seed, last_step, model)
             if compression.views is not None:
                 until = last_step + compression.views.lookahead

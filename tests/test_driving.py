@@ -1,0 +1,144 @@
+"""A schedule takes effect while one driver advances it, and is run once."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import warnings
+from typing import Any
+
+import pytest
+import torch
+
+from seqcompress import SequenceScheduler, Stepwise, Strategy, compress, get_strategy, restore, set_strategy
+
+HALF = Strategy(0.5)
+PLAN = Stepwise({0.0: HALF, 0.5: Strategy()})
+
+
+def _length(vit: Any, first_tokens: Any) -> int:
+    return int(first_tokens(vit, torch.randn(2, 3, 32, 32)).shape[1])
+
+
+def _compression(vit: Any) -> Any:
+    return vit.patch_embed.compression
+
+
+def test_a_schedule_that_nothing_drives_leaves_training_plain_and_says_once_what_is_missing(
+    tiny_vit: Any, first_tokens: Any
+) -> None:
+    plain, views = tiny_vit().train(), torch.randn(2, 3, 32, 32)
+    expected = plain(views)
+    compress(plain, PLAN)
+    assert get_strategy(plain) == Strategy()
+    with pytest.warns(UserWarning, match=r"uncompressed: .* nobody drives.*SequenceScheduler\(model") as told:
+        assert torch.equal(plain(views), expected)
+    assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert _length(plain, first_tokens) == 17
+        plain.eval()(views)
+
+
+@pytest.mark.parametrize("plan", [HALF, "drop 0.5"])
+def test_a_strategy_takes_effect_at_once_and_without_a_word(plan: Any, tiny_vit: Any, first_tokens: Any) -> None:
+    vit = compress(tiny_vit().train(), plan if isinstance(plan, Strategy) else Strategy.parse(plan))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert _length(vit, first_tokens) == 9
+
+
+def test_setting_a_strategy_by_hand_drives(tiny_vit: Any, first_tokens: Any) -> None:
+    vit = compress(tiny_vit().train(), PLAN)
+    assert _compression(vit).driven_by is None
+    set_strategy(vit, Strategy(0.75))
+    assert (_compression(vit).driven_by, _compression(vit).driver) == ("set_strategy", None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert _length(vit, first_tokens) == 5
+
+
+def test_a_second_driver_is_refused_with_the_name_of_the_first_and_changes_nothing(tiny_vit: Any) -> None:
+    vit = compress(tiny_vit(), PLAN)
+    first = SequenceScheduler(vit, total_steps=8)
+    first.step()
+    other = compress(tiny_vit(), PLAN)
+    for second in (
+        lambda: SequenceScheduler(vit, total_steps=8),
+        lambda: SequenceScheduler([other, vit], total_steps=8),
+        lambda: set_strategy(vit, Strategy(0.75)),
+    ):
+        with pytest.raises(RuntimeError, match=r"driven by a SequenceScheduler already.*\(del\).*anew"):
+            second()
+    assert (_compression(vit).driver, _compression(other).driver) == (first, None)
+    assert (get_strategy(vit), get_strategy(other), first.last_step) == (HALF, Strategy(), 1)
+
+
+def test_compressing_anew_and_letting_go_of_a_driver_make_room_for_another(tiny_vit: Any) -> None:
+    vit = compress(tiny_vit(), PLAN)
+    first = SequenceScheduler(vit, total_steps=8)
+    second = SequenceScheduler(compress(vit, PLAN), total_steps=8)
+    with pytest.raises(RuntimeError, match="make a new SequenceScheduler"):
+        first.step()
+    del second
+    third = SequenceScheduler(vit, total_steps=8)
+    third.step(4)
+    assert (get_strategy(vit), _compression(vit).driver) == (Strategy(), third)
+
+
+def test_a_driver_that_is_gone_leaves_the_encoder_plain_and_that_is_said(tiny_vit: Any, first_tokens: Any) -> None:
+    vit = compress(tiny_vit().train(), PLAN)
+    scheduler = SequenceScheduler(vit, total_steps=8)
+    assert _length(vit, first_tokens) == 9
+    del scheduler
+    gc.collect()
+    with pytest.warns(UserWarning, match="a SequenceScheduler drove, which is gone"):
+        assert _length(vit, first_tokens) == 17
+
+
+def test_after_its_end_an_encoder_is_plain_without_its_driver_too(tiny_vit: Any, first_tokens: Any) -> None:
+    vit = compress(tiny_vit().train(), Stepwise({0.0: HALF, 0.5: Strategy(0.0, 16)}))
+    scheduler = SequenceScheduler(vit, total_steps=2)
+    assert not _compression(vit).finished
+    scheduler.step()
+    scheduler.step()
+    assert _compression(vit).finished
+    assert get_strategy(vit) == Strategy(0.0, 16)
+    del scheduler
+    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert _length(vit, first_tokens) == 17
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_a_driven_encoder_has_no_driver_and_is_plain(copied: Any, tiny_vit: Any, first_tokens: Any) -> None:
+    vit = compress(tiny_vit().train(), PLAN)
+    scheduler = SequenceScheduler(vit, total_steps=8)
+    twin = copied(vit)
+    assert (get_strategy(twin), _compression(twin).driver) == (Strategy(), None)
+    assert (_length(vit, first_tokens), _compression(vit).driver) == (9, scheduler)
+    own = SequenceScheduler(twin, total_steps=8)
+    own.step(4)
+    assert (get_strategy(vit), get_strategy(twin)) == (HALF, Strategy())
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
+def test_a_scheduler_that_is_copied_with_its_encoder_drives_the_copy(copied: Any, tiny_vit: Any) -> None:
+    vit = compress(tiny_vit(), PLAN)
+    scheduler = SequenceScheduler(vit, total_steps=8)
+    twin, twins = copied((vit, scheduler))
+    assert (get_strategy(twin), _compression(twin).driver) == (HALF, twins)
+    twins.step(4)
+    assert (get_strategy(twin), get_strategy(vit)) == (Strategy(), HALF)
+    assert (twins.last_step, scheduler.last_step) == (4, 0)
+
+
+def test_restoring_takes_the_encoder_from_its_driver(tiny_vit: Any) -> None:
+    vit = compress(tiny_vit(), PLAN)
+    scheduler = SequenceScheduler(vit, total_steps=8)
+    restore(vit)
+    assert not scheduler.is_current
+    own = SequenceScheduler(compress(vit, PLAN), total_steps=8)
+    assert (own.is_current, get_strategy(vit)) == (True, HALF)
