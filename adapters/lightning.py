@@ -79,6 +79,7 @@ class SequenceCompression:
         self._fitting = True
         self._resuming = False  # the state is a checkpoint's
         self._loaded: dict[str, Any] = {}
+        self._tried: list[_Drive] = []  # what batch sizes are tried at
         self._forget()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -87,7 +88,7 @@ class SequenceCompression:
     def _forget(self) -> None:
         """Let go of the model."""
         for drive in getattr(self, "_drives", ()):
-            drive.release()
+            drive.release(self)
         self._places: dict[str, tuple[CompressedPatchEmbed, Compression]] = {}
         self._drives: list[_Drive] = []
         self._length: _Length | None = None
@@ -114,8 +115,17 @@ class SequenceCompression:
             self._module, self._loaded = weakref.ref(pl_module), {}
         self._resuming = False
         if any(isinstance(callback, self.finders) for callback in trainer.callbacks) and _is_compressed(pl_module):
-            for drive in self._to_drive(_embeds_by_place(pl_module)):
-                drive.use(drive.most_expensive())
+            self._tried = self._to_drive(_embeds_by_place(pl_module))
+            for drive in self._tried:
+                drive.compression.set_by_hand(drive.most_expensive())
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Batch sizes have been tried by now."""
+        self._end_trials()
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """They have been, and nothing else was asked for."""
+        self._end_trials()
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
         """Have full views made at first: workers start before it is known how far training has come."""
@@ -195,6 +205,7 @@ class SequenceCompression:
                 self._foresight.ran_out(self._rehearsing or self._drives[0].strategy)
                 self.host.error("seqcompress: %s", self._foresight.shortage())
         self._loaded = self.state_dict()
+        self._end_trials()
         self._forget()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
@@ -231,6 +242,13 @@ class SequenceCompression:
         if self._fitting:  # not what is tested in between
             self._loaded, self._resuming = dict(state_dict), True
 
+    def _end_trials(self) -> None:
+        for drive in self._tried:
+            if drive.compression.driver is None:
+                drive.take(self)
+                drive.release(self)
+        self._tried = []
+
     def _is_in_place(self, pl_module: Any) -> bool:
         """Whether the module holds, where they were, the encoders that it held."""
         for place, (embed, compression) in self._places.items():
@@ -254,7 +272,7 @@ class SequenceCompression:
         kept = {compression for _, compression in places.values()}
         for drive in self._drives:
             if drive.compression not in kept:
-                drive.release()
+                drive.release(self)
         self._places, self._drives = places, []
         self._budget = self._readings = self._foresight = self._rehearsing = None
         if not embeds:
@@ -272,7 +290,7 @@ class SequenceCompression:
         if is_first:
             self._announce(embeds, self._progress)
         for drive in self._drives:
-            drive.claim(self)
+            drive.take(self)
         self._ranks = trainer.world_size
         self._budget = self._guarded("count the budget", lambda: self._budget_of(pl_module))
         self._readings = _Readings(list(embeds.values()), self._units_in_millions)
@@ -303,7 +321,7 @@ class SequenceCompression:
             if before >= 1.0:
                 drive.finish()
                 continue
-            drive.is_finished = False
+            drive.compression.finished = False
             if drive.plan(before) != drive.plan(self._progress):
                 self._tell(
                     f"{drive.name}: the checkpoint was at {before:.0%} of its run ({drive.plan(before)}), which is "
@@ -539,37 +557,31 @@ class _Drive:
     @property
     def is_finished(self) -> bool:
         """Whether the plan has been run to its end."""
-        return bool(getattr(self.compression, "finished", False))
-
-    @is_finished.setter
-    def is_finished(self, value: bool) -> None:
-        self.compression.finished = value
+        return self.compression.finished
 
     @property
     def is_others(self) -> bool:
         """Whether something else drives them. A callback that is left over from another Trainer does not."""
-        driver = getattr(self.compression, "driver", None)
-        return driver is not None and not isinstance(driver, SequenceCompression)
+        driven = self.compression.driven_by is not None
+        return driven and not isinstance(self.compression.driver, SequenceCompression)
 
-    def claim(self, driver: SequenceCompression) -> None:
-        """Drive them from now on."""
-        self.compression.driver = driver
+    def take(self, driver: SequenceCompression) -> None:
+        """Drive a schedule from now on. A constant plan needs no driver, so that others may come."""
+        if not self.is_constant:
+            self.compression.release(self.compression.driver)
+            self.compression.claim(driver, "the Lightning callback")
 
-    def release(self) -> None:
-        """Let others drive."""
-        self.compression.driver = None
+    def release(self, driver: SequenceCompression) -> None:
+        """Let others drive; until then, a schedule leaves the encoder plain."""
+        self.compression.release(driver)
 
     def ends_at(self, progress: float) -> bool:
         """Whether nothing of the plan is left at this progress."""
         return self.plan(progress) == self.plan(1.0)
 
     def finish(self) -> None:
-        """The plan has been run to its end, and the encoder is plain from now on. A constant one has no end."""
-        if not self.is_constant:
-            from seqcompress.strategy import Strategy
-
-            self.is_finished = True
-            self.use(Strategy())
+        """The plan has been run to its end. A constant one has none."""
+        self.compression.finished = not self.is_constant
 
     def most_expensive(self) -> Strategy:
         """The strategy of the plan with the longest sequences."""
@@ -584,19 +596,22 @@ class _Drive:
             seed: of the run, the same on every rank.
             pace: what a batch adds to the progress.
         """
+        if self.is_others:  # who has come since, which a constant plan allows
+            return
         if step != self._step:
             self.compression.stream.anchor(seed, step, self._number)
             self._step = step
         self.strategy = self.plan(progress)
         self.use(self.strategy)
         views = self.compression.views
-        if views is not None:
+        if views is not None and not self.is_constant:
             ahead = [*range(0, views.lookahead, max(1, views.lookahead // 8)), views.lookahead]
             views.ask_for(*(self.plan(min(1.0, progress + batches * pace)) for batches in ahead))
 
     def use(self, strategy: Strategy) -> None:
-        """Put a strategy in force until the next step."""
-        self.compression.strategy = strategy
+        """Put a strategy of the plan in force until the next step."""
+        if not self.is_constant:
+            self.compression.strategy = strategy
 
     def tokens(self, strategy: Strategy) -> int:
         """The student's, in a view of the size it was built for."""
@@ -613,7 +628,7 @@ class _Drive:
 
         who, start, end = " and ".join(names), self.plan(progress), self.plan(1.0)
         if self.is_others:
-            return f"{who}: driven by {_kind(self.compression.driver)}, and left to it; only logged here"
+            return f"{who}: driven by {self.compression.driven_by}, and left to it; only logged here"
         if self.is_finished:
             return (
                 f"{who}: trains plain, at {self._at(Strategy())}, as its schedule has been run to its end; for another "
@@ -728,10 +743,6 @@ def _written(strategy: Strategy) -> str:
     from seqcompress.strategy import Strategy
 
     return "Strategy()" if strategy == Strategy() else repr(str(strategy))
-
-
-def _kind(driver: object) -> str:
-    return driver if isinstance(driver, str) else f"a {type(driver).__name__}"
 
 
 def _withdraw(trainer: Any) -> None:

@@ -93,6 +93,7 @@ class SoloLearn(SequenceCompression):
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Take out what ``setup`` put in."""
+        super().teardown(trainer, pl_module, stage)
         if stage == "fit":
             self._restore(pl_module)
 
