@@ -1,7 +1,7 @@
 """The Lightning callback that drives compressed encoders. It comes by itself.
 
 Both Lightning packages load callbacks from entry points into every Trainer. Whatever LightningModule holds
-encoders that ``compress`` or ``accelerate`` has wrapped gets its schedule advanced and its budget counted; for
+encoders that ``compress`` or ``accelerate`` has wrapped gets its plans advanced and its budget counted; for
 any other, the callback does nothing. Importing this module imports neither torch, timm nor Lightning.
 """
 
@@ -10,19 +10,24 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+import weakref
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from seqcompress.compressors import CompressedPatchEmbed
+    from seqcompress.compressors.patch_embed import Compression
+    from seqcompress.schedules import Schedule
     from seqcompress.strategy import Strategy
     from seqcompress.training.budget import Budget
-    from seqcompress.training.rehearsal import Foresight
+    from seqcompress.training.rehearsal import Foresight, Memory
     from seqcompress.training.sequence_scheduler import SequenceScheduler
 
 __all__ = ["SequenceCompression"]
 
-_logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 _SHOWN_AS = {  # in the progress bar: a terminal is narrow, it would cut a longer name, and then there is no number
     "seqcompress/token_dropout": "seq_drop",
@@ -31,20 +36,27 @@ _SHOWN_AS = {  # in the progress bar: a terminal is narrow, it would cut a longe
     "seqcompress/budget": "seq_budget",
 }
 _SECONDS_SHOWN = 0.5  # nobody reads numbers that change faster, and the budget takes a moment to count
+_SAMPLES = 200  # of a schedule, to say what it will cost
 
 
 class SequenceCompression:
-    """What the callbacks of both Lightning packages have in common: all but their base class.
+    """What the callbacks of both Lightning packages have in common: all but what they take from their package.
 
-    At every batch the strategy is the schedule's at ``global_step / estimated_stepping_batches``, which is the
-    same on every rank; under manual optimization it is the share of the batches that is done.
+    At every batch each encoder's strategy is its plan's at the progress of the run, the same on every rank: whole
+    epochs and the share of the current one where the run is given in epochs, ``global_step / max_steps``, and the
+    share of ``max_time``; the furthest of those that the Trainer has limits for. The batches of one optimizer step
+    share its strategy. The batch-norm epoch of stochastic weight averaging, which does not train, is not counted.
+    Encoders that something else drives are left to it, and logged all the same; a schedule that has been run to its
+    end is not run again. What will happen, and what did not, is told in one line each, on rank 0, by the logger of
+    the Lightning package.
 
     Logged to whatever logger there is, with all that the Trainer logs at its ``log_every_n_steps``:
     ``seqcompress/token_dropout``, ``seqcompress/patch_size`` (pixels), ``seqcompress/tokens`` (the student's, in a
     view of the size the encoder was built for) and ``seqcompress/budget`` (millions of units, all ranks together);
     and once more at the end of training. ``trainer.callback_metrics`` has them from those steps, from the end of
     every full epoch and from before every validation. The progress bar shows them as ``seq_drop``, ``seq_patch``,
-    ``seq_tokens`` and ``seq_budget``. Other steps compute none of it, and none of it is ever on the device.
+    ``seq_tokens`` and ``seq_budget``. Other steps compute none of it, and none of it is ever on the device. What
+    cannot be counted or logged is said once and left out: it never ends a run.
 
     On a device with memory of its own, the second step is run at the schedule's most expensive strategy, as soon
     as the optimizer has its state: a run that will not fit stops there and not at three quarters. The log says what
@@ -52,53 +64,108 @@ class SequenceCompression:
     devices and by estimate from the first step, what they need and what would fit.
     """
 
+    host = logging.getLogger(__name__)
+    """Who tells the user: a logger of the Lightning package's, shown and silenced with all that it says."""
+    timers: Any = ()
+    """The package's callback that ends a run after a time."""
+    averaging: Any = ()
+    """The package's callback that may add an epoch in which nothing is trained."""
+    finders: Any = ()
+    """The package's callback that tries batch sizes, with no other callback there."""
+
     def __init__(self) -> None:
         super().__init__()
-        self._scheduler: SequenceScheduler | None = None
+        self._module: weakref.ref[Any] | None = None  # whose state this is
+        self._fitting = True
+        self._resuming = False  # the state is a checkpoint's
+        self._loaded: dict[str, Any] = {}
+        self._tried: list[_Drive] = []  # what batch sizes are tried at
+        self._forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_module": None}  # a process of its own has a module of its own
+
+    def _forget(self) -> None:
+        """Let go of the model."""
+        for drive in getattr(self, "_drives", ()):
+            drive.release(self)
+        self._places: dict[str, tuple[CompressedPatchEmbed, Compression]] = {}
+        self._drives: list[_Drive] = []
+        self._length: _Length | None = None
         self._budget: Budget | None = None
         self._readings: _Readings | None = None
-        self._logged: bool | None = None  # whether the Trainer logs the latest step; None before the first one
-        self._shown = float("-inf")  # when the progress bar got its numbers
-        self._loaded: dict[str, Any] = {}
         self._foresight: Foresight | None = None  # until the rehearsal is over
         self._rehearsing: Strategy | None = None
-        self._ranks = 1
+        self._logged: bool | None = None  # whether the Trainer logs the latest step; None before the first one
+        self._shown = float("-inf")  # when the progress bar got its numbers
         self._looked = False
+        self._batches = 0  # of this epoch that are done
+        self._progress = self._done = 0.0  # at which the latest step was run, and that it has reached
+        self._seed = 0
+        self._ranks = 1
+        self._speaks = True
+        self._said: set[str] = set()
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Leave behind what another module has spent, and have batch sizes tried at the longest sequences."""
+        self._fitting = stage == "fit"
+        if not self._fitting:
+            return
+        if self._module is None or self._module() is not pl_module:
+            self._module, self._loaded = weakref.ref(pl_module), {}
+        self._resuming = False
+        if any(isinstance(callback, self.finders) for callback in trainer.callbacks) and _is_compressed(pl_module):
+            self._tried = self._to_drive(_embeds_by_place(pl_module))
+            for drive in self._tried:
+                drive.compression.set_by_hand(drive.most_expensive())
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Batch sizes have been tried by now."""
+        self._end_trials()
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """They have been, and nothing else was asked for."""
+        self._end_trials()
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
         """Have full views made at first: workers start before it is known how far training has come."""
         if _is_compressed(pl_module):
-            from seqcompress.compression import compressed_embeds
             from seqcompress.strategy import Strategy
 
-            for embed in compressed_embeds(pl_module):
+            for embed in _embeds_by_place(pl_module).values():
                 if embed.compression.views is not None:
                     embed.compression.views.ask_for(Strategy())
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Forget what an interrupted fit may have left."""
+        """Forget what an interrupted fit may have left, and say what a new one will do, as far as it is known."""
         self._forget()
+        self._speaks = trainer.is_global_zero
+        if trainer.global_step == 0 and _is_compressed(pl_module):
+            self._announce(_embeds_by_place(pl_module), 0.0)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Look again: the module may compress or restore its encoders between epochs, or as training starts."""
         self._looked = False
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Put the strategy of this step in force."""
+        """Put the strategies of this step in force."""
         if self._logged:
             _withdraw(trainer)
-        if not self._looked:
+        if not self._looked or not self._is_in_place(pl_module):
             self._looked = True
             self._look(trainer, pl_module, batch_idx)
-        if self._scheduler is None:
+        if self._length is None or not self._drives:
             return
-        step = _steps_done(trainer, pl_module, batch_idx)
-        if self._scheduler.last_step != step:
-            self._scheduler.step(step)
+        if batch_idx == self._length.first_of_step(batch_idx):
+            self._progress = self._length.begin_step(batch_idx)
+        step = _steps_done(trainer, pl_module)
+        for drive in self._drives:
+            drive.follow(self._progress, step, self._seed, self._length.pace())
         if self._foresight is not None:
             if step > 0:
-                self._rehearsing = self._scheduler.most_expensive()
-                self._scheduler.use(self._rehearsing)
+                self._rehearsing = self._drives[0].most_expensive()
+                for drive in self._drives:
+                    drive.use(drive.most_expensive())
             self._foresight.begin()
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
@@ -108,81 +175,235 @@ class SequenceCompression:
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log what this step was run at, and what has been spent so far, if this step is one to be logged."""
-        if self._scheduler is None or self._readings is None:
+        readings, length = self._readings, self._length
+        if readings is None or length is None:
             return
-        self._readings.note()
+        self._batches = batch_idx + 1
+        self._done = length.share(self._batches)
+        readings.note()
+        self._guarded("log a step", lambda: self._log(trainer, pl_module, readings))
+        if self._foresight is not None:
+            self._compare(self._foresight)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Note how many batches the epoch really had."""
+        if self._length is not None:
+            self._length.note_epoch(self._batches)
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Let checkpoints and early stopping, which follow, see how far training has come."""
+        readings = self._readings
+        if readings is not None and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._guarded("log a step", lambda: self._publish(trainer, readings))
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Let go of the model, and say what would help if the longest sequences do not fit, or not even the first."""
+        if self._foresight is not None:
+            from seqcompress.training.rehearsal import is_out_of_memory
+
+            if is_out_of_memory(exception):
+                self._foresight.ran_out(self._rehearsing or self._drives[0].strategy)
+                self.host.error("seqcompress: %s", self._foresight.shortage())
+        self._loaded = self.state_dict()
+        self._end_trials()
+        self._forget()
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Log how training ended, say so if that was before its plan did, and let go of the model."""
+        readings = self._readings
+        if readings is not None and self._logged is False and trainer.log_every_n_steps:
+            self._guarded("log a step", lambda: self._log_the_end(trainer, readings))
+        if self._length is not None:
+            self._done = max(self._done, self._length.share_of_time())
+            if not trainer.fast_dev_run:
+                for drive in self._drives:
+                    if drive.ends_at(self._done):
+                        drive.finish()
+                    else:
+                        self._tell(drive.shortfall(self._done))
+        self._loaded = self.state_dict()
+        self._forget()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Seed of the random subsets, units spent by all ranks, and how far the run has come. Plain values only."""
+        if self._readings is None or self._length is None:
+            return self._loaded
+        budget = self._budget
+        units = None if budget is None else self._guarded("count the budget", lambda: budget.units * self._ranks)
+        return {
+            "seed": self._seed,
+            "units": self._loaded.get("units", 0.0) if units is None else units,
+            "progress": self._done,
+            "batches": self._length.batches,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state until training starts."""
+        if self._fitting:  # not what is tested in between
+            self._loaded, self._resuming = dict(state_dict), True
+
+    def _end_trials(self) -> None:
+        for drive in self._tried:
+            if drive.compression.driver is None:
+                drive.take(self)
+                drive.release(self)
+        self._tried = []
+
+    def _is_in_place(self, pl_module: Any) -> bool:
+        """Whether the module holds, where they were, the encoders that it held."""
+        for place, (embed, compression) in self._places.items():
+            try:
+                found = pl_module.get_submodule(place)
+            except AttributeError:
+                return False
+            if found is not embed or embed.compression is not compression:
+                return False
+        return True
+
+    def _look(self, trainer: Any, pl_module: Any, batch_idx: int) -> None:
+        """Find the compressed encoders, and take up their plans where these stand."""
+        embeds = _embeds_by_place(pl_module) if _is_compressed(pl_module) else {}
+        self._adopt(embeds)
+        places = {place: (embed, embed.compression) for place, embed in embeds.items()}
+        if places == self._places:
+            return
+        is_first = self._readings is None
+        self._loaded = self.state_dict()
+        kept = {compression for _, compression in places.values()}
+        for drive in self._drives:
+            if drive.compression not in kept:
+                drive.release(self)
+        self._places, self._drives = places, []
+        self._budget = self._readings = self._foresight = self._rehearsing = None
+        if not embeds:
+            return
+        if self._length is None:
+            self._length = _Length(trainer, pl_module, self.timers, self.averaging, self._loaded.get("batches"))
+            self._seed = self._loaded["seed"] if "seed" in self._loaded else _seed(trainer)
+            self._done = self._loaded.get("progress", 0.0) if self._resuming else 0.0
+        self._progress = self._length.begin_step(batch_idx)
+        if self._resuming and is_first:
+            self._go_on(embeds)
+        self._drives = self._to_drive(embeds)
+        if not all(drive.is_constant for drive in self._drives):
+            self._length.check()
+        if is_first:
+            self._announce(embeds, self._progress)
+        for drive in self._drives:
+            drive.take(self)
+        self._ranks = trainer.world_size
+        self._budget = self._guarded("count the budget", lambda: self._budget_of(pl_module))
+        self._readings = _Readings(list(embeds.values()), self._units_in_millions)
+        if is_first and not self._loaded and self._drives:
+            self._foresight = self._foresight_on(pl_module.device)
+
+    def _adopt(self, embeds: dict[str, CompressedPatchEmbed]) -> None:
+        """Let a copy that was put in an encoder's place take its part: Lightly's SMoG makes teachers of students so."""
+        known = {compression for _, compression in self._places.values()}
+        for place, embed in embeds.items():
+            before, compression = self._places.get(place, (embed, embed.compression))
+            if embed is before or embed.compression in known or embed.compression.plan != compression.plan:
+                continue
+            embed.compression, embed.drops_tokens, embed.when = compression, before.drops_tokens, before.when
+
+    def _to_drive(self, embeds: dict[str, CompressedPatchEmbed]) -> list[_Drive]:
+        """What nobody else drives, and has not been run to its end."""
+        drives = [_Drive(number, group) for number, group in enumerate(_groups(embeds))]
+        return [drive for drive in drives if not drive.is_finished and not drive.is_others]
+
+    def _go_on(self, embeds: dict[str, CompressedPatchEmbed]) -> None:
+        """Take up what a checkpoint says of its run: at its end, there is nothing left of a schedule."""
+        before = self._loaded.get("progress")
+        for group in _groups(embeds):
+            drive = _Drive(0, group)
+            if before is None or drive.is_constant or drive.is_others:
+                continue
+            if before >= 1.0:
+                drive.finish()
+                continue
+            drive.compression.finished = False
+            if drive.plan(before) != drive.plan(self._progress):
+                self._tell(
+                    f"{drive.name}: the checkpoint was at {before:.0%} of its run ({drive.plan(before)}), which is "
+                    f"{self._progress:.0%} of this one: goes on at {drive.plan(self._progress)}"
+                )
+
+    def _announce(self, embeds: dict[str, CompressedPatchEmbed], progress: float) -> None:
+        """Say what will happen, in one line for all encoders with which the same will."""
+        drives: dict[tuple[Any, ...], list[_Drive]] = {}
+        for number, group in enumerate(_groups(embeds)):
+            drive = _Drive(number, group)
+            drives.setdefault((drive.plan, drive.is_finished, drive.is_others), []).append(drive)
+        for alike in drives.values():
+            share = self._guarded("count the budget", lambda alike=alike: _share_of_plain_budget(alike))
+            line = alike[0].outlook(progress, share, [drive.name for drive in alike])
+            if line not in self._said:  # at the first batch all is known; at the start, mostly
+                self._said.add(line)
+                self._tell(line)
+
+    def _tell(self, line: str) -> None:
+        if self._speaks:
+            self.host.info("seqcompress: %s", line)
+
+    def _guarded(self, what: str, do: Callable[[], Result]) -> Result | None:
+        """Books are kept as well as they can be: what goes wrong there is said once, and the run goes on."""
+        try:
+            return do()
+        except Exception as error:
+            if what not in self._said and self._speaks:
+                self._said.add(what)
+                self.host.warning("seqcompress: could not %s: %s: %s", what, type(error).__name__, error)
+            return None
+
+    def _budget_of(self, pl_module: Any) -> Budget:
+        from seqcompress.training.budget import Budget
+
+        budget = Budget(pl_module)
+        if self._loaded:
+            budget.load_state_dict({"units": self._loaded["units"] / self._ranks})
+        return budget
+
+    def _units_in_millions(self) -> float | None:
+        budget = self._budget
+        return None if budget is None else self._guarded("count the budget", lambda: budget.millions * self._ranks)
+
+    def _foresight_on(self, device: Any) -> Foresight | None:
+        if device.type == "cpu":
+            return None
+        from seqcompress.training.rehearsal import DeviceMemory
+
+        return self._foresight_in(DeviceMemory.of(device))
+
+    def _foresight_in(self, memory: Memory | None) -> Foresight:
+        from seqcompress.training.rehearsal import Foresight
+
+        return Foresight(cast("SequenceScheduler", self._drives[0]), memory)
+
+    def _compare(self, foresight: Foresight) -> None:
+        """After a step: what it needed, to foresee what the longest sequences will, or to say it once they have run."""
+        if self._rehearsing is None:
+            if len(self._drives) == 1:  # of encoders with several plans, nothing can be foreseen
+                foresight.fitted(self._drives[0].strategy)
+            return
+        self._tell(str(foresight.rehearsal(self._rehearsing)))
+        for drive in self._drives:
+            drive.use(drive.strategy)
+        self._foresight = self._rehearsing = None
+
+    def _log(self, trainer: Any, pl_module: Any, readings: _Readings) -> None:
+        self._logged = False
         self._logged = bool(trainer._logger_connector.should_update_logs or trainer.fast_dev_run)
         if self._logged or trainer.is_last_batch or trainer.global_step == trainer.max_steps:
-            metrics = self._publish(trainer, self._readings)
+            metrics = self._publish(trainer, readings)
             if self._logged:
                 for name, value in metrics.items():
                     pl_module.log(name, value, on_step=True, on_epoch=False, batch_size=1)
         elif time.monotonic() - self._shown >= _SECONDS_SHOWN and _has_progress_bar(trainer):
-            self._show(trainer, self._readings.values())
-        if self._foresight is None:
-            return
-        if self._rehearsing is None:
-            self._foresight.fitted(self._scheduler.strategy)
-        else:
-            if trainer.is_global_zero:
-                _logger.info("seqcompress: %s", self._foresight.rehearsal(self._rehearsing))
-            if self._rehearsing != self._scheduler.strategy:
-                self._scheduler.step(self._scheduler.last_step)
-            self._foresight = self._rehearsing = None
+            self._show(trainer, readings.values())
 
-    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        """Let checkpoints and early stopping, which follow, see how far training has come."""
-        if self._readings is not None and trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._publish(trainer, self._readings)
-
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Say why and what would help, if the longest sequences do not fit, or not even the first ones."""
-        if self._foresight is None or self._scheduler is None:
-            return
-        from seqcompress.training.rehearsal import is_out_of_memory
-
-        if is_out_of_memory(exception):
-            self._foresight.ran_out(self._rehearsing or self._scheduler.strategy)
-            _logger.error("seqcompress: %s", self._foresight.shortage())
-
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Log how training ended, and let go of the model; the strategy stays where the schedule left it."""
-        if self._scheduler is not None:
-            if self._readings is not None and self._logged is False and trainer.log_every_n_steps:
-                step = trainer.fit_loop.epoch_loop._batches_that_stepped - 1
-                trainer._logger_connector.log_metrics(self._publish(trainer, self._readings), step=max(0, step))
-            self._scheduler.step(_steps_done(trainer, pl_module))
-            self._loaded = self.state_dict()
-        self._forget()
-
-    def _look(self, trainer: Any, pl_module: Any, batch_idx: int) -> None:
-        """Find the compressed encoders, and take up the schedule where it stands."""
-        if self._scheduler is not None and self._scheduler.is_current:
-            return
-        self._loaded = self.state_dict()
-        self._forget()
-        if not _is_compressed(pl_module):
-            return
-        from seqcompress.training.budget import Budget
-        from seqcompress.training.sequence_scheduler import SequenceScheduler
-
-        self._scheduler = SequenceScheduler(pl_module, total_steps=_total_steps(trainer))
-        self._budget = Budget(pl_module)
-        self._ranks = trainer.world_size
-        self._readings = _Readings(self._scheduler, self._budget, self._ranks)
-        if self._loaded:
-            self._scheduler.load_state_dict({**self._scheduler.state_dict(), "seed": self._loaded["seed"]})
-            self._budget.load_state_dict({"units": self._loaded["units"] / self._ranks})
-        self._scheduler.step(_steps_done(trainer, pl_module, batch_idx))
-        if not self._loaded:
-            self._foresight = self._foresight_on(pl_module.device)
-
-    def _foresight_on(self, device: Any) -> Foresight | None:
-        if self._scheduler is None or device.type == "cpu":
-            return None
-        from seqcompress.training.rehearsal import DeviceMemory, Foresight
-
-        return Foresight(self._scheduler, DeviceMemory.of(device))
+    def _log_the_end(self, trainer: Any, readings: _Readings) -> None:
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped - 1
+        trainer._logger_connector.log_metrics(self._publish(trainer, readings), step=max(0, step))
 
     def _publish(self, trainer: Any, readings: _Readings) -> dict[str, Tensor]:
         """Put the metrics where the Trainer keeps those of the latest step."""
@@ -202,31 +423,253 @@ class SequenceCompression:
         trainer._logger_connector._progress_bar_metrics.update(shown)
         self._shown = time.monotonic()
 
-    def _forget(self) -> None:
-        self._scheduler = self._budget = self._readings = self._foresight = self._rehearsing = None
-        self._logged, self._shown = None, float("-inf")
 
-    def state_dict(self) -> dict[str, Any]:
-        """Seed of the random subsets and units spent by all ranks. The step is the Trainer's own."""
-        if self._scheduler is None or self._budget is None:
-            return self._loaded
-        return {"seed": self._scheduler.state_dict()["seed"], "units": self._budget.units * self._ranks}
+class _Length:
+    """How long a run is and how far it has come, as its Trainer counts.
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state until training starts."""
-        self._loaded = dict(state_dict)
+    Args:
+        trainer: the Trainer, in training.
+        pl_module: what it trains.
+        timers: the class of callbacks that end a run after a time.
+        averaging: the class of callbacks that may add an epoch in which nothing is trained.
+        batches: see the attribute.
+
+    Attributes:
+        batches: how many the last epoch had, if these were fewer than its loader had promised.
+    """
+
+    def __init__(self, trainer: Any, pl_module: Any, timers: Any, averaging: Any, batches: int | None) -> None:
+        self._trainer, self._pl_module = trainer, pl_module
+        self._timers = [
+            timer
+            for timer in trainer.callbacks
+            if isinstance(timer, timers) and timer.time_remaining("train") is not None
+        ]
+        self._averaging = [callback for callback in trainer.callbacks if isinstance(callback, averaging)]
+        self._time = 0.0  # share of it that had passed as the step began
+        self.batches = batches
+
+    @property
+    def _epochs(self) -> float:
+        """Epochs that train; infinite without a limit."""
+        limit = self._trainer.max_epochs
+        limits = [float("inf") if limit in (None, -1) else limit]
+        return min([*limits, *(callback.swa_end + 1 for callback in self._averaging)])
+
+    @property
+    def _batches_an_epoch(self) -> float:
+        """Infinite for a stream whose first epoch has not ended."""
+        expected: float = self._trainer.num_training_batches
+        return expected if self.batches is None else min(expected, self.batches)
+
+    def check(self) -> None:
+        """Raise ValueError unless a schedule can go by this length."""
+        trainer = self._trainer
+        by_epochs = self._epochs < float("inf") and (self._batches_an_epoch < float("inf") or self._epochs > 1)
+        if not by_epochs and trainer.max_steps == -1 and not self._timers:
+            raise ValueError(
+                "a schedule needs to know how long training is: set max_epochs, max_steps or max_time of the Trainer "
+                f"(for a loader without a length, max_steps, max_time or more than one epoch), got "
+                f"max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps}"
+            )
+
+    def first_of_step(self, batch: int) -> int:
+        """The batch of this epoch with which the optimizer step of ``batch`` begins."""
+        if not self._pl_module.automatic_optimization:
+            return batch
+        return batch - batch % int(self._trainer.accumulate_grad_batches)
+
+    def begin_step(self, batch: int) -> float:
+        """Progress, in [0, 1], at which the optimizer step of a batch of this epoch is to be run."""
+        if self._timers:
+            self._time = self.share_of_time()
+        return self.share(self.first_of_step(batch))
+
+    def share(self, batches: int) -> float:
+        """Share of the run that is done, in [0, 1], after some batches of this epoch."""
+        trainer, shares = self._trainer, [0.0, self._time]
+        if trainer.max_steps != -1:
+            shares.append(trainer.global_step / trainer.max_steps if trainer.max_steps else 1.0)
+        if self._epochs < float("inf"):
+            of_this = min(1.0, batches / self._batches_an_epoch) if self._batches_an_epoch else 1.0
+            shares.append((trainer.current_epoch + of_this) / self._epochs if self._epochs else 1.0)
+        return min(1.0, max(shares))
+
+    def share_of_time(self) -> float:
+        """Share of the time that has passed, the same on every rank; 0 without a limit."""
+        if not self._timers:
+            return 0.0
+        shares = []
+        for timer in self._timers:
+            elapsed, remaining = timer.time_elapsed("train"), timer.time_remaining("train")
+            shares.append(elapsed / (elapsed + remaining) if elapsed + remaining > 0 else 1.0)
+        share = min(1.0, max(shares))
+        return float(self._trainer.strategy.broadcast(share)) if self._trainer.world_size > 1 else share
+
+    def pace(self) -> float:
+        """About what a batch adds to the share; rather more than less."""
+        trainer = self._trainer
+        paces = [self._time / max(1, trainer.fit_loop.total_batch_idx)]
+        if trainer.max_steps > 0:
+            paces.append(1 / trainer.max_steps)
+        if 0 < self._epochs < float("inf") and self._batches_an_epoch:
+            paces.append(1 / (self._epochs * self._batches_an_epoch))
+        return max(paces)
+
+    def note_epoch(self, batches: int) -> None:
+        """An epoch is over, after so many batches."""
+        trainer = self._trainer
+        if trainer.should_stop or (trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps):
+            return  # it was broken off
+        if trainer.world_size > 1:
+            batches = int(trainer.strategy.broadcast(batches))
+        self.batches = batches if 0 < batches < trainer.num_training_batches else None
+
+
+class _Drive:
+    """The encoders that were compressed together, and their plan.
+
+    Args:
+        number: of this group in its module, for random subsets of its own.
+        group: the compressed patch embeddings by place; at least one.
+    """
+
+    def __init__(self, number: int, group: dict[str, CompressedPatchEmbed]) -> None:
+        self._number = number
+        self._group = group
+        self.embeds = tuple(group.values())
+        self.compression = self.embeds[0].compression
+        self.plan: Schedule = self.compression.plan
+        self.strategy = self.compression.strategy
+        self._step: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Where the module has the encoder; the student, of a pair."""
+        place = next((place for place, embed in self._group.items() if embed.drops_tokens), next(iter(self._group)))
+        return place.rpartition(".")[0] or "the encoder"
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether the plan is one strategy, which needs nobody to advance it."""
+        return len(self.plan.strategies()) == 1
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the plan has been run to its end."""
+        return self.compression.finished
+
+    @property
+    def is_others(self) -> bool:
+        """Whether something else drives them. A callback that is left over from another Trainer does not."""
+        driven = self.compression.driven_by is not None
+        return driven and not isinstance(self.compression.driver, SequenceCompression)
+
+    def take(self, driver: SequenceCompression) -> None:
+        """Drive a schedule from now on. A constant plan needs no driver, so that others may come."""
+        if not self.is_constant:
+            self.compression.release(self.compression.driver)
+            self.compression.claim(driver, "the Lightning callback")
+
+    def release(self, driver: SequenceCompression) -> None:
+        """Let others drive; until then, a schedule leaves the encoder plain."""
+        self.compression.release(driver)
+
+    def ends_at(self, progress: float) -> bool:
+        """Whether nothing of the plan is left at this progress."""
+        return self.plan(progress) == self.plan(1.0)
+
+    def finish(self) -> None:
+        """The plan has been run to its end. A constant one has none."""
+        self.compression.finished = not self.is_constant
+
+    def most_expensive(self) -> Strategy:
+        """The strategy of the plan with the longest sequences."""
+        return max(self.plan.strategies(), key=self.tokens)
+
+    def follow(self, progress: float, step: int, seed: int, pace: float) -> None:
+        """Put in force what the plan has at this progress, and have views made for what comes next.
+
+        Args:
+            progress: in [0, 1].
+            step: decides the random subsets, with the seed; those of a step's batches follow each other.
+            seed: of the run, the same on every rank.
+            pace: what a batch adds to the progress.
+        """
+        if self.is_others:  # who has come since, which a constant plan allows
+            return
+        if step != self._step:
+            self.compression.stream.anchor(seed, step, self._number)
+            self._step = step
+        self.strategy = self.plan(progress)
+        self.use(self.strategy)
+        views = self.compression.views
+        if views is not None and not self.is_constant:
+            ahead = [*range(0, views.lookahead, max(1, views.lookahead // 8)), views.lookahead]
+            views.ask_for(*(self.plan(min(1.0, progress + batches * pace)) for batches in ahead))
+
+    def use(self, strategy: Strategy) -> None:
+        """Put a strategy of the plan in force until the next step."""
+        if not self.is_constant:
+            self.compression.strategy = strategy
+
+    def tokens(self, strategy: Strategy) -> int:
+        """The student's, in a view of the size it was built for."""
+        from seqcompress.encoders import find_encoder
+        from seqcompress.training.cost import num_tokens
+
+        embed = next((embed for embed in self.embeds if embed.drops_tokens), self.embeds[0])
+        family, encoder = find_encoder(embed.encoder)
+        return num_tokens(encoder, strategy, family.image_size(encoder))
+
+    def outlook(self, progress: float, share: float | None, names: list[str]) -> str:
+        """One line: what will happen to the encoders of these names."""
+        from seqcompress.strategy import Strategy
+
+        who, start, end = " and ".join(names), self.plan(progress), self.plan(1.0)
+        if self.is_others:
+            return f"{who}: driven by {self.compression.driven_by}, and left to it; only logged here"
+        if self.is_finished:
+            return (
+                f"{who}: trains plain, at {self._at(Strategy())}, as its schedule has been run to its end; for another "
+                "run of it, call compress(model, plan) again"
+            )
+        what = f"{who}: trains at {self._at(start)}"
+        if not self.is_constant:
+            what += f" now, {self._at(end)} in the end"
+        if set(self.plan.strategies()) == {Strategy()}:
+            return what
+        if share is not None:
+            what += f", {'in all ' if progress else ''}about {share:.0%} of the plain run's budget"
+        teachers = [embed for embed in self.embeds if not embed.drops_tokens]
+        if teachers:
+            scales = any(strategy.patch_size is not None for strategy in self.plan.strategies())
+            what += f"; its teacher gets {'the patch size' if scales else 'nothing of it'}"
+        return what
+
+    def shortfall(self, progress: float) -> str:
+        """One line: what is missing of a plan whose run has ended at this progress."""
+        end = self.plan(1.0)
+        return (
+            f"{self.name}: the run ended before its plan, at {progress:.0%} of it and {self._at(self.strategy)}: it "
+            f"never trained at {self._at(end)}, and its figures are worse for it; to add what is missing, let "
+            "trainer.fit(module, ckpt_path=...) go on to the end, or call compress(model, "
+            f"{_written(end)}) and fit for some more epochs"
+        )
+
+    def _at(self, strategy: Strategy) -> str:
+        return f"{strategy} ({self.tokens(strategy)} tokens a view)"
 
 
 class _Readings:
     """What there is to tell about a run: the strategy of its latest step, and what has been spent."""
 
-    def __init__(self, scheduler: SequenceScheduler, budget: Budget, ranks: int) -> None:
+    def __init__(self, embeds: list[CompressedPatchEmbed], millions: Callable[[], float | None]) -> None:
         from seqcompress.encoders import find_encoder
 
-        self._student = next((embed for embed in scheduler.embeds if embed.drops_tokens), scheduler.embeds[0])
+        self._student = next((embed for embed in embeds if embed.drops_tokens), embeds[0])
         self._family, self._encoder = find_encoder(self._student.encoder)
-        self._budget = budget
-        self._ranks = ranks
+        self._millions = millions
         self.note()
 
     def note(self) -> None:
@@ -239,8 +682,67 @@ class _Readings:
 
         patch_size = self._strategy.patch_size or min(self._family.patch_size(self._encoder))
         tokens = num_tokens(self._encoder, self._strategy, self._family.image_size(self._encoder))
-        numbers = (self._strategy.token_dropout, patch_size, tokens, self._budget.millions * self._ranks)
-        return dict(zip(_SHOWN_AS, map(float, numbers), strict=True))
+        numbers = (self._strategy.token_dropout, patch_size, tokens, self._millions())
+        return {name: float(number) for name, number in zip(_SHOWN_AS, numbers, strict=True) if number is not None}
+
+
+def _embeds_by_place(pl_module: Any) -> dict[str, CompressedPatchEmbed]:
+    """The compressed patch embeddings that a module holds, by their names in it; each once."""
+    from seqcompress.compressors import CompressedPatchEmbed
+
+    return {place: module for place, module in pl_module.named_modules() if isinstance(module, CompressedPatchEmbed)}
+
+
+def _groups(embeds: dict[str, CompressedPatchEmbed]) -> Iterable[dict[str, CompressedPatchEmbed]]:
+    """Those that were compressed together."""
+    groups: dict[Compression, dict[str, CompressedPatchEmbed]] = {}
+    for place, embed in embeds.items():
+        groups.setdefault(embed.compression, {})[place] = embed
+    return groups.values()
+
+
+def _share_of_plain_budget(drives: list[_Drive]) -> float:
+    """What a whole run at these plans takes, relative to what it takes without: forward and backward passes."""
+    spent = plain = 0.0
+    for drive in drives:
+        samples = [drive.plan((number + 0.5) / _SAMPLES) for number in range(_SAMPLES)]
+        for embed in drive.embeds:
+            weight = 3 if any(parameter.requires_grad for parameter in embed.encoder.parameters()) else 1
+            plain += weight
+            spent += weight * _mean_cost(embed, samples)
+    return spent / plain
+
+
+def _mean_cost(embed: CompressedPatchEmbed, strategies: list[Strategy]) -> float:
+    """Mean relative cost of a view. FLOPs are a square of the number of tokens: three lengths tell those of all."""
+    from seqcompress.encoders import find_encoder
+    from seqcompress.training.cost import num_tokens, relative_cost
+
+    family, encoder = find_encoder(embed.encoder)
+    size = family.image_size(encoder)
+    if not embed.drops_tokens:
+        strategies = [strategy.without_dropout() for strategy in strategies]
+    tokens = {strategy: num_tokens(encoder, strategy, size) for strategy in set(strategies)}
+    by_tokens = {number: strategy for strategy, number in tokens.items()}
+    lengths = sorted(by_tokens)
+    known = {lengths[0], lengths[len(lengths) // 2], lengths[-1]}
+    costs = {number: relative_cost(encoder, by_tokens[number], size) for number in known}
+
+    def cost(number: int) -> float:
+        total = 0.0
+        for one, value in costs.items():
+            for other in known - {one}:
+                value *= (number - other) / (one - other)
+            total += value
+        return total
+
+    return sum(cost(tokens[strategy]) for strategy in strategies) / len(strategies)
+
+
+def _written(strategy: Strategy) -> str:
+    from seqcompress.strategy import Strategy
+
+    return "Strategy()" if strategy == Strategy() else repr(str(strategy))
 
 
 def _withdraw(trainer: Any) -> None:
@@ -263,19 +765,16 @@ def _is_compressed(module: Any) -> bool:
     return is_compressed(module)
 
 
-def _total_steps(trainer: Any) -> int:
-    total = trainer.estimated_stepping_batches  # infinite without a limit, -1 for a loader without a length
-    if not 0 < total < float("inf"):
-        raise ValueError(
-            "a schedule needs to know how long training is: set max_epochs or max_steps of the Trainer "
-            f"(max_steps for a loader without a length), got max_epochs={trainer.max_epochs}, "
-            f"max_steps={trainer.max_steps}"
-        )
-    return int(total)
+def _seed(trainer: Any) -> int:
+    """Rank 0's, on every rank: it is the one that checkpoints have."""
+    import torch
+
+    seed = torch.initial_seed()
+    return int(trainer.strategy.broadcast(seed)) if trainer.world_size > 1 else seed
 
 
-def _steps_done(trainer: Any, pl_module: Any, batch_idx: int = 0) -> int:
+def _steps_done(trainer: Any, pl_module: Any) -> int:
     if pl_module.automatic_optimization or trainer.max_steps != -1:
-        return trainer.global_step
+        return int(trainer.global_step)
     # Manual optimization may step its optimizers several times in a batch, or once in several batches.
-    return trainer.current_epoch * trainer.num_training_batches + batch_idx
+    return int(trainer.fit_loop.total_batch_idx)

@@ -1,8 +1,8 @@
 """solo-learn: one config flag, its own unmodified training script.
 
-Lightning loads the callback of this module from an entry point, as it does the one that advances the schedule.
-At set-up the callback reads what stands under ``seqcompress:`` in the method's config and compresses its encoders.
-Without that key it does nothing. Importing this module imports neither torch, timm nor Lightning.
+Lightning loads the callback from an entry point, into every Trainer. At set-up it reads what stands under
+``seqcompress:`` in the method's config and compresses its encoders; without that key, it does none of this.
+Importing this module imports neither torch, timm nor Lightning.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from seqcompress.adapters.lightning import SequenceCompression
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -72,11 +74,11 @@ class Settings:
     scale_views: bool = False
 
 
-class SoloLearn:
+class SoloLearn(SequenceCompression):
     """Compresses the encoders of a solo-learn method at set-up, if its config says so, and speeds up their averaging.
 
-    The schedule is then advanced, logged and resumed by
-    [SequenceCompression][seqcompress.adapters.lightning.SequenceCompression], as for any LightningModule.
+    All else, the schedule, the log and what goes into checkpoints, is
+    [SequenceCompression][seqcompress.adapters.lightning.SequenceCompression]'s, as for any LightningModule.
     """
 
     def __init__(self) -> None:
@@ -85,8 +87,23 @@ class SoloLearn:
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Compress what is about to be trained, or raise what is wrong with the config."""
-        if stage != "fit":
-            return
+        if stage == "fit":
+            self._apply(trainer, pl_module)
+        super().setup(trainer, pl_module, stage)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Take out what ``setup`` put in."""
+        super().teardown(trainer, pl_module, stage)
+        if stage == "fit":
+            self._restore(pl_module)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Take it out then, too: there will be no ``teardown``."""
+        super().on_exception(trainer, pl_module, exception)
+        if trainer.state.fn == "fit":
+            self._restore(pl_module)
+
+    def _apply(self, trainer: Any, pl_module: Any) -> None:
         self._applied = {}
         settings = _settings_of(pl_module)
         if settings is None:
@@ -99,18 +116,6 @@ class SoloLearn:
             self._scale_views(loader, pl_module)
         if _is_solo_learns(getattr(pl_module, "momentum_updater", None)):
             pl_module.momentum_updater = ForeachMomentumUpdater(pl_module.momentum_updater)
-        if trainer.is_global_zero:
-            print(f"seqcompress: {_summary(pl_module, schedule, share)}")
-
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Take out what ``setup`` put in."""
-        if stage == "fit":
-            self._restore(pl_module)
-
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Take it out then, too: there will be no ``teardown``."""
-        if trainer.state.fn == "fit":
-            self._restore(pl_module)
 
     def _restore(self, pl_module: Any) -> None:
         if self._applied:
@@ -131,13 +136,21 @@ class SoloLearn:
             kind = TypeError if isinstance(error, TypeError) else ValueError
             raise kind(f"seqcompress.scale_views: {error}") from error
 
+    def _tell(self, line: str) -> None:
+        if not self._applied:
+            super()._tell(line)
+        elif self._speaks:  # solo-learn's configs switch logging off
+            print(f"seqcompress: {line}")
+
     def state_dict(self) -> dict[str, Any]:
-        """Plan and teacher's share, to be compared when the run goes on."""
-        return self._applied
+        """That of any run; and plan and teacher's share, to be compared when the run goes on."""
+        return {**super().state_dict(), **self._applied}
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Mapping[str, Any]) -> None:
         """Say so if the run goes on otherwise than it began: auto-resume does not look at these keys."""
-        before = checkpoint.get("callbacks", {}).get(getattr(self, "state_key", None), {})
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        saved = checkpoint.get("callbacks", {}).get(getattr(self, "state_key", None), {})
+        before = {name: saved[name] for name in ("plan", "teacher") if name in saved}
         if trainer.state.fn != "fit" or before == self._applied or not trainer.is_global_zero:
             return
         how = ("with another plan" if self._applied else "with seqcompress") if before else "without seqcompress"
@@ -364,19 +377,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         return [_plain(item) for item in value]
     return value
-
-
-def _summary(method: Any, schedule: Schedule, share: TeacherShare | None) -> str:
-    """One line: how training starts and ends, and what the momentum encoder gets."""
-    from seqcompress.encoders import find_encoder
-    from seqcompress.training.cost import num_tokens
-
-    family, encoder = find_encoder(method.backbone)
-    size = family.image_size(encoder)
-    start, end = (
-        f"{strategy} ({num_tokens(encoder, strategy, size)} tokens a view)"
-        for strategy in (schedule(0.0), schedule(1.0))
-    )
-    steps = start if start == end else f"{start} at first, {end} in the end"
-    gets = {"patch_size": "the patch size", "both": "the same", "none": "nothing of it", None: ""}[share]
-    return f"{method.cfg['method']} trains at {steps}" + (f"; its momentum encoder gets {gets}" if share else "")

@@ -145,7 +145,9 @@ def get_strategy(model: nn.Module) -> Strategy:
 
 
 def set_strategy(model: nn.Module, strategy: Strategy) -> None:
-    """Change the strategy, for all encoders that were compressed together.
+    """Change the strategy, for all encoders that were compressed together, until it is changed again.
+
+    This counts as driving a schedule by hand.
 
     This counts as driving a schedule by hand. Where something else drives, such as a
     [SequenceScheduler][seqcompress.SequenceScheduler], it holds until that one's next step.
@@ -153,6 +155,8 @@ def set_strategy(model: nn.Module, strategy: Strategy) -> None:
     Raises:
         TypeError: ``strategy`` is not a Strategy.
         ValueError: the model is not compressed, or the strategy does not suit it.
+        RuntimeError: something drives the encoders already, such as a
+            [SequenceScheduler][seqcompress.SequenceScheduler].
     """
     if not isinstance(strategy, Strategy):
         raise TypeError(f"strategy must be a Strategy, got {strategy!r}")

@@ -1,18 +1,20 @@
-"""The callbacks for ``lightning.pytorch``."""
+"""The callback for ``lightning.pytorch``."""
 
 from __future__ import annotations
 
-from lightning.pytorch.callbacks import Callback
+import logging
 
-from seqcompress.adapters.lightning import SequenceCompression
+from lightning.pytorch.callbacks import BatchSizeFinder, Callback, StochasticWeightAveraging, Timer
+
 from seqcompress.adapters.solo_learn import SoloLearn
 
-__all__ = ["SequenceCompressionCallback", "SoloLearnCallback"]
+__all__ = ["SequenceCompressionCallback"]
 
 
-class SequenceCompressionCallback(SequenceCompression, Callback):
-    """See [SequenceCompression][seqcompress.adapters.lightning.SequenceCompression]."""
+class SequenceCompressionCallback(SoloLearn, Callback):
+    """See [SequenceCompression][seqcompress.adapters.lightning.SequenceCompression], and what solo-learn adds to it."""
 
-
-class SoloLearnCallback(SoloLearn, Callback):
-    """See [SoloLearn][seqcompress.adapters.solo_learn.SoloLearn]."""
+    host = logging.getLogger("lightning.pytorch.seqcompress")
+    timers = Timer
+    averaging = StochasticWeightAveraging
+    finders = BatchSizeFinder

@@ -1,18 +1,20 @@
-"""The callbacks for ``pytorch_lightning``."""
+"""The callback for ``pytorch_lightning``."""
 
 from __future__ import annotations
 
-from pytorch_lightning.callbacks import Callback
+import logging
 
-from seqcompress.adapters.lightning import SequenceCompression
+from pytorch_lightning.callbacks import BatchSizeFinder, Callback, StochasticWeightAveraging, Timer
+
 from seqcompress.adapters.solo_learn import SoloLearn
 
-__all__ = ["SequenceCompressionCallback", "SoloLearnCallback"]
+__all__ = ["SequenceCompressionCallback"]
 
 
-class SequenceCompressionCallback(SequenceCompression, Callback):
-    """See [SequenceCompression][seqcompress.adapters.lightning.SequenceCompression]."""
+class SequenceCompressionCallback(SoloLearn, Callback):
+    """See [SequenceCompression][seqcompress.adapters.lightning.SequenceCompression], and what solo-learn adds to it."""
 
-
-class SoloLearnCallback(SoloLearn, Callback):
-    """See [SoloLearn][seqcompress.adapters.solo_learn.SoloLearn]."""
+    host = logging.getLogger("pytorch_lightning.seqcompress")
+    timers = Timer
+    averaging = StochasticWeightAveraging
+    finders = BatchSizeFinder

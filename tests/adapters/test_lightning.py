@@ -24,7 +24,6 @@ from seqcompress.adapters import lightning
 from seqcompress.adapters.lightly import accelerate
 from seqcompress.adapters.lightning import SequenceCompression
 from seqcompress.schedules import Constant, Linear, Schedule, Stepwise
-from seqcompress.training.rehearsal import Foresight
 
 RELAXING = Linear(Strategy(0.75), Strategy())
 TOKENS_OF_8_STEPS = [5, 7, 8, 9, 11, 13, 14, 15]  # 1 + round(4 + 1.5 * step)
@@ -119,13 +118,13 @@ def test_max_steps_is_the_length_of_the_schedule_where_it_ends_the_run(
     assert module.tokens == TOKENS_OF_8_STEPS
 
 
-def test_training_leaves_the_encoder_at_the_end_of_the_schedule(
+def test_a_schedule_that_has_been_run_to_its_end_leaves_the_encoder_plain(
     make_pair: Build, make_trainer: Build, images: Images
 ) -> None:
-    module = accelerate(make_pair(), Stepwise({0.0: Strategy(0.75), 1.0: Strategy(0.25)}))
+    module = accelerate(make_pair(), Stepwise({0.0: Strategy(0.75), 0.5: Strategy(0.25)}))
     make_trainer().fit(module, images)
-    assert module.tokens == [5] * 8
-    assert get_strategy(module) == Strategy(0.25)
+    assert module.tokens == [5] * 4 + [13] * 4
+    assert get_strategy(module) == Strategy()
 
 
 def test_what_each_step_ran_at_and_has_cost_goes_to_the_logger(
@@ -399,7 +398,7 @@ def test_a_run_of_unknown_length_is_refused(
     make_pair: Build, make_trainer: Build, images: Images, limits: dict[str, int], loader: Any
 ) -> None:
     module = accelerate(make_pair(), RELAXING)
-    with pytest.raises(ValueError, match="set max_epochs or max_steps of the Trainer"):
+    with pytest.raises(ValueError, match="set max_epochs, max_steps or max_time of the Trainer"):
         make_trainer(**limits).fit(module, images if loader == "images" else loader)
     assert module.tokens == []
 
@@ -540,7 +539,7 @@ def test_on_a_gpu_the_second_step_runs_at_the_most_expensive_strategy(
     make_pair: Build, make_trainer: Build, images: Images, caplog: pytest.LogCaptureFixture
 ) -> None:
     module = accelerate(make_pair(), RELAXING)
-    with caplog.at_level("INFO", logger="seqcompress.adapters.lightning"):
+    with caplog.at_level("INFO"):
         make_trainer(accelerator="gpu").fit(module, images)
     assert module.tokens == [TOKENS_OF_8_STEPS[0], 17, *TOKENS_OF_8_STEPS[2:]]
     assert "the longest sequences (base) need" in caplog.text
@@ -580,7 +579,7 @@ def test_on_a_gpu_the_log_says_what_is_needed_and_what_would_fit(
     total = torch.cuda.get_device_properties(0).total_memory
     try:
         torch.cuda.reset_peak_memory_stats()
-        with caplog.at_level("INFO", logger="seqcompress.adapters.lightning"):
+        with caplog.at_level("INFO"):
             train(1.0)
         assert "the longest sequences (base) need" in caplog.text
         with pytest.raises(torch.OutOfMemoryError):
@@ -621,12 +620,12 @@ def train_in(pl: Any, make_trainer: Build, images: Images, caplog: pytest.LogCap
     def train(module: Any, memory: SavedForBackward, **settings: Any) -> str:
         class OnThatDevice(SequenceCompression, pl.Callback):
             def _foresight_on(self, device: Any) -> Any:
-                return Foresight(self._scheduler, memory)
+                return self._foresight_in(memory)
 
         trainer = make_trainer(callbacks=[OnThatDevice()], limit_train_batches=2, max_epochs=4, **settings)
         trainer.callbacks.remove(our_callbacks(trainer)[0])
         fits = nullcontext() if memory.total == math.inf else pytest.raises(torch.OutOfMemoryError)
-        with caplog.at_level("INFO", logger="seqcompress.adapters.lightning"), memory, fits:
+        with caplog.at_level("INFO"), memory, fits:
             trainer.fit(module, images)
         return caplog.text
 
