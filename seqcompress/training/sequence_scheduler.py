@@ -41,7 +41,7 @@ class SequenceScheduler:
         TypeError: an argument has the wrong type.
         ValueError: nothing is compressed, or the schedule does not suit the encoders; nothing has been changed.
 
-    Example:
+    Examples:
         >>> import timm
         >>> from seqcompress import Strategy, compress, get_strategy
         >>> from seqcompress.schedules import Linear
