@@ -263,8 +263,7 @@ def accelerate(method: Any, settings: Settings) -> Schedule:
 
     Raises:
         TypeError: the method, its backbone or solo-learn itself is not supported; the message says what is.
-        ValueError: the plan does not suit the encoders.
-        In each case, nothing has been changed.
+        ValueError: the plan does not suit the encoders. In each case, nothing has been changed.
     """
     from seqcompress.compression import compress, compressed_embeds, is_compressed, restore
     from seqcompress.encoders import is_encoder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 Features = NDArray[np.float32]  # (N, D)
@@ -41,8 +41,10 @@ class Evaluator:
         return self._accuracy(make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000)), encoder)
 
     def _accuracy(self, classifier: Any, encoder: nn.Module) -> float:
-        classifier.fit(self._features(encoder, self._train), self._train_labels)
-        return float(classifier.score(self._features(encoder, self._test), self._test_labels))
+        train, test = (self._features(encoder, images) for images in (self._train, self._test))
+        with threadpool_limits(torch.get_num_threads()):  # as many as training has
+            classifier.fit(train, self._train_labels)
+            return float(classifier.score(test, self._test_labels))
 
     @torch.no_grad()
     def _features(self, encoder: nn.Module, images: Tensor) -> Features:
@@ -63,36 +65,3 @@ class Point:
     seconds: float
     """Time spent training so far, evaluation excluded."""
     knn: float
-
-
-@dataclass(frozen=True)
-class Speedup:
-    """How many times less one run spent than another when both had the same accuracy."""
-
-    accuracy: float
-    budget: float
-    wall_clock: float
-
-
-def speedup_at_equal_accuracy(plain: Sequence[Point], accelerated: Sequence[Point]) -> Speedup | None:
-    """Compare where the two runs first reach the highest accuracy that both reach.
-
-    Between evaluations, accuracy is taken to move in a straight line. ``None`` if no accuracy that both reach
-    takes training.
-    """
-    accuracy = min(max(point.knn for point in run) for run in (plain, accelerated))
-    spent = [(_first(run, "units", accuracy), _first(run, "seconds", accuracy)) for run in (plain, accelerated)]
-    if min(spent[0] + spent[1]) <= 0:
-        return None
-    return Speedup(accuracy, budget=spent[0][0] / spent[1][0], wall_clock=spent[0][1] / spent[1][1])
-
-
-def _first(run: Sequence[Point], spent: str, accuracy: float) -> float:
-    """What ``run`` had spent when it first reached ``accuracy``; it must reach it."""
-    index = next(index for index, point in enumerate(run) if point.knn >= accuracy)
-    after: float = getattr(run[index], spent)
-    if index == 0:
-        return after
-    before: float = getattr(run[index - 1], spent)
-    share = (accuracy - run[index - 1].knn) / (run[index].knn - run[index - 1].knn)
-    return before + share * (after - before)

@@ -59,10 +59,10 @@ def compress(
     Raises:
         TypeError: a model that is not supported (the message lists what is), or an argument of a wrong type.
         ValueError: an argument out of range, or a plan that does not suit the model.
-        FileNotFoundError: ``plan`` is the path of a schedule file that does not exist.
-        In each case, nothing has been changed.
+        FileNotFoundError: ``plan`` is the path of a schedule file that does not exist. In each case, nothing has
+            been changed.
 
-    Example:
+    Examples:
         >>> import timm, seqcompress
         >>> backbone = timm.create_model("vit_small_patch16_224", num_classes=0)
         >>> _ = seqcompress.compress(backbone, token_dropout=0.5, patch_size=32)

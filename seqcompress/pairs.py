@@ -49,7 +49,7 @@ def accelerate(
         ValueError: no encoder was found, or it is not clear which is which. In each case, nothing has been
             changed.
 
-    Example:
+    Examples:
         >>> import copy, timm, torch
         >>> from seqcompress import Strategy, get_strategy
         >>> module = torch.nn.Module()

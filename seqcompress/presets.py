@@ -19,7 +19,7 @@ def double_patch(patch: int, side: int) -> int:
         patch: the model's patch size, in pixels.
         side: side of the view, in pixels.
 
-    Example:
+    Examples:
         >>> double_patch(16, 224), double_patch(4, 28), double_patch(8, 8)
         (32, 7, 8)
     """

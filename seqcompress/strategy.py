@@ -29,7 +29,7 @@ class Strategy:
         TypeError: an argument is not a number (``token_dropout``) or not an integer (``patch_size``).
         ValueError: an argument is out of its range or not a number (NaN).
 
-    Example:
+    Examples:
         >>> strategy = Strategy(token_dropout=0.5, patch_size=32)
         >>> str(strategy)
         'drop 0.5, patch 32'

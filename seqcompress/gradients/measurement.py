@@ -108,7 +108,7 @@ def gradient_error(
             finite scalar, or gradients are not there after the backward pass (the message names strategy and batch).
         ImportError: ``progress=True`` without tqdm.
 
-    Example:
+    Examples:
         >>> import timm, torch
         >>> from seqcompress import Strategy, gradient_error
         >>> vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=10)

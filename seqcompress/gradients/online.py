@@ -131,7 +131,7 @@ class OnlineScheduler:
         ValueError: nothing is compressed or requires grad, a strategy does not suit the encoders, or an argument is out
             of range; nothing has been changed.
 
-    Example:
+    Examples:
         >>> import timm, torch
         >>> from seqcompress import Strategy, compress
         >>> vit = compress(timm.create_model("vit_tiny_patch16_224", img_size=64, depth=1), Strategy(0.5, 32))

@@ -25,7 +25,7 @@ class TrainingStep:
         after_backward: what completes a training step.
         protect: what ``step`` changes and cannot be found from it.
 
-    Example:
+    Examples:
         >>> import timm, torch
         >>> from seqcompress import TrainingStep
         >>> def at(checkpoint):

@@ -33,7 +33,7 @@ class Budget:
     Raises:
         ValueError: there is no compressed encoder.
 
-    Example:
+    Examples:
         >>> import timm, torch
         >>> from seqcompress import Strategy, compress
         >>> vit = compress(timm.create_model("vit_tiny_patch16_224"), Strategy())

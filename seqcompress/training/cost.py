@@ -40,7 +40,7 @@ def num_tokens(model: nn.Module, strategy: Strategy, image_size: int | tuple[int
         TypeError: the model is not supported, or an argument has the wrong type.
         ValueError: the patch is larger than a side of the view.
 
-    Example:
+    Examples:
         >>> import timm
         >>> vit = timm.create_model("vit_tiny_patch16_224")
         >>> num_tokens(vit, Strategy(0.5, 32), 224)
@@ -60,7 +60,7 @@ def relative_cost(model: nn.Module, strategy: Strategy, image_size: int | tuple[
 
     Args and errors are those of [num_tokens][seqcompress.num_tokens].
 
-    Example:
+    Examples:
         >>> import timm
         >>> vit = timm.create_model("vit_small_patch16_224", num_classes=0)
         >>> round(relative_cost(vit, Strategy(0.5), 224), 2)

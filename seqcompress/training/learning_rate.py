@@ -34,7 +34,7 @@ class PolynomialDecayLR(LRScheduler):
     Raises:
         ValueError: an argument is out of range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
         >>> scheduler = PolynomialDecayLR(optimizer, total_steps=10)

@@ -51,7 +51,7 @@ class SequenceScheduler:
         ValueError: nothing is compressed, or the schedule does not suit the encoders.
         RuntimeError: another scheduler, which is alive, drives the encoders. In each case, nothing has been changed.
 
-    Example:
+    Examples:
         >>> import timm
         >>> from seqcompress import Strategy, compress, get_strategy
         >>> from seqcompress.schedules import Linear

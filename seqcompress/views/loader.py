@@ -45,7 +45,7 @@ def scale_views(loader: DataLoader[Any], model: nn.Module) -> DataLoader[Any]:
         ValueError: nothing is compressed, the loader is in use, or its views cannot be scaled; the message says why,
             and nothing has been changed.
 
-    Example:
+    Examples:
         >>> import timm, torchvision
         >>> from torch.utils.data import DataLoader
         >>> from torchvision.transforms import Compose, RandomResizedCrop, ToTensor
