@@ -248,11 +248,20 @@ class FollowingCollate:
     def _look_at(self, found: list[Size]) -> bool:
         """Whether these are the sizes that were asked for; if not, views are full from now on."""
         problem = _problem(found, self.full, self._made_for, self.views.base)
-        if problem is not None:
+        if problem is not None and not self._changed_by_owner():
             (height, width), (got_height, got_width) = problem
             self._wrong[1:5] = torch.tensor([height, width, got_height, got_width])
             self._wrong[0] = 1
         return problem is None
+
+    def _changed_by_owner(self) -> bool:
+        """Whether somebody has given the transforms other values since they were set for this batch."""
+        worker = get_worker_info()
+        try:
+            now = ScaledTransforms(self._dataset() if worker is None else worker.dataset, self.views.base)
+        except ValueError:
+            return True
+        return now.full != self.full or (self._made_for is not None and not now.scaled)
 
     def _mended(self, batch: list[Any]) -> list[Any]:
         """A batch that came out in several sizes where one was asked for has no other way to be collated."""

@@ -130,6 +130,7 @@ class ScaledTransforms:
 
     Attributes:
         full: sizes of the full views that they make.
+        scaled: whether every setting has the value that ``apply`` gave it for smaller views.
 
     Raises:
         ValueError: no known crop is among them, one whose views' size the image decides, or a blur that is not known.
@@ -156,6 +157,10 @@ class ScaledTransforms:
                         "height and width, or put a crop behind it"
                     )
                 self.full.add(view)
+        self.scaled = all(
+            name in vars(held).get(_FULL, {}) and _same(_get(held, name), vars(held)[_FULL][name][1])
+            for held, name, *_ in self._settings
+        )
         _check_order(root)
         if not self.full:
             raise ValueError(_no_crop(root))
