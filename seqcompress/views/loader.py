@@ -101,12 +101,13 @@ def scale_views(loader: Maker, model: nn.Module) -> Maker:
         if all(embed.plain_grid(size) is None for embed in embeds):
             _say(f"the transforms make views of {size[0]} x {size[1]} px, which the plain model refuses")
 
-    if inner is None:
+    follower: Any = None
+    lookahead = 0
+    if isinstance(loader, nn.Module):
         for earlier in [hook for hook in loader._forward_hooks.values() if isinstance(hook, FollowingModule)]:
             earlier.remove()
-        follower: Any = FollowingModule(loader, views, full, channels)
-        lookahead = 0
-    else:
+        follower = FollowingModule(loader, views, full, channels)
+    elif inner is not None:
         followed = inner.collate_fn
         collate = followed.collate if isinstance(followed, FollowingCollate) else followed
         follower = FollowingCollate(collate, inner, views, full, channels)

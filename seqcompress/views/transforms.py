@@ -227,7 +227,7 @@ def _has(held: object, path: str) -> bool:
 
 def _set(held: object, path: str, value: Any) -> None:
     *holders, name = path.split(".")
-    holder = _get(held, ".".join(holders)) if holders else held
+    holder: Any = _get(held, ".".join(holders)) if holders else held
     if isinstance(holder, dict):
         holder[name] = value
         return
