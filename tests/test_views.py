@@ -5,10 +5,14 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import io
 import itertools
 import os
 import pickle
 import random
+import tarfile
+import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -218,12 +222,13 @@ def test_jpeg_files_are_decoded_smaller_and_others_whole(tmp_path: Path, tiny_vi
     dataset = ImageFolder(str(tmp_path), transform=crop_to(32))
     plain = dataset.loader
     vit = compress(tiny_vit(), Strategy(patch_size=32))
-    scale_views(DataLoader(dataset, batch_size=2), vit)
+    loader = scale_views(DataLoader(dataset, batch_size=2), vit)
     assert isinstance(dataset.loader, SmallerJPEGs)
     assert [dataset.loader(path).size for path, _ in dataset.samples] == [(51, 30), (201, 120)]
     assert dataset[0][0].shape == (3, 8, 8)
     restore(vit)
     assert dataset.loader is plain
+    assert next(iter(loader))[0].shape[-1] == 32
     whole = np.asarray(plain(dataset.samples[0][0]))
     assert np.array_equal(np.asarray(SmallerJPEGs(1)(dataset.samples[0][0])), whole)
 
@@ -424,14 +429,15 @@ def test_a_model_that_is_planned_anew_keeps_its_loader(tiny_vit: Any) -> None:
     assert next(iter(loader))[0].shape[-1] == 32
 
 
-def test_without_model_and_loader_a_data_set_makes_full_views_again(tiny_vit: Any) -> None:
+def test_without_its_loader_a_data_set_makes_full_views_again(tiny_vit: Any) -> None:
     images = Photos(crop_to(32))
     vit = compress(tiny_vit(), SCALED)
     for _ in range(3):  # loaders come and go
         loader = scale_views(DataLoader(images, batch_size=4), vit)
-    assert len(vit.patch_embed.compression.views._here) == 1
+        gc.collect()
+    assert len(vit.patch_embed.compression.views._followers) == 1
     assert images[0][0].shape[-1] == 16
-    del vit, loader
+    del loader
     gc.collect()
     assert images[0][0].shape[-1] == 32
 
@@ -439,7 +445,7 @@ def test_without_model_and_loader_a_data_set_makes_full_views_again(tiny_vit: An
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda images: pickle.loads(pickle.dumps(images))])
 def test_a_copy_of_a_data_set_whose_views_are_small_knows_their_full_size(duplicate: Any, tiny_vit: Any) -> None:
     images = Photos(SimCLRTransform(input_size=32))
-    scale_views(DataLoader(images, batch_size=4), other := compress(tiny_vit(), SCALED))
+    first = scale_views(DataLoader(images, batch_size=4), other := compress(tiny_vit(), SCALED))
     vit = compress(tiny_vit(), SCALED)
     loader = scale_views(DataLoader(duplicate(images), batch_size=4), vit)
     assert next(iter(loader))[0][0].shape[-1] == 16
@@ -447,6 +453,7 @@ def test_a_copy_of_a_data_set_whose_views_are_small_knows_their_full_size(duplic
     assert next(iter(loader))[0][0].shape[-1] == 32
     assert images[0][0][0].shape[-1] == 16
     restore(other)
+    assert next(iter(first))[0][0].shape[-1] == 32
     assert images[0][0][0].shape[-1] == 32
 
 
@@ -512,6 +519,10 @@ class _Module(torch.nn.Module):
 
     def transform(self, image: Any) -> Any:
         return self.crop(image)
+
+
+def _shrunk(image: Any) -> Tensor:
+    return v1.functional.to_tensor(image.resize((32, 32)))
 
 
 class _Stacked(Photos):
@@ -585,13 +596,22 @@ class _Endless(IterableDataset[Any]):
 def test_what_cannot_be_scaled_is_refused_and_nothing_changes(tiny_vit: Any) -> None:
     vit = compress(tiny_vit(dynamic_img_size=True), SCALED)
     cases: list[tuple[Any, type[Exception], str]] = [
-        (Photos(crop_to(32)), TypeError, r"loader must be a torch.utils.data.DataLoader, got .*Photos"),
-        (DataLoader(_Endless()), TypeError, r"loader must have a map-style data set, got the iterable _Endless"),
-        (loader_of(_UnknownCrop()), ValueError, r"known crop, found none in .*Photos; known: torchvision's RandomRes"),
         (
-            loader_of(v1.Compose([v1.RandomResizedCrop(40), _UnknownCrop()])),
+            Photos(crop_to(32)),
+            TypeError,
+            r"loader must be a torch.utils.data.DataLoader or a module of transforms, got a .*Photos",
+        ),
+        (DataLoader(_Endless()), TypeError, r"loader must have a map-style data set, got the iterable _Endless"),
+        (
+            loader_of(_UnknownCrop()),
             ValueError,
-            r"views of sizes \[\(16, 16\)\] for patch_size 16, got \[\(32, 32\)\]: something that is not known",
+            r"known crop, found none in .*Photos, but _UnknownCrop; known: torchvision",
+        ),
+        (loader_of(v1.Lambda(_shrunk)), ValueError, r"found none in .*Photos, but Lambda; known"),
+        (
+            loader_of(v1.Compose([v1.Resize(32), v1.ToTensor()])),
+            ValueError,
+            r"a Resize that leaves the size of views to the image",
         ),
         *(
             (loader_of(v1.Compose([*crop_to(32).transforms, blur])), ValueError, message)
@@ -601,7 +621,6 @@ def test_what_cannot_be_scaled_is_refused_and_nothing_changes(tiny_vit: Any) -> 
                 (_UnknownBlur(r=11), r"_UnknownBlur, which is not known and so cannot be scaled"),
             )
         ),
-        (loader_of(v1.RandomResizedCrop(32)), ValueError, r"views as tensors \(C, H, W\), found none"),
         (
             loader_of(DINOTransform(global_crop_size=64, local_crop_size=32)),
             ValueError,
@@ -698,3 +717,283 @@ def test_gradient_error_asks_for_full_views(tiny_vit: Any) -> None:
         gradient_error(vit, lambda batch: vit(batch[0]).square().mean(), list(loader)[:2], [SCALED], cost="flops")
     with pytest.raises(ValueError, match="must not have scale_views for an online schedule with patch sizes"):
         OnlineScheduler(vit, lambda batch: vit(batch[0]).square().mean(), total_steps=100)
+
+
+def _coloured(index: int) -> tuple[int, int, int]:
+    return index % 5 * 60, index // 5 % 5 * 60, index // 25 % 5 * 60
+
+
+def _tar_of_images(path: Path, images: int) -> Path:
+    """Every image of one colour, which tells its number below 125; its class is its number."""
+    with tarfile.open(path, "w") as tar:
+        for index in range(images):
+            file = io.BytesIO()
+            Image.new("RGB", (40, 40), _coloured(index)).save(file, "PNG")
+            entry = tarfile.TarInfo(f"{index:05d}/{index:05d}.png")
+            entry.size = file.tell()
+            file.seek(0)
+            tar.addfile(entry, file)
+    return path
+
+
+def _wrong_images(path: Path, workers: int, start: str | None, vit: Any = None) -> tuple[int, int, set[int]]:
+    """How many images are another's, of how many, and the sides of views."""
+    images = timm.data.create_dataset("", root=str(path))
+    images.transform = crop_to(32)
+    settings = {"multiprocessing_context": start, "timeout": 120} if workers else {}
+    loader: Any = DataLoader(images, batch_size=8, num_workers=workers, **settings)
+    if vit is not None:
+        loader = scale_views(loader, vit)
+    wrong = seen = 0
+    found = set()
+    for views, labels in loader:
+        expected = torch.tensor([_coloured(int(label)) for label in labels]) / 255
+        wrong += int((views.mean((2, 3)) - expected).abs().amax(1).gt(0.02).sum())
+        seen += len(views)
+        found.add(views.shape[-1])
+    return wrong, seen, found
+
+
+STARTS = [(0, None), *((workers, start) for workers in (1, 4) for start in ("fork", "spawn", "forkserver"))]
+
+
+@pytest.mark.parametrize(("workers", "start"), [(0, None), (2, "fork")])
+def test_images_of_a_tar_file_are_their_own(workers: int, start: str | None, tmp_path: Path, tiny_vit: Any) -> None:
+    tar = _tar_of_images(tmp_path / "x.tar", 120)
+    assert _wrong_images(tar, workers, start) == (0, 120, {32})
+    assert _wrong_images(tar, workers, start, compress(tiny_vit(), SCALED)) == (0, 120, {32, 16} if workers else {16})
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("workers", "start"), STARTS)
+def test_no_image_of_2000_in_a_tar_file_is_anothers(
+    workers: int, start: str | None, tmp_path: Path, tiny_vit: Any
+) -> None:
+    tar = _tar_of_images(tmp_path / "x.tar", 2000)
+    wrong, seen, found = _wrong_images(tar, workers, start, compress(tiny_vit(), SCALED))
+    assert (wrong, seen) == (0, 2000)
+    assert 16 in found
+
+
+class _Owned(Photos):
+    """Draws from a generator of its own, and counts what is asked of it."""
+
+    asked = 0
+
+    def __init__(self, transform: Any) -> None:
+        super().__init__(transform)
+        self.generator = np.random.default_rng(0)
+
+    def __getitem__(self, index: int) -> Any:
+        self.asked += 1
+        return self.transform(self.photo.crop((0, 0, 96, 96))), self.generator.random()
+
+
+@pytest.mark.parametrize("strategy", [Strategy(), SCALED])
+def test_nothing_is_asked_of_a_data_set_and_its_own_generator_goes_on_as_in_a_plain_run(
+    strategy: Strategy, tiny_vit: Any
+) -> None:
+    plain, images = _Owned(crop_to(32)), _Owned(crop_to(32))
+    loader = DataLoader(images, batch_size=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a plan that scales nothing says so
+        scale_views(loader, compress(tiny_vit(), strategy))
+    assert images.asked == 0
+    drawn = [torch.cat([numbers for _, numbers in batches]) for batches in (DataLoader(plain, batch_size=4), loader)]
+    assert torch.equal(*drawn)
+
+
+def test_crops_that_would_look_alike_in_parts_of_a_data_set_are_refused(tiny_vit: Any) -> None:
+    vit = compress(tiny_vit(dynamic_img_size=True), SCALED)
+    for order in ((64, 128), (128, 64)):
+        images = ConcatDataset([Photos(crop_to(side)) for side in order])
+        with pytest.raises(ValueError, match="128 x 128 px made for patch_size 16 would look like those of 64 x 64"):
+            scale_views(DataLoader(images, batch_size=4), vit)
+    images = ConcatDataset([Photos(crop_to(32)), Photos(_UnknownCrop())])
+    with pytest.raises(ValueError, match=r"found none in .*Photos, but _UnknownCrop.*every part of the data set"):
+        scale_views(DataLoader(images, batch_size=4), vit)
+
+
+def test_parts_of_a_data_set_that_differ_in_size_each_keep_their_own(tiny_vit: Any, first_tokens: Any) -> None:
+    vit = compress(tiny_vit(dynamic_img_size=True), SCALED).train()
+    images = ConcatDataset([Photos(crop_to(side), images=4) for side in (64, 96)])
+    made = [views for views, _ in scale_views(DataLoader(images, batch_size=4), vit)]
+    assert [(views.shape[-1], first_tokens(vit, views).shape[1]) for views in made] == [(32, 1 + 16), (48, 1 + 36)]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_views_that_accelerate_prepared_follow(workers: int, tiny_vit: Any) -> None:
+    from accelerate import Accelerator
+
+    vit = compress(tiny_vit(), SCALED)
+    prepared = Accelerator(cpu=True).prepare(loader_of(crop_to(32), num_workers=workers))
+    assert [views.shape[-1] for views, _ in scale_views(prepared, vit)] == [32] * workers + [16] * (16 - workers)
+    earlier = Accelerator(cpu=True).prepare(scale_views(loader_of(crop_to(32), num_workers=workers), vit))
+    assert [views.shape[-1] for views, _ in earlier] == [32] * workers + [16] * (16 - workers)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_size_that_the_user_sets_between_epochs_is_what_gets_scaled(
+    workers: int, tiny_vit: Any, first_tokens: Any
+) -> None:
+    vit = compress(tiny_vit(dynamic_img_size=True), SCALED).train()
+    loader = scale_views(loader_of(crop_to(32), num_workers=workers), vit)
+    made = []
+    for side in (32, 48, 80):
+        loader.dataset.transform.transforms[0].size = (side, side)  # type: ignore[attr-defined]
+        for views, _ in loader:
+            made.append(views.shape[-1])
+            assert first_tokens(vit, views).shape[1] == 1 + (side // 16) ** 2
+    late = slice(2, None)  # a value set between two batches holds for the one after the next
+    assert [set(made[start : start + 16][late]) for start in (0, 16, 32)] == [{16}, {24}, {40}]
+    if workers:
+        assert loader.dataset.transform.transforms[0].size == (80, 80)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_transform_put_in_its_place_is_scaled_as_well(workers: int, tiny_vit: Any, first_tokens: Any) -> None:
+    vit = compress(tiny_vit(dynamic_img_size=True), SCALED).train()
+    images = FakeData(64, (3, 96, 96), transform=crop_to(32))
+    loader = scale_views(DataLoader(images, batch_size=4, num_workers=workers), vit)
+    first = [views.shape[-1] for views, _ in loader]
+    images.transform = crop_to(48)
+    second = []
+    for views, _ in loader:
+        second.append(views.shape[-1])
+        assert first_tokens(vit, views).shape[1] == 1 + 9
+    assert (first[2:], second[2:]) == ([16] * 14, [24] * 14)
+    images.transform = v1.Lambda(_shrunk)
+    context: Any = warnings.catch_warnings() if workers else pytest.warns(UserWarning, match="goes on with full views")
+    with context:
+        assert {views.shape[-1] for views, _ in loader} == {32}
+
+
+def test_data_sets_are_freed_over_20_epochs(tiny_vit: Any, tmp_path: Path) -> None:
+    (tmp_path / "class").mkdir()
+    Image.new("RGB", (40, 40)).save(tmp_path / "class" / "a.png")
+    vit, alive = compress(tiny_vit(), SCALED), []
+    for _ in range(20):
+        images = ImageFolder(str(tmp_path), transform=crop_to(32))
+        alive.append(weakref.ref(images))
+        assert next(iter(scale_views(DataLoader(images), vit)))[0].shape[-1] == 16
+        del images
+    gc.collect()
+    assert [images() for images in alive] == [None] * 20
+    assert len(vit.patch_embed.compression.views._followers) == 0
+
+
+@pytest.mark.parametrize("transform", [[v1.RandomResizedCrop(40), _UnknownCrop()], [v1.RandomResizedCrop(40)]])
+def test_where_something_else_decides_the_size_the_loader_goes_on_with_full_views_and_says_so(
+    transform: list[Any], tiny_vit: Any
+) -> None:
+    def enlarged(batch: list[Any]) -> Any:
+        return F.interpolate(torch.stack([view for view, _ in batch]), size=(32, 32)), 0
+
+    vit = compress(tiny_vit(dynamic_img_size=True), SCALED)
+    alone = len(transform) == 1
+    images = Photos(v1.Compose([*transform, v1.ToTensor()] if alone else transform))
+    loader = DataLoader(images, batch_size=4, collate_fn=enlarged if alone else None)
+    scale_views(loader, vit)
+    crop = images.transform.transforms[0]  # type: ignore[attr-defined]
+    with pytest.warns(UserWarning, match="32 x 32 px came out of the loader where") as told:
+        sizes = [(views.shape[-1], *crop.size) for views, _ in loader]
+    assert sizes == [(32, 40, 40)] * 16
+    assert len([one for one in told if "came out" in str(one.message)]) == 1
+
+
+def test_a_batch_of_which_only_some_views_are_scaled_is_not_lost(tiny_vit: Any) -> None:
+    vit = compress(tiny_vit(), SCALED)
+    mixed = v1.RandomChoice([crop_to(32), _UnknownCrop()])
+    loader = scale_views(loader_of(mixed), vit)
+    with pytest.warns(UserWarning, match="32 x 32 px came out of the loader where 16 x 16 px were asked for"):
+        assert [views.shape for views, _ in loader] == [(4, 3, 32, 32)] * 16
+
+
+def test_a_crop_of_the_batch_after_the_data_sets_own_is_told_and_stops_the_scaling(tiny_vit: Any) -> None:
+    vit = compress(tiny_vit(dynamic_img_size=True), SCALED).train()
+    loader = scale_views(loader_of(v1.Compose([v1.Resize((80, 80)), v1.CenterCrop(64), v1.ToTensor()])), vit)
+    crop = v2.RandomResizedCrop(40)
+
+    def train(views: Tensor) -> int:
+        vit(crop(views))
+        return views.shape[-1]
+
+    with pytest.warns(UserWarning, match="views of 40 x 40 px reach the encoder, which no loader was asked for"):
+        made = [train(views) for views, _ in loader]
+    assert made == [32] + [64] * 15
+
+
+def test_what_helps_is_told_at_the_call(tiny_vit: Any) -> None:
+    vit, loader = compress(tiny_vit(), SCALED), loader_of(crop_to(32))
+    with pytest.raises(
+        TypeError, match=r"^loader must come first and model second: .* got a VisionTransformer and a D"
+    ):
+        scale_views(vit, loader)  # type: ignore[type-var]
+    with pytest.raises(ValueError, match=r"^model must be compressed first.*got a plain VisionTransformer"):
+        scale_views(loader, tiny_vit())
+    with pytest.warns(UserWarning, match="no strategy of the plan has patches larger than the encoder's own 8 px"):
+        scale_views(loader, compress(tiny_vit(), Strategy(0.5)))
+    with pytest.warns(UserWarning, match="make views of 64 x 64 px, which the plain model refuses"):
+        scale_views(loader_of(crop_to(64)), vit)
+
+
+def _on_the_device(name: str) -> torch.nn.Module:
+    import kornia.augmentation as K
+
+    blur = K.RandomGaussianBlur((9, 9), (0.1, 2.0), p=1.0)
+    return {
+        "kornia": lambda: K.AugmentationSequential(K.RandomResizedCrop((32, 32)), blur),
+        "kornia in a Sequential": lambda: torch.nn.Sequential(K.RandomResizedCrop((32, 32)), K.RandomHorizontalFlip()),
+        "kornia's random crop": lambda: K.AugmentationSequential(K.Resize((40, 40)), K.RandomCrop((32, 32))),
+        "kornia's centre crop": lambda: K.AugmentationSequential(K.Resize((40, 40)), K.CenterCrop(32)),
+        "torchvision": lambda: v2.Compose([v2.RandomResizedCrop(32), v2.GaussianBlur(9)]),
+        "torchvision in a Sequential": lambda: torch.nn.Sequential(v2.Resize((32, 32)), v2.RandomHorizontalFlip()),
+    }[name]()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("kornia", "kornia in a Sequential", "kornia's random crop", "kornia's centre crop"),
+        *("torchvision", "torchvision in a Sequential"),
+    ],
+)
+def test_transforms_of_whole_batches_follow_at_every_call(name: str, tiny_vit: Any, first_tokens: Any) -> None:
+    vit, photo = compress(tiny_vit(), Strategy()).train(), v1.functional.to_tensor(load_sample_image("china.jpg"))
+    batch = photo[None, :, :96, :96].repeat(2, 1, 1, 1)
+    transform, plain = _on_the_device(name), _on_the_device(name)
+    with pytest.warns(UserWarning, match="no strategy of the plan"):
+        assert scale_views(transform, vit) is transform
+    settings = repr(transform)
+    for strategy, side in ((Strategy(), 32), (SCALED, 16), (Strategy(0.5, 32), 8), (Strategy(), 32)):
+        set_strategy(vit, strategy)
+        seed_all(1)
+        views = transform(batch)
+        assert views.shape == (2, 3, side, side)
+        patches = (32 // (strategy.patch_size or 8)) ** 2
+        assert first_tokens(vit, views).shape[1] == 1 + max(1, round(patches * (1 - strategy.token_dropout)))
+        assert repr(transform) == settings  # between calls it is as its owner made it
+        seed_all(1)
+        full = plain(batch)
+        if side == 32:
+            assert torch.equal(views, full)
+        else:
+            shrunk = F.interpolate(full, (side, side), mode="bilinear", antialias=True)
+            assert (views - shrunk).square().mean().sqrt() < 0.5 * shrunk.std()
+    set_strategy(vit, SCALED)
+    restore(vit)
+    assert transform(batch).shape[-1] == 32
+
+
+def test_a_module_whose_size_its_owner_changes_is_scaled_from_there(tiny_vit: Any, first_tokens: Any) -> None:
+    vit, crop = compress(tiny_vit(dynamic_img_size=True), SCALED).train(), v2.RandomResizedCrop(32)
+    scale_views(crop, vit)
+    batch = torch.rand(2, 3, 96, 96)
+    assert crop(batch).shape[-1] == 16
+    crop.size = (64, 64)
+    views = crop(batch)
+    assert views.shape[-1] == 32
+    assert first_tokens(vit, views).shape[1] == 1 + 16
+    with pytest.raises(TypeError):
+        crop(batch, no_such_argument=1)
+    assert crop.size == (64, 64)

@@ -1,26 +1,30 @@
-"""Let the views of a DataLoader follow the strategy of an encoder."""
+"""Let views follow the strategy of an encoder: those of a DataLoader, or those a module makes of whole batches."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from seqcompress.compression import compressed_embeds_of
+from seqcompress.compression import compressed_embeds_of, is_compressed
 from seqcompress.encoders import find_encoder
-from seqcompress.training.random_states import RandomStates
 from seqcompress.views.scaled_views import ScaledViews, Size, scaled_size
-from seqcompress.views.transforms import ScaledTransforms, known, objects_in
+from seqcompress.views.transforms import ScaledTransforms, put_back
 
 __all__ = ["scale_views"]
 
+Maker = TypeVar("Maker", DataLoader[Any], nn.Module)
 
-def scale_views(loader: DataLoader[Any], model: nn.Module) -> DataLoader[Any]:
-    """Have a loader make smaller views while the strategy scales patches, in place.
+
+def scale_views(loader: Maker, model: nn.Module) -> Maker:
+    """Have a loader, or a module of transforms, make smaller views while the strategy scales patches, in place.
 
     Where a strategy cuts a view of 224 px into patches of 32 px, the loader's workers crop it to 112 px at once: a
     crop of the same distribution with the same grid of tokens, made and moved for a fraction of the price. Blurs and
@@ -31,9 +35,14 @@ def scale_views(loader: DataLoader[Any], model: nn.Module) -> DataLoader[Any]:
     with as many tokens as the strategy says. Training is not the same to the last digit as with full views: a smaller
     crop is resampled once where a full one is resampled twice.
 
+    No sample is made here: sizes are read off the crops. Whether views come out as small as they should is seen where
+    they are made; where they do not, one warning says so, and the loader goes on with full views.
+
     Args:
         loader: must not have started its workers yet. Its data set must be a map-style one whose samples are, or hold,
-            views as tensors (C, H, W), made by transforms of torchvision (v1 or v2), Lightly, solo-learn or timm.
+            views as tensors (C, H, W), made by transforms of torchvision (v1 or v2), Lightly, solo-learn or timm. Or a
+            module of kornia's or torchvision's (v2) transforms that is called on batches (B, C, H, W) in the training
+            process: it then follows the strategy at every call.
         model: a compressed encoder, or a module that holds encoders which were compressed together. A teacher must be
             among them: compressed with ``teacher=``, or found by ``accelerate``.
 
@@ -57,29 +66,27 @@ def scale_views(loader: DataLoader[Any], model: nn.Module) -> DataLoader[Any]:
         >>> next(iter(loader))[0].shape
         torch.Size([4, 3, 112, 112])
     """
-    if not isinstance(loader, DataLoader):
-        raise TypeError(f"loader must be a torch.utils.data.DataLoader, got {loader!r}")
-    if isinstance(loader.dataset, IterableDataset):
-        raise TypeError(f"loader must have a map-style data set, got the iterable {type(loader.dataset).__name__}")
-    if getattr(loader, "_iterator", None) is not None:
-        raise ValueError("loader must not have started its persistent workers, got one that has: make a new one")
+    _check_types(loader, model)
     embeds = compressed_embeds_of(model)
     compression = embeds[0].compression
     if any(embed.compression is not compression for embed in embeds):
         raise ValueError(
             f"model must hold encoders of one compress() call, got {len(embeds)} that were compressed apart"
         )
-    bases = {family.patch_size(encoder) for family, encoder in (find_encoder(embed.encoder) for embed in embeds)}
+    encoders = [find_encoder(embed.encoder) for embed in embeds]
+    bases = {family.patch_size(encoder) for family, encoder in encoders}
     if len(bases) > 1:
         raise ValueError(f"model must hold encoders of one patch size, got {sorted(bases)}")
     (base,) = bases
+    channels = {family.channels(encoder) for family, encoder in encoders}
 
-    followed = loader.collate_fn if isinstance(loader.collate_fn, FollowingCollate) else None  # earlier, or another
-    collate = loader.collate_fn if followed is None else followed.collate
-    transforms = ScaledTransforms(loader.dataset, base)
-    sizes = {strategy.patch_size or 0 for strategy in (*compression.plan.strategies(), compression.strategy)}
-    patch_sizes = sorted(size for size in sizes if size > max(base))
-    full = _checked_views(loader.dataset, transforms, patch_sizes, (embeds[0].embed.proj.in_channels, *base))
+    inner = _inner(loader)
+    root = loader if inner is None else inner.dataset
+    full = ScaledTransforms(root, base).full
+    strategies = (*compression.plan.strategies(), compression.strategy)
+    patch_sizes = sorted(
+        {strategy.patch_size or 0 for strategy in strategies if (strategy.patch_size or 0) > max(base)}
+    )
     views = compression.views or ScaledViews(base)
     trial = copy.deepcopy(views)
     trial.add(None, full, 0)
@@ -88,32 +95,283 @@ def scale_views(loader: DataLoader[Any], model: nn.Module) -> DataLoader[Any]:
         if problem is not None:
             raise ValueError(f"loader: {problem}")
         trial.note(patch_size)
+    if not patch_sizes:
+        _say(f"no strategy of the plan has patches larger than the encoder's own {max(base)} px: all views stay full")
+    for size in sorted(full):
+        if all(embed.plain_grid(size) is None for embed in embeds):
+            _say(f"the transforms make views of {size[0]} x {size[1]} px, which the plain model refuses")
 
-    if followed is not None:
-        followed.views.drop(followed.transforms)
-    # Workers look for themselves; in this process, where other data sets may have the same transforms, nothing changes.
-    views.add(None if loader.num_workers else transforms, full, _steps_ahead(loader))
-    loader.collate_fn = FollowingCollate(collate, transforms, views)
+    follower: Any = None
+    lookahead = 0
+    if isinstance(loader, nn.Module):
+        for earlier in [hook for hook in loader._forward_hooks.values() if isinstance(hook, FollowingModule)]:
+            earlier.remove()
+        follower = FollowingModule(loader, views, full, channels)
+    elif inner is not None:
+        followed = inner.collate_fn
+        collate = followed.collate if isinstance(followed, FollowingCollate) else followed
+        follower = FollowingCollate(collate, inner, views, full, channels)
+        inner.collate_fn = follower
+        lookahead = _steps_ahead(inner) + (inner is not loader)  # Accelerate's fetch one batch more
+    views.add(follower, full, lookahead)
     if compression.views is None:
         compression.views = views
         views.ask_for(compression.strategy)
     return loader
 
 
-class FollowingCollate:
-    """Collates as before; then looks for which patch size the next batch of this process is to be made.
+def _check_types(loader: object, model: object) -> None:
+    swapped = isinstance(model, DataLoader) or (isinstance(loader, nn.Module) and is_compressed(loader))
+    if swapped and isinstance(loader, nn.Module):
+        raise TypeError(
+            f"loader must come first and model second: scale_views(loader, model), got a {type(loader).__name__} and a "
+            f"{type(model).__name__}"
+        )
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got a {type(model).__name__}")
+    if not is_compressed(model):
+        raise ValueError(
+            f"model must be compressed first, with compress(model, ...), got a plain {type(model).__name__}"
+        )
+    if isinstance(loader, nn.Module):
+        return
+    if not isinstance(loader, DataLoader):
+        raise TypeError(
+            "loader must be a torch.utils.data.DataLoader or a module of transforms, got a "
+            f"{type(loader).__module__}.{type(loader).__name__}"
+        )
+    inner = _inner(loader)
+    if inner is None:
+        raise TypeError(f"loader must hold a torch.utils.data.DataLoader, got a {type(loader).__name__} around another")
+    if isinstance(inner.dataset, IterableDataset):
+        raise TypeError(f"loader must have a map-style data set, got the iterable {type(inner.dataset).__name__}")
+    if getattr(inner, "_iterator", None) is not None:
+        raise ValueError("loader must not have started its persistent workers, got one that has: make a new one")
 
-    Looked for between batches only, so that all views of a batch have the same size. The transforms are the data
-    set's own: in a worker, both come out of the same fork or pickle.
+
+def _inner(loader: object) -> DataLoader[Any] | None:
+    """The loader that makes the batches: Accelerate's are loaders by type, around another."""
+    inner = getattr(loader, "base_dataloader", loader)
+    return inner if isinstance(inner, DataLoader) else None
+
+
+def _say(what: str) -> None:
+    warnings.warn(f"seqcompress: scale_views: {what}", stacklevel=3)
+
+
+class FollowingCollate:
+    """Collates as before, looks at what came out, and for which patch size the next batch is to be made.
+
+    Looked for between batches only, so that all views of a batch have the same size. A worker changes its own copy of
+    the data set; nothing changes in the training process. Without workers it is the data set itself, which is held
+    weakly and makes full views again when the loader is gone.
     """
 
-    def __init__(self, collate: Callable[[list[Any]], Any], transforms: ScaledTransforms, views: ScaledViews) -> None:
-        self.collate, self.transforms, self.views = collate, transforms, views
+    def __init__(
+        self,
+        collate: Callable[[list[Any]], Any],
+        loader: DataLoader[Any],
+        views: ScaledViews,
+        full: set[Size],
+        channels: set[int],
+    ) -> None:
+        self.collate, self.views, self.full, self.channels = collate, views, full, channels
+        self.workers = loader.num_workers
+        self._dataset: Callable[[], Any] = weakref.ref(loader.dataset)
+        self._made_for: int | None = None
+        # For all workers: whether a batch came out wrong, the size it should have had and its own, and if that was told
+        self._wrong = torch.zeros(6, dtype=torch.int64).share_memory_()
+        if not self.workers:
+            _here.add(self)
+            weakref.finalize(self, _release, self._dataset)
 
     def __call__(self, batch: list[Any]) -> Any:
+        batch = self._mended(batch)
         collated = self.collate(batch)
-        self.transforms.apply(int(self.views.shared) or None)
+        if not self._wrong[0]:
+            found = self._sizes_of(collated) or self._sizes_of(batch)
+            if found or self._made_for is not None:
+                self._look_at(found)
+        self.follow()
         return collated
+
+    def follow(self) -> None:
+        """Have the next batch of this process made for the patch size that is asked for."""
+        worker = get_worker_info()
+        if worker is None and self.workers:
+            return
+        dataset = self._dataset() if worker is None else worker.dataset
+        if dataset is None:
+            return
+        self._made_for = None
+        try:
+            transforms = ScaledTransforms(dataset, self.views.base)
+            if worker is None:
+                self._expect(transforms.full)
+            wanted = None if self._wrong[0] else int(self.views.shared) or None
+            if wanted is not None and self.views.conflict(wanted, transforms.full) is not None:
+                wanted = None
+            transforms.apply(wanted)
+            self.full, self._made_for = transforms.full, wanted
+        except ValueError as error:  # its owner has put something else there
+            put_back(dataset)
+            if not self._wrong[0]:
+                self._wrong[0] = 2
+                _say(f"{error}. The loader goes on with full views.")
+                self._wrong[5] = 1
+        if self._wrong[0] and not self._wrong[5] and (worker is None or worker.id == 0):
+            self._wrong[5] = 1
+            _, height, width, got_height, got_width, _ = self._wrong.tolist()
+            _say(
+                f"views of {got_height} x {got_width} px came out of the loader where {height} x {width} px were asked "
+                "for: something that is not known decides their size. The loader goes on with full views."
+            )
+
+    def sizes(self) -> set[Size]:
+        """Sizes of the full views, as the data set of this process has them now."""
+        dataset = self._dataset()
+        if dataset is not None:
+            try:
+                self._expect(ScaledTransforms(dataset, self.views.base).full)
+            except ValueError:
+                return set()
+        return self.full
+
+    def _expect(self, full: set[Size]) -> None:
+        if full != self.full:
+            before, self.full = self.full, full
+            self.views.replace(before, full)
+
+    def _sizes_of(self, sample: Any) -> list[Size]:
+        shapes = [tensor.shape[-3:] for tensor in _tensors(sample) if tensor.ndim >= 3]
+        return [(height, width) for channels, height, width in shapes if channels in self.channels]
+
+    def _look_at(self, found: list[Size]) -> bool:
+        """Whether these are the sizes that were asked for; if not, views are full from now on."""
+        problem = _problem(found, self.full, self._made_for, self.views.base)
+        if problem is not None and not self._changed_by_owner():
+            (height, width), (got_height, got_width) = problem
+            self._wrong[1:5] = torch.tensor([height, width, got_height, got_width])
+            self._wrong[0] = 1
+        return problem is None
+
+    def _changed_by_owner(self) -> bool:
+        """Whether somebody has given the transforms other values since they were set for this batch."""
+        worker = get_worker_info()
+        try:
+            now = ScaledTransforms(self._dataset() if worker is None else worker.dataset, self.views.base)
+        except ValueError:
+            return True
+        return now.full != self.full or (self._made_for is not None and not now.scaled)
+
+    def _mended(self, batch: list[Any]) -> list[Any]:
+        """A batch that came out in several sizes where one was asked for has no other way to be collated."""
+        if self._made_for is None or self._wrong[0] or len(self.full) != 1:
+            return batch
+        found = self._sizes_of(batch)
+        if len(set(found)) < 2 or self._look_at(found):
+            return batch
+        (full,) = self.full
+        return [_resized(sample, full, self.channels) for sample in batch]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_dataset": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._dataset = _nothing
+
+
+_here: weakref.WeakSet[FollowingCollate] = weakref.WeakSet()
+
+
+def _nothing() -> None:
+    return None
+
+
+def _release(dataset: Callable[[], Any]) -> None:
+    left = dataset()
+    if left is not None:
+        put_back(left)
+        for follower in list(_here):  # another loader on the same data set
+            if follower._dataset() is left:
+                follower.follow()
+
+
+class FollowingModule:
+    """Has a module of transforms make what the strategy of the moment needs; between calls it is as its owner made it.
+
+    Called after the module's forward; ``before`` is called before it.
+    """
+
+    def __init__(self, module: nn.Module, views: ScaledViews, full: set[Size], channels: set[int]) -> None:
+        self.views, self.full, self.channels = views, full, channels
+        self._module = weakref.ref(module)
+        self._made_for: int | None = None
+        self._wrong = False
+        # What raises on its way must not leave the transforms scaled.
+        self._handles = [
+            module.register_forward_pre_hook(self.before),
+            module.register_forward_hook(self, always_call=True),
+        ]
+
+    def before(self, module: nn.Module, args: Any) -> None:
+        self._made_for = None
+        if self._wrong:
+            return
+        try:
+            transforms = ScaledTransforms(module, self.views.base)
+        except ValueError as error:
+            self._wrong = True
+            _say(f"{error}. The module goes on with full views.")
+            return
+        if transforms.full != self.full:
+            before, self.full = self.full, transforms.full
+            self.views.replace(before, self.full)
+        self._made_for = self.views.wanted_now()
+        if self._made_for is not None:
+            self.views.note(self._made_for)
+            transforms.apply(self._made_for)
+
+    def __call__(self, module: nn.Module, args: Any, made: Any) -> None:
+        put_back(module)
+        found = [
+            (tensor.shape[-2], tensor.shape[-1])
+            for tensor in _tensors(made)
+            if tensor.ndim >= 3 and tensor.shape[-3] in self.channels
+        ]
+        if self._wrong or not found:
+            return
+        problem = _problem(found, self.full, self._made_for, self.views.base)
+        if problem is not None:
+            self._wrong = True
+            _say(
+                f"views of {problem[1]} px came out of the module where {problem[0]} px were asked for. "
+                "It goes on with full views."
+            )
+
+    def follow(self) -> None:
+        """Looked for at every call."""
+
+    def sizes(self) -> set[Size]:
+        """Sizes of the full views."""
+        return self.full
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FollowingModule:
+        return self  # copies of the module follow the same model
+
+
+def _problem(found: list[Size], full: set[Size], patch_size: int | None, base: Size) -> tuple[Size, Size] | None:
+    """What was asked for and what came out, if views do not have the sizes that they should."""
+    asked = {scaled_size(size, patch_size, base) for size in full}
+    wrong = [size for size in found if size in full - asked]
+    if any(size in asked for size in found) and not wrong:
+        return None
+    return min(asked), next(iter(wrong or found), (0, 0))
 
 
 def _steps_ahead(loader: DataLoader[Any]) -> int:
@@ -122,81 +380,23 @@ def _steps_ahead(loader: DataLoader[Any]) -> int:
     return 1 + loader.num_workers * (2 + (loader.prefetch_factor or 0))
 
 
-def _checked_views(
-    dataset: Any, transforms: ScaledTransforms, patch_sizes: list[int], patch: tuple[int, int, int]
-) -> set[Size]:
-    """Sizes of the full views, after a look at one sample for every patch size."""
-    put_back = transforms.snapshot()
-    transforms.apply(None)
-    try:
-        full = _view_sizes(dataset, patch)
-        _check_sizes(dataset, transforms, patch_sizes, patch, full)
-    finally:
-        put_back()
-    return set(full)
-
-
-def _check_sizes(
-    dataset: Any, transforms: ScaledTransforms, patch_sizes: list[int], patch: tuple[int, int, int], full: list[Size]
-) -> None:
-    """Raise ValueError unless views become exactly as small as they should."""
-    if not full:
-        raise ValueError(
-            f"loader must have a data set whose samples hold views as tensors (C, H, W), "
-            f"found none in the first sample of {type(dataset).__name__}"
-        )
-    for patch_size in patch_sizes:
-        expected = [scaled_size(size, patch_size, transforms.base) for size in full]
-        transforms.apply(patch_size)
-        got = _view_sizes(dataset, patch)
-        if got != expected:
-            raise ValueError(
-                f"loader must make views of sizes {expected} for patch_size {patch_size}, got {got}: something "
-                f"that is not known decides their size; known: {known()}"
-            )
-
-
-def _view_sizes(dataset: Any, patch: tuple[int, int, int]) -> list[Size]:
-    """Height and width of every view in the first sample: of what has an encoder's channels and room for a patch."""
-    random_states = RandomStates()
-    try:
-        with _as_it_was(dataset):
-            sample = dataset[0]
-    except Exception as error:
-        raise ValueError(
-            f"loader must have a data set whose first sample can be made at every patch size, got {error!r}"
-        ) from error
-    finally:
-        random_states.restore()
-    shapes = [tuple(tensor.shape[-3:]) for tensor in _tensors(sample) if tensor.ndim >= 3]
-    return [
-        (height, width)
-        for channels, height, width in shapes
-        if channels == patch[0] and height >= patch[1] and width >= patch[2]
-    ]
-
-
 def _tensors(sample: Any) -> Iterator[Tensor]:
     if isinstance(sample, Tensor):
         yield sample
-    elif isinstance(sample, dict):
-        yield from (tensor for item in sample.values() for tensor in _tensors(item))
-    elif isinstance(sample, (list, tuple)):
-        yield from (tensor for item in sample for tensor in _tensors(item))
+        return
+    items: Iterable[Any] = sample.values() if isinstance(sample, dict) else sample
+    if isinstance(sample, (dict, list, tuple)):
+        yield from (tensor for item in items for tensor in _tensors(item))
 
 
-@contextmanager
-def _as_it_was(dataset: Any) -> Iterator[None]:
-    """Undo what a first sample does to a data set: a file that it opens should not be open when workers are forked."""
-    before: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
-    for held in objects_in(dataset):
-        if isinstance(held, dict):
-            before.append((held, dict(held)))
-        elif not isinstance(held, (list, tuple)) and hasattr(type(held), "__getitem__"):  # one within another, too
-            before.append((vars(held), dict(vars(held))))
-    try:
-        yield
-    finally:
-        for attributes, values in before:
-            attributes.clear()
-            attributes.update(values)
+def _resized(sample: Any, size: Size, channels: set[int]) -> Any:
+    if isinstance(sample, Tensor):
+        if sample.ndim != 3 or sample.shape[0] not in channels or sample.shape[1:] == size:
+            return sample
+        resized = F.interpolate(sample[None].float(), size, mode="bilinear", antialias=True)[0]
+        return resized.to(sample.dtype)
+    if isinstance(sample, dict):
+        return {name: _resized(item, size, channels) for name, item in sample.items()}
+    if type(sample) in (list, tuple):
+        return type(sample)(_resized(item, size, channels) for item in sample)
+    return sample

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 
@@ -15,12 +17,12 @@ __all__ = ["ScaledViews", "scaled_size"]
 Size = tuple[int, int]
 
 
-class Pipeline(Protocol):
-    """Makes views, for whatever patch size."""
+class Follower(Protocol):
+    """Has views made, in this process or another."""
 
-    def apply(self, patch_size: int | None) -> None: ...
+    def follow(self) -> None: ...
 
-    def overlaps(self, other: Any) -> bool: ...
+    def sizes(self) -> set[Size]: ...
 
 
 def scaled_size(size: Size, patch_size: int | None, base: Size) -> Size:
@@ -54,35 +56,63 @@ class ScaledViews:
     """
 
     def __init__(self, base: Size) -> None:
-        self._here: list[Pipeline] = []
+        self._followers: WeakSet[Any] = WeakSet()  # nothing is kept alive here: neither loaders nor their data sets
         self.base = base
         self.lookahead = 0
         self.shared = torch.zeros((), dtype=torch.int64).share_memory_()  # in pixels; 0 for full views
         self._full: set[Size] = set()
         self._asked_for: dict[Size, Size] = {}
         self._last: int | None = None
+        self._stopped = False
+        self._now = Strategy()
 
-    def add(self, pipeline: Pipeline | None, full: Iterable[Size], lookahead: int) -> None:
+    def add(self, follower: Follower | None, full: Iterable[Size], lookahead: int) -> None:
         """Expect views of these sizes.
 
         Args:
-            pipeline: what makes them, if it does so in this process; it is then told of every change.
+            follower: what makes them; asked for sizes that are not known. Those of this process are told of changes.
             full: sizes of its views at the encoder's own patch size.
             lookahead: steps between the making of a view and its use.
         """
-        if pipeline is not None:  # in place of an earlier loader's on the same data set
-            self._here = [other for other in self._here if not pipeline.overlaps(other)] + [pipeline]
+        if follower is not None:
+            self._followers.add(follower)
         self._full.update(full)
+        self._stopped = False
         self.lookahead = max(self.lookahead, lookahead)
-        self._make(int(self.shared) or None)  # what was asked for with the schedule's next steps in view
-
-    def drop(self, pipeline: Pipeline) -> None:
-        """Tell this pipeline no more."""
-        self._here = [other for other in self._here if other is not pipeline]
+        self._make(int(self.shared) or None if self._last is None else self._suitable(self._last))
 
     def full_size(self, view: Size) -> Size:
         """Size of the full view that a view stands for: its own, unless a smaller one was asked for."""
+        if view not in self._asked_for and view not in self._full and self._asked_for and not self._stopped:
+            self._look_again()
+            if view not in self._asked_for and view not in self._full:
+                self.stop(
+                    f"views of {_px(view)} reach the encoder, which no loader was asked for: if they are cropped or "
+                    "resized once more on their way, put that into the data set, or give that module to scale_views"
+                )
         return self._asked_for.get(view, view)
+
+    def replace(self, before: set[Size], now: set[Size]) -> None:
+        """The owner of a data set has given its crops other sizes."""
+        self._full = (self._full - before) | now
+        self._asked_for = {size: full for size, full in self._asked_for.items() if size not in now}
+        self._last_full()
+
+    def _last_full(self) -> None:
+        if self._last is not None:
+            wanted = self._suitable(self._last)
+            self.note(wanted)
+            self.shared.fill_(wanted or 0)
+
+    def stop(self, why: str) -> None:
+        """Go on with full views, and say so: a wrong guess costs speed, never data."""
+        self._stopped = True
+        self._make(None)
+        warnings.warn(f"seqcompress: {why}. Training goes on with full views.", stacklevel=3)
+
+    def _look_again(self) -> None:
+        for follower in list(self._followers):
+            follower.sizes()
 
     def note(self, patch_size: int | None) -> None:
         """Views for this patch size may arrive from now on."""
@@ -91,37 +121,43 @@ class ScaledViews:
             if size != full:
                 self._asked_for[size] = full
 
-    def conflict(self, patch_size: int) -> str | None:
+    def conflict(self, patch_size: int, full: Iterable[Size] = ()) -> str | None:
         """Why views cannot be made for this patch size, or None if they can."""
         made: dict[Size, Size] = {}
-        for full in sorted(self._full):
+        known = self._full.union(full)
+        for view in sorted(known):
             try:
-                size = scaled_size(full, patch_size, self.base)
+                size = scaled_size(view, patch_size, self.base)
             except ValueError as error:
                 return str(error)
-            other = full if size == full else size if size in self._full else made.get(size, self._asked_for.get(size))
-            if other not in (None, full):
-                return f"views of {_px(full)} made for patch_size {patch_size} would look like those of {_px(other)}"
-            made[size] = full
+            other = view if size == view else size if size in known else made.get(size, self._asked_for.get(size))
+            if other not in (None, view):
+                return f"views of {_px(view)} made for patch_size {patch_size} would look like those of {_px(other)}"
+            made[size] = view
         return None
 
     def ask_for(self, *strategies: Strategy) -> None:
         """From now on have views made that suit all of these: small ones only if each of them has larger patches."""
+        self._now = strategies[0]
         smallest = min(strategy.patch_size or 0 for strategy in strategies)
         if smallest == self._last:
             return
         self._last = smallest
-        self._make(None if smallest <= max(self.base) or self.conflict(smallest) else smallest)
+        self._make(self._suitable(smallest))
+
+    def wanted_now(self) -> int | None:
+        """The patch size for which a view is to be made that is used at once; None for a full one."""
+        return self._suitable(self._now.patch_size or 0)
+
+    def _suitable(self, patch_size: int) -> int | None:
+        small = patch_size > max(self.base) and not self._stopped and not self.conflict(patch_size)
+        return patch_size if small else None
 
     def _make(self, patch_size: int | None) -> None:
         self.note(patch_size)
         self.shared.fill_(patch_size or 0)
-        for pipeline in self._here:
-            pipeline.apply(patch_size)
-
-    def __del__(self) -> None:
-        for pipeline in self._here:  # neither model nor loader is left
-            pipeline.apply(None)
+        for follower in list(self._followers):
+            follower.follow()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ScaledViews:
         other = ScaledViews(self.base)
@@ -129,10 +165,11 @@ class ScaledViews:
         return other
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_here": [], "_last": None}
+        return {**vars(self), "_followers": None, "_last": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+        self._followers = WeakSet()
         self.shared = self.shared.cpu().share_memory_()  # a file keeps the number only, on whatever device
 
 

@@ -1,7 +1,8 @@
-"""What in an augmentation pipeline depends on the size of a view, found by walking through the data set.
+"""What in an augmentation pipeline depends on the size of a view: one description, for loaders and for modules.
 
-Known are torchvision's transforms (v1 and v2), and what Lightly, solo-learn and timm add to them. They are known by
-their names, so none of these packages is imported.
+Known are torchvision's transforms (v1 and v2), what Lightly, solo-learn and timm add to them, and kornia's. They are
+known by their names, so none of these packages is imported. Only attributes and plain lists are looked at: no sample
+is made, and nothing is called that is the data set's.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import functools
 import re
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -19,7 +21,7 @@ import torch
 
 from seqcompress.views.scaled_views import Size, scaled_size
 
-__all__ = ["ScaledTransforms", "known", "objects_in"]
+__all__ = ["ScaledTransforms", "known", "put_back"]
 
 Ratios: TypeAlias = tuple[Fraction, Fraction]
 """Height and width of a smaller view over those of the full one."""
@@ -45,6 +47,8 @@ def _length(value: Any, ratios: Ratios, power: int = 1) -> Any:
     """A length in pixels that need not be whole, such as the width of a blur."""
     if isinstance(value, Sequence):
         return _like(value, [_length(item, ratios, power) for item in value])
+    if isinstance(value, torch.Tensor):
+        return value * float(max(ratios)) ** power
     return float(value * max(ratios) ** power)
 
 
@@ -83,6 +87,16 @@ _KNOWN: dict[tuple[str, str], dict[str, Scaling]] = {
     ("lightly", "GaussianBlur"): {"sigmas": _length},
     ("lightly", "DatasetFolder"): {"loader": _loader},
     ("solo", "GaussianBlur"): {"sigma": _length},
+    # kornia keeps a size twice: in the flags, and in what draws the place of a crop.
+    ("kornia", "RandomResizedCrop"): {
+        "flags.size": _sides,
+        "_param_generator.output_size": _sides,
+        "_param_generator.resize_to": _sides,
+    },
+    ("kornia", "RandomCrop"): {"flags.size": _sides, "flags.padding": _pixels, "_param_generator.size": _sides},
+    ("kornia", "CenterCrop"): {"size": _sides, "flags.size": _sides},
+    ("kornia", "Resize"): {"flags.size": _sides, "_param_generator.output_size": _sides},
+    ("kornia", "RandomGaussianBlur"): {"flags.kernel_size": _odd, "_param_generator.sigma": _length},
 }
 _RESIZES = ("Resize", "RandomResizedCrop", "RandomResizedCropAndInterpolation")
 _WINDOWS = ("RandomCrop", "CenterCrop")
@@ -90,7 +104,8 @@ _FOLDERS = ("DatasetFolder",)
 _PIPELINES = ("Compose", "Sequential", "RandomApply", "RandomChoice", "RandomOrder")
 _IN_PIXELS = re.compile(r"kernel_size|ksize|radius|sigma")
 _FULL = "_seqcompress_full"
-"""Attribute of all that is scaled at the moment, by whomever: its settings for full views. Copies have it, too."""
+"""Attribute of all that is scaled: its settings' values for full views, and those that were put in their place."""
+_PLAIN = (dict, list, tuple, OrderedDict)
 _LONGEST_LIST = 256  # of transforms; longer ones are lists of samples
 
 
@@ -104,63 +119,68 @@ def known() -> str:
 
 
 class ScaledTransforms:
-    """All transforms of a data set whose settings depend on the size of a view; changes them in place.
+    """All transforms within an object whose settings depend on the size of a view, as they are now.
+
+    What a setting is for full views is what its owner gave it, at whatever time: a value that is not the one that
+    ``apply`` left there is the owner's, and is what gets scaled.
 
     Args:
-        dataset: the data set, or any object that holds transforms.
+        root: the data set, or a module of transforms.
         base: height and width of the encoder's own patches, in pixels.
 
+    Attributes:
+        full: sizes of the full views that they make.
+        scaled: whether every setting has the value that ``apply`` gave it for smaller views.
+
     Raises:
-        ValueError: no known crop is among them, or a blur that is not known.
+        ValueError: no known crop is among them, one whose views' size the image decides, or a blur that is not known.
     """
 
-    def __init__(self, dataset: object, base: Size) -> None:
+    def __init__(self, root: object, base: Size) -> None:
         self.base = base
+        self.full: set[Size] = set()
         self._settings: list[tuple[Any, str, Any, Scaling, Size | None]] = []
-        views = _views_of_pipelines(dataset)
-        for held in _with_settings(dataset):
+        views = _views_of_pipelines(root)
+        for held in _with_settings(root):
             rules = _rules(held)
             if rules is None:
                 _check_unknown(held)
                 continue
-            full, view = vars(held).get(_FULL, {}), views.get(id(held), _size_of(held))
+            view = views.get(id(held), _size_of(held))
             for name, scaling in rules.items():
-                if hasattr(held, name):
-                    self._settings.append((held, name, full.get(name, getattr(held, name)), scaling, view))
-        _check_order(dataset)
-        if not any(name == "size" for _, name, *_ in self._settings):
-            raise ValueError(
-                f"loader must have a data set that holds a known crop, found none in "
-                f"{type(dataset).__module__}.{type(dataset).__qualname__}; known: {known()}"
-            )
+                if _has(held, name):
+                    self._settings.append((held, name, _full_value(held, name), scaling, view))
+            if _is(held, *_RESIZES, *_WINDOWS):
+                if view is None:
+                    raise ValueError(
+                        f"loader has a {type(held).__name__} that leaves the size of views to the image: give it "
+                        "height and width, or put a crop behind it"
+                    )
+                self.full.add(view)
+        self.scaled = all(
+            name in vars(held).get(_FULL, {}) and _same(_get(held, name), vars(held)[_FULL][name][1])
+            for held, name, *_ in self._settings
+        )
+        _check_order(root)
+        if not self.full:
+            raise ValueError(_no_crop(root))
+        for held in objects_in(root):
+            for part in held if isinstance(held, (list, tuple)) and len(held) > 0 and _holds_datasets(held) else ():
+                if not any(_is(step, *_RESIZES, *_WINDOWS) for step in _with_settings(part)):
+                    raise ValueError(f"{_no_crop(part)}; every part of the data set must have one")
 
     def apply(self, patch_size: int | None) -> None:
         """Make views for this patch size from now on; ``None`` for full views."""
         for held, name, full, scaling, view in self._settings:
+            marks = vars(held).setdefault(_FULL, {})
             if patch_size is None:
-                setattr(held, name, full)
-                vars(held).pop(_FULL, None)
+                if name in marks:
+                    _set(held, name, full)
+                vars(held).pop(_FULL) if not marks.keys() - {name} else marks.pop(name, None)
             else:
-                vars(held).setdefault(_FULL, {})[name] = full
-                setattr(held, name, scaling(full, self._ratios(patch_size, view)))
-
-    def snapshot(self) -> Callable[[], None]:
-        """What puts everything back as it is now, whoever scaled it."""
-        before = [(held, name, getattr(held, name)) for held, name, *_ in self._settings]
-        scaled = [(held, dict(vars(held)[_FULL])) for held, *_ in self._settings if _FULL in vars(held)]
-
-        def put_back() -> None:
-            for held, name, value in before:
-                setattr(held, name, value)
-                vars(held).pop(_FULL, None)
-            for held, full in scaled:
-                setattr(held, _FULL, full)
-
-        return put_back
-
-    def overlaps(self, other: ScaledTransforms) -> bool:
-        """Whether the two change the same transforms."""
-        return not {id(held) for held, *_ in self._settings}.isdisjoint(id(held) for held, *_ in other._settings)
+                value = scaling(full, self._ratios(patch_size, view))
+                marks[name] = (full, value)
+                _set(held, name, value)
 
     def _ratios(self, patch_size: int, view: Size | None) -> Ratios:
         """How much smaller a view becomes; where its size is not known, as if patches divided it."""
@@ -168,6 +188,52 @@ class ScaledTransforms:
             return Fraction(self.base[0], patch_size), Fraction(self.base[1], patch_size)
         height, width = scaled_size(view, patch_size, self.base)
         return Fraction(height, view[0]), Fraction(width, view[1])
+
+
+def put_back(root: object) -> None:
+    """Make full views again, whatever else has become of the transforms."""
+    for held in _with_settings(root):
+        for name in vars(held).get(_FULL, {}):
+            if _has(held, name):
+                _set(held, name, _full_value(held, name))
+        vars(held).pop(_FULL, None)
+
+
+def _full_value(held: object, name: str) -> Any:
+    now = _get(held, name)
+    full, written = vars(held).get(_FULL, {}).get(name, (now, now))
+    return full if _same(now, written) else now
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
+        return one is other
+    return one is other or bool(one == other)
+
+
+def _get(held: Any, path: str) -> Any:
+    for name in path.split("."):
+        held = held[name] if isinstance(held, dict) else getattr(held, name)
+    return held
+
+
+def _has(held: object, path: str) -> bool:
+    try:
+        _get(held, path)
+    except (AttributeError, KeyError):
+        return False
+    return True
+
+
+def _set(held: object, path: str, value: Any) -> None:
+    *holders, name = path.split(".")
+    holder: Any = _get(held, ".".join(holders)) if holders else held
+    if isinstance(holder, dict):
+        holder[name] = value
+        return
+    setattr(holder, name, value)
+    if hasattr(holder, "make_samplers") and getattr(holder, "device", None) is not None:  # kornia's: drawn from copies
+        holder.make_samplers(holder.device, holder.dtype)
 
 
 class SmallerJPEGs:
@@ -212,22 +278,40 @@ def objects_in(root: object, is_closed: Callable[[object], bool] = lambda held: 
             inside = [held.__self__]
         elif isinstance(held, functools.partial):
             inside = [held.func, *held.args, *held.keywords.values()]
-        elif isinstance(held, (Mapping, list, tuple)):
+        elif isinstance(held, (dict, list, tuple)):
+            if type(held) not in _PLAIN:  # somebody's own might read files when asked for what it holds
+                continue
             if len(held) <= _LONGEST_LIST or _holds_datasets(held):
-                inside = [*held.values()] if isinstance(held, Mapping) else [*held]
+                inside = [*held.values()] if isinstance(held, dict) else [*held]
                 yield held
         elif isinstance(getattr(held, "__dict__", None), dict):
-            inside = [] if is_closed(held) else [*vars(held).values()]
+            inside = [] if is_closed(held) else [value for name, value in vars(held).items() if _is_used(held, name)]
             yield held
         waiting.extend(reversed(inside))
 
 
+def _is_used(held: object, name: str) -> bool:
+    """torchvision's data sets keep their transform a second time, as it was at first."""
+    again = name == "transforms" and type(vars(held)[name]).__name__ == "StandardTransform"
+    return name != _FULL and not (again and vars(held).get("transform") is not None)
+
+
+def _no_crop(root: object) -> str:
+    steps = [step for pipeline in _pipelines(root) for step in pipeline] or [vars(root).get("transform", root)]
+    found = ", ".join(dict.fromkeys(getattr(step, "__name__", type(step).__name__) for step in steps))
+    kind = type(root)
+    return (
+        f"loader must have a data set that holds a known crop, found none in {kind.__module__}.{kind.__qualname__}, "
+        f"but {found or 'nothing'}; known: {known()}"
+    )
+
+
 def _with_settings(root: object, *is_closed: Callable[[object], bool]) -> Iterator[Any]:
-    return (held for held in objects_in(root, *is_closed) if not isinstance(held, (Mapping, list, tuple)))
+    return (held for held in objects_in(root, *is_closed) if not isinstance(held, (dict, list, tuple)))
 
 
 def _holds_datasets(held: Any) -> bool:
-    return not isinstance(held, Mapping) and isinstance(held[0], torch.utils.data.Dataset)
+    return not isinstance(held, dict) and isinstance(held[0], torch.utils.data.Dataset)
 
 
 def _reads_with_pil(loader: Any) -> bool:
@@ -267,7 +351,8 @@ def _is(held: object, *names: str) -> bool:
 def _check_unknown(held: object) -> None:
     """Raise ValueError if this looks like a blur: it would stay as wide as in a full view."""
     kind = type(held)
-    if not callable(held) or _package(kind) in ("torch", "timm"):  # layers of a network, for instance
+    of_network = _package(kind) in ("torch", "timm") or ".random_generator" in kind.__module__  # kornia's have both
+    if not callable(held) or of_network:
         return
     settings = [name for name in vars(held) if _IN_PIXELS.match(name)]
     if settings or "blur" in kind.__name__.lower():
@@ -322,9 +407,10 @@ def _size_of(held: object) -> Size | None:
     """Height and width of what comes out of a transform, if it alone decides."""
     if not _is(held, *_RESIZES, *_WINDOWS):
         return None
-    size = vars(held).get(_FULL, {}).get("size", getattr(held, "size", None))
+    name = "flags.size" if _package(type(held)) == "kornia" else "size"
+    size = _full_value(held, name) if _has(held, name) else None
     if isinstance(size, Sequence):
-        return (size[0], size[1]) if len(size) == 2 else None
+        return (int(size[0]), int(size[1])) if len(size) == 2 else None
     return None if size is None or _is(held, "Resize") else (size, size)
 
 

@@ -418,8 +418,8 @@ def test_scale_views_is_refused_where_the_loader_is_not_torchs_own(
 
 def test_an_error_of_the_data_set_leaves_a_plain_module(make_method: Build, make_trainer: Build) -> None:
     method, loader = make_method({**ON, "scale_views": True}), contract.picture_loader()
-    updater, loader.dataset.pictures = method.momentum_updater, []
-    with pytest.raises(ValueError, match=r"scale_views: loader must have a data set whose first sample .* IndexError"):
+    updater, loader.dataset.transform = method.momentum_updater, None
+    with pytest.raises(ValueError, match=r"scale_views: loader must have a data set that holds a known crop"):
         make_trainer().fit(method, loader)
     assert not is_compressed(method)
     assert method.momentum_updater is updater
