@@ -12,6 +12,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 if TYPE_CHECKING:
@@ -335,7 +336,7 @@ class SequenceCompression:
             drive = _Drive(number, group)
             drives.setdefault((drive.plan, drive.is_finished, drive.is_others), []).append(drive)
         for alike in drives.values():
-            share = self._guarded("count the budget", lambda alike=alike: _share_of_plain_budget(alike))
+            share = self._guarded("count the budget", partial(_share_of_plain_budget, alike))
             line = alike[0].outlook(progress, share, [drive.name for drive in alike])
             if line not in self._said:  # at the first batch all is known; at the start, mostly
                 self._said.add(line)

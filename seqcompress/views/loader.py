@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from seqcompress.compression import compressed_embeds_of, is_compressed
+from seqcompress.compressors.compression import Compression
 from seqcompress.encoders import find_encoder
 from seqcompress.views.scaled_views import ScaledViews, Size, scaled_size
 from seqcompress.views.transforms import ScaledTransforms, put_back
@@ -68,7 +69,7 @@ def scale_views(loader: Maker, model: nn.Module) -> Maker:
     """
     _check_types(loader, model)
     embeds = compressed_embeds_of(model)
-    compression = embeds[0].compression
+    compression: Compression = embeds[0].compression
     if any(embed.compression is not compression for embed in embeds):
         raise ValueError(
             f"model must hold encoders of one compress() call, got {len(embeds)} that were compressed apart"

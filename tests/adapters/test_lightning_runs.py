@@ -232,8 +232,8 @@ def test_a_constant_strategy_stays_and_is_said_at_the_start_of_every_fit(
     assert (
         told
         == [
-            f"seqcompress: backbone: trains at drop 0.5 (9 tokens a view), about {share:.0%} of the plain run's budget; "
-            "its teacher gets nothing of it"
+            f"seqcompress: backbone: trains at drop 0.5 (9 tokens a view), about {share:.0%} of the plain run's "
+            "budget; its teacher gets nothing of it"
         ]
         * 2
     )
