@@ -8,6 +8,7 @@ any other, the callback does nothing. Importing this module imports neither torc
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
 import weakref
@@ -37,6 +38,7 @@ _SHOWN_AS = {  # in the progress bar: a terminal is narrow, it would cut a longe
     "seqcompress/budget": "seq_budget",
 }
 _SECONDS_SHOWN = 0.5  # nobody reads numbers that change faster, and the budget takes a moment to count
+_MOMENTS = 10**6  # in the time of a run
 _SAMPLES = 200  # of a schedule, to say what it will cost
 
 
@@ -102,6 +104,7 @@ class SequenceCompression:
         self._looked = False
         self._batches = 0  # of this epoch that are done
         self._progress = self._done = 0.0  # at which the latest step was run, and that it has reached
+        self._place = (0, 1)  # of the latest step in the run, and how many there are
         self._seed = 0
         self._ranks = 1
         self._speaks = True
@@ -159,9 +162,10 @@ class SequenceCompression:
             return
         if batch_idx == self._length.first_of_step(batch_idx):
             self._progress = self._length.begin_step(batch_idx)
+            self._place = self._length.place(self._length.first_of_step(batch_idx))
         step = _steps_done(trainer, pl_module)
         for drive in self._drives:
-            drive.follow(self._progress, step, self._seed, self._length.pace())
+            drive.follow(self._place, step, self._seed, self._progress, self._length.pace())
         if self._foresight is not None:
             if step > 0:
                 self._rehearsing = self._drives[0].most_expensive()
@@ -283,13 +287,14 @@ class SequenceCompression:
             self._seed = self._loaded["seed"] if "seed" in self._loaded else _seed(trainer)
             self._done = self._loaded.get("progress", 0.0) if self._resuming else 0.0
         self._progress = self._length.begin_step(batch_idx)
+        self._place = self._length.place(self._length.first_of_step(batch_idx))
         if self._resuming and is_first:
             self._go_on(embeds)
         self._drives = self._to_drive(embeds)
         if not all(drive.is_constant for drive in self._drives):
             self._length.check()
         if is_first:
-            self._announce(embeds, self._progress)
+            self._announce(embeds, self._progress if trainer.global_step else 0.0)  # as at the start
         for drive in self._drives:
             drive.take(self)
         self._ranks = trainer.world_size
@@ -323,10 +328,10 @@ class SequenceCompression:
                 drive.finish()
                 continue
             drive.compression.finished = False
-            if drive.plan(before) != drive.plan(self._progress):
+            if drive.plan(before) != drive.plan.at_step(*self._place):
                 self._tell(
                     f"{drive.name}: the checkpoint was at {before:.0%} of its run ({drive.plan(before)}), which is "
-                    f"{self._progress:.0%} of this one: goes on at {drive.plan(self._progress)}"
+                    f"{self._progress:.0%} of this one: goes on at {drive.plan.at_step(*self._place)}"
                 )
 
     def _announce(self, embeds: dict[str, CompressedPatchEmbed], progress: float) -> None:
@@ -360,7 +365,7 @@ class SequenceCompression:
         from seqcompress.training.budget import Budget
 
         budget = Budget(pl_module)
-        if self._loaded:
+        if "units" in self._loaded:
             budget.load_state_dict({"units": self._loaded["units"] / self._ranks})
         return budget
 
@@ -496,6 +501,20 @@ class _Length:
             shares.append((trainer.current_epoch + of_this) / self._epochs if self._epochs else 1.0)
         return min(1.0, max(shares))
 
+    def place(self, batches: int) -> tuple[int, int]:
+        """The same in steps, those done and all, as if every epoch were as long as this one."""
+        trainer, places = self._trainer, [(round(self._time * _MOMENTS), _MOMENTS)]
+        if trainer.max_steps > 0:
+            places.append((int(trainer.global_step), int(trainer.max_steps)))
+        if 0 < self._epochs < float("inf"):
+            epochs, steps, done = int(self._epochs), 1, 0
+            if 0 < self._batches_an_epoch < float("inf"):
+                each = int(trainer.accumulate_grad_batches) if self._pl_module.automatic_optimization else 1
+                steps = math.ceil(self._batches_an_epoch / each)
+                done = min(steps, batches // each)
+            places.append((trainer.current_epoch * steps + done, epochs * steps))
+        return max(places, key=lambda place: place[0] / place[1])
+
     def share_of_time(self) -> float:
         """Share of the time that has passed, the same on every rank; 0 without a limit."""
         if not self._timers:
@@ -588,21 +607,22 @@ class _Drive:
         """The strategy of the plan with the longest sequences."""
         return max(self.plan.strategies(), key=self.tokens)
 
-    def follow(self, progress: float, step: int, seed: int, pace: float) -> None:
-        """Put in force what the plan has at this progress, and have views made for what comes next.
+    def follow(self, place: tuple[int, int], step: int, seed: int, progress: float, pace: float) -> None:
+        """Put in force what the plan has at this place of the run, and have views made for what comes next.
 
         Args:
-            progress: in [0, 1].
+            place: steps done, and all steps of the run.
             step: decides the random subsets, with the seed; those of a step's batches follow each other.
             seed: of the run, the same on every rank.
-            pace: what a batch adds to the progress.
+            progress: the share that is done, in [0, 1].
+            pace: what a batch adds to it.
         """
         if self.is_others:  # who has come since, which a constant plan allows
             return
         if step != self._step:
             self.compression.stream.anchor(seed, step, self._number)
             self._step = step
-        self.strategy = self.plan(progress)
+        self.strategy = self.plan.at_step(*place)
         self.use(self.strategy)
         views = self.compression.views
         if views is not None and not self.is_constant:

@@ -297,7 +297,7 @@ def _is_used(held: object, name: str) -> bool:
 
 
 def _no_crop(root: object) -> str:
-    steps = [step for pipeline in _pipelines(root) for step in pipeline] or [vars(root).get("transform", root)]
+    steps = [step for pipeline in _pipelines(root) for step in pipeline] or [getattr(root, "transform", root)]
     found = ", ".join(dict.fromkeys(getattr(step, "__name__", type(step).__name__) for step in steps))
     kind = type(root)
     return (
