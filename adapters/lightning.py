@@ -209,7 +209,7 @@ class SequenceCompression:
             if is_out_of_memory(exception):
                 self._foresight.ran_out(self._rehearsing or self._drives[0].strategy)
                 self.host.error("seqcompress: %s", self._foresight.shortage())
-        self._loaded = self.state_dict()
+        self._loaded = self._state()
         self._end_trials()
         self._forget()
 
@@ -226,11 +226,14 @@ class SequenceCompression:
                         drive.finish()
                     else:
                         self._tell(drive.shortfall(self._done))
-        self._loaded = self.state_dict()
+        self._loaded = self._state()
         self._forget()
 
     def state_dict(self) -> dict[str, Any]:
         """Seed of the random subsets, units spent by all ranks, and how far the run has come. Plain values only."""
+        return self._state()
+
+    def _state(self) -> dict[str, Any]:
         if self._readings is None or self._length is None:
             return self._loaded
         budget = self._budget
@@ -273,7 +276,7 @@ class SequenceCompression:
         if places == self._places:
             return
         is_first = self._readings is None
-        self._loaded = self.state_dict()
+        self._loaded = self._state()
         kept = {compression for _, compression in places.values()}
         for drive in self._drives:
             if drive.compression not in kept:
