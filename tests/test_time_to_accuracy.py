@@ -73,12 +73,11 @@ def _without_times(path: Path) -> dict[str, Any]:
 def test_a_run_that_is_stopped_again_and_again_ends_as_one_that_is_not(
     evidence: SimpleNamespace, small: Any, data: Path, tmp_path: Path
 ) -> None:
-    short = replace(small, budget=0.0004)
-    whole = evidence.run.run(short, data, tmp_path / "whole", tmp_path / "a", device="cpu")
+    short, run = replace(small, budget=0.0004), evidence.run.run
+    whole = run(short, data, tmp_path / "whole", tmp_path / "a", device="cpu")
     stops = 0
-    while (
-        pieces := evidence.run.run(small, data, tmp_path / "pieces", tmp_path / "b", device="cpu", minutes=0)
-    ) is None:
+    while (pieces := run(short, data, tmp_path / "pieces", tmp_path / "b", device="cpu", minutes=0)) is None:
+        assert list((tmp_path / "b").glob("colours*.pt"))
         stops += 1
     report = _without_times(whole)
     assert stops == report["steps"] - 1 > 8
@@ -219,6 +218,18 @@ def test_runs_with_another_learning_rate_are_not_compared(evidence: SimpleNamesp
     assert evidence.report.summary(runs) == []
 
 
+def test_the_tables_of_the_page_are_those_of_the_runs(evidence: SimpleNamespace, tmp_path: Path) -> None:
+    report = evidence.report
+    runs = report.load(report.RESULTS)
+    page = tmp_path / "page.md"
+    page.write_text(report.PAGE.read_text())
+    tables = report.tables(runs, report.load(report.RESULTS / "tuning"))
+    report.fill(page, tables)
+    assert page.read_text() == report.PAGE.read_text()
+    assert all(table in page.read_text() for table in tables.values())
+    assert json.loads((report.RESULTS / "summary.json").read_text()) == report.summary(runs)
+
+
 def test_every_run_of_a_suite_is_one_run_whose_command_says_all_about_it(evidence: SimpleNamespace) -> None:
     import argparse
 
@@ -232,21 +243,22 @@ def test_every_run_of_a_suite_is_one_run_whose_command_says_all_about_it(evidenc
             assert evidence.run.Settings(**vars(parser.parse_args(evidence.suite._options(row)))) == row
 
 
-def test_a_suite_does_what_is_missing_and_goes_on_where_it_stopped(
-    evidence: SimpleNamespace, data: Path, tmp_path: Path
+def test_a_suite_knows_what_is_done_and_what_is_missing(
+    evidence: SimpleNamespace, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = [
-        row for row in evidence.suite.unique(evidence.suite.cpu()) if row.name.startswith("cifar10_simclr_none_0.2M")
-    ]
-    assert len(rows) == 1
-    command = [sys.executable, FOLDER / "suite.py", "cpu", "--data", data, "--output", tmp_path / "results"]
-    command += ["--checkpoints", tmp_path / "kept", "--only", "simclr_none_0.2M_seed0"]
-    (tmp_path / "results").mkdir()
-    listed = subprocess.run([*command, "--list"], env=ONE_THREAD, capture_output=True, text=True, timeout=300)
-    assert listed.stdout.splitlines() == ["1 runs, 1 missing", f"missing {rows[0].name}"], listed.stderr
-    (tmp_path / "results" / f"{rows[0].name}.json").write_text("{}")
-    done = subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, timeout=300)
-    assert done.stdout.splitlines() == ["1 runs, 0 missing", "0 of 0 done"], done.stderr
+    command = ["cpu", "--data", str(data), "--output", str(tmp_path), "--only", "simclr_none_", "seed0"]
+    rows = [row for row in evidence.suite.unique(evidence.suite.cpu()) if "simclr_none" in row.name]
+    for row in rows[:2]:
+        (tmp_path / f"{row.name}.json").write_text("{}")
+    assert evidence.suite.main([*command, "--list"]) == 0
+    told = ["   done", "   done", "missing"]
+    assert capsys.readouterr().out.splitlines() == [
+        "3 runs, 1 missing", *(f"{state} {row.name}" for state, row in zip(told, rows, strict=True))
+    ]  # fmt: skip
+    for row in rows[2:]:
+        (tmp_path / f"{row.name}.json").write_text("{}")
+    assert evidence.suite.main(command) == 0
+    assert capsys.readouterr().out.splitlines() == ["3 runs, 0 missing", "0 of 0 done"]
 
 
 @pytest.mark.parametrize(("suite", "word"), [("cpu", "dino_default_0.2M"), ("gpu", "moco_default_0.75M_seed0")])

@@ -159,7 +159,8 @@ def recoloured(views: Tensor, brightness: Tensor, contrast: Tensor, saturation: 
     one, nothing = torch.ones_like(hue), torch.zeros_like(hue)
     cos, sin = torch.cos(2 * math.pi * hue), torch.sin(2 * math.pi * hue)
     turned = torch.stack([one, nothing, nothing, nothing, cos, -sin, nothing, sin, cos], dim=1).view(-1, 3, 3)
-    turn = torch.linalg.inv(to_yiq) @ turned @ to_yiq
+    from_yiq = torch.linalg.inv(torch.tensor(_TO_YIQ)).to(device)  # inverted on the CPU, so that no GPU has to wait
+    turn = from_yiq @ turned @ to_yiq
     share = saturation[:, None, None]
     saturate = share * torch.eye(3, device=device) + (1 - share) * luma.expand(3, 3)
     matrix = (brightness * contrast)[:, None, None] * (turn @ saturate)  # (B, 3, 3)

@@ -2,7 +2,7 @@
 
     python benchmarks/time_to_accuracy/report.py
 
-writes ``summary.json``, ``README.md`` and the figures beside the JSON files, and the tables into the documentation.
+writes ``summary.json`` and the figures beside the JSON files, and the tables into the documentation.
 
 A speed-up is read between two curves through the ends of complete runs, accuracy over budget, at the greatest accuracy
 that both of them reach. It is read between points, never outside them.
@@ -203,20 +203,26 @@ def speedups_table(rows: Sequence[dict[str, Any]]) -> str:
 def tuning_table(runs: Sequence[dict[str, Any]]) -> str:
     """What was tried on held-out training images, plain method."""
     lines = [
-        "| data | method | budget | learning rate | weight decay | teacher | crop | k-NN | linear probe |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| data | method | budget | batch | learning rate | weight decay | teacher | crop | k-NN | linear probe |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for run in sorted(runs, key=lambda run: (*_place(run), run["settings"]["lr"])):
+    for run in sorted(runs, key=lambda run: (*_place(run), run["settings"]["batch"], run["settings"]["lr"])):
         settings = run["settings"]
         cells = [
             settings["dataset"],
             METHODS[settings["method"]],
             f"{settings['budget']:g} M",
-            *(f"{settings[name]:g}" for name in ("lr", "weight_decay", "momentum", "crop")),
+            *(f"{settings[name]:g}" for name in ("batch", "lr", "weight_decay", "momentum", "crop")),
             *(f"{100 * run['accuracy'][metric]:.1f}" for metric in METRICS),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def tables(runs: Sequence[dict[str, Any]], tuning: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """What goes into the documentation, by the names of the places."""
+    rows = summary(runs)
+    return {"speed-ups": speedups_table(rows), "runs": runs_table(runs), "tuning": tuning_table(tuning)}
 
 
 def figures(runs: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
@@ -305,14 +311,12 @@ def main(arguments: list[str] | None = None) -> int:
     runs = load(options.results)
     if not runs:
         parser.error(f"--results must hold JSON files of runs, found none in {options.results}")
-    rows = summary(runs)
-    tables = {"speed-ups": speedups_table(rows), "runs": runs_table(runs)}
-    tables["tuning"] = tuning_table(load(options.results / "tuning"))
-    (options.results / "summary.json").write_text(json.dumps(rows, indent=1) + "\n")
+    written = tables(runs, load(options.results / "tuning"))
+    (options.results / "summary.json").write_text(json.dumps(summary(runs), indent=1) + "\n")
     if options.page.is_file():
-        fill(options.page, tables)
+        fill(options.page, written)
     figures(runs, options.results)
-    print("\n\n".join(tables.values()))
+    print("\n\n".join(written.values()))
     return 0
 
 

@@ -170,7 +170,7 @@ class Training:
         # The user's line, and what follows the schedule.
         seqcompress.compress(method.backbone, parse_plan(settings.plan), teacher=method.backbone_momentum)
         encoders = [method.backbone, *([] if method.backbone_momentum is None else [method.backbone_momentum])]
-        self.total_steps = self._steps_for_budget(SequenceScheduler(encoders, total_steps=1).schedule)
+        self.total_steps = self._steps_for_budget()
         self.sequence_scheduler = SequenceScheduler(encoders, total_steps=self.total_steps)
         self.budget = Budget(encoders)
 
@@ -214,7 +214,11 @@ class Training:
             units += count * self.settings.batch * spent
         return units
 
-    def _steps_for_budget(self, schedule: Schedule) -> int:
+    def _steps_for_budget(self) -> int:
+        planned = copy.deepcopy(
+            self.method.backbone
+        )  # an encoder is driven by one scheduler, whose length is not known
+        schedule = SequenceScheduler(planned, total_steps=1).schedule
         a_thousand = self.computed_units(schedule, 1000) / 1000
         return max(2, round(self.settings.budget * 1e6 / a_thousand))
 
