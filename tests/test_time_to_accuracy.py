@@ -210,6 +210,17 @@ def test_nothing_is_read_outside_the_points(evidence: SimpleNamespace) -> None:
     assert found.units == pytest.approx(2 / 4 ** (0.05 / 0.25))
 
 
+def test_curves_without_a_common_accuracy_are_told_instead_of_a_ratio(evidence: SimpleNamespace) -> None:
+    runs = [
+        _run(plan, 0, units, low + 1e-7 * units)
+        for plan, low in (("none", 0.1), ("default", 0.3))
+        for units in (1e5, 2e5)
+    ]
+    knn, _ = evidence.report.unread(runs)
+    assert evidence.report.summary(runs) == []
+    assert knn.endswith("(plain 11.0 to 12.0, default 31.0 to 32.0).")
+
+
 def test_runs_with_another_learning_rate_are_not_compared(evidence: SimpleNamespace) -> None:
     runs = [_run(plan, 0, units, 0.1 * math.log(units)) for plan in ("none", "default") for units in (1e5, 2e5)]
     assert len(evidence.report.summary(runs)) == 2
