@@ -2,7 +2,7 @@
 
     python benchmarks/time_to_accuracy/report.py
 
-writes ``summary.json`` and the figures beside the JSON files, and the tables into the documentation.
+writes ``summary.json`` beside the JSON files, and tables and figures into the documentation.
 
 A speed-up is read between two curves through the ends of complete runs, accuracy over budget, at the greatest accuracy
 that both of them reach. It is read between points, never outside them.
@@ -265,7 +265,7 @@ def figures(runs: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
             row[0].set_ylabel(f"{name}, %")
         grid[0, 0].legend()
         figure.suptitle(f"{METHODS[settings['method']]}, {settings['dataset']}, {encoder(settings)}")
-        path = folder / f"{settings['dataset']}-{settings['method']}-{len(written)}.png"
+        path = folder / f"evidence-{settings['dataset']}-{settings['method']}-{len(written)}.png"
         figure.savefig(path, dpi=110)
         pyplot.close(figure)
         written.append(path)
@@ -335,7 +335,8 @@ def main(arguments: list[str] | None = None) -> int:
     (options.results / "summary.json").write_text(json.dumps(summary(runs), indent=1) + "\n")
     if options.page.is_file():
         fill(options.page, written)
-    figures(runs, options.results)
+        (options.page.parent / "images").mkdir(exist_ok=True)
+        figures(runs, options.page.parent / "images")
     print("\n\n".join(written.values()))
     return 0
 
