@@ -241,6 +241,18 @@ def test_the_tables_of_the_page_are_those_of_the_runs(evidence: SimpleNamespace,
     assert json.loads((report.RESULTS / "summary.json").read_text()) == report.summary(runs)
 
 
+def test_every_comparison_has_its_figure(evidence: SimpleNamespace, tmp_path: Path) -> None:
+    runs = [
+        _run(plan, seed, units, 0.07 * math.log(units) + seed / 300)
+        for plan in ("none", "default")
+        for seed in range(3)
+        for units in (1e5, 2e5)
+    ]
+    (figure,) = evidence.report.figures(runs, tmp_path)
+    with Image.open(figure) as picture:
+        assert picture.size == (990, 715)
+
+
 def test_every_run_of_a_suite_is_one_run_whose_command_says_all_about_it(evidence: SimpleNamespace) -> None:
     import argparse
 

@@ -131,9 +131,9 @@ def summary(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                         "hardware": settings["hardware"],
                         "seeds": sorted(read),
                         "metric": metric,
-                        "accuracy": _mean([pair.accuracy for pair in read.values()]),
-                        "speedup_units": _mean(units),
-                        "speedup_wall": _mean(seconds),
+                        "accuracy": round(_mean([pair.accuracy for pair in read.values()]), 4),
+                        "speedup_units": round(_mean(units), 4),
+                        "speedup_wall": round(_mean(seconds), 4),
                         "interval": [round(min(units), 4), round(max(units), 4)] if len(units) > 1 else None,
                         "interval_wall": [round(min(seconds), 4), round(max(seconds), 4)] if len(units) > 1 else None,
                     }
@@ -301,7 +301,7 @@ def _plan(text: str) -> str:
 
 
 def _mean(values: Sequence[float]) -> float:
-    return round(sum(values) / len(values), 4)
+    return min(max(math.fsum(values) / len(values), min(values)), max(values))  # rounded, it may lie outside
 
 
 def _spread(values: Sequence[float]) -> str:
