@@ -1,0 +1,345 @@
+"""Tables and figures from the runs' JSON files alone.
+
+    python benchmarks/time_to_accuracy/report.py
+
+writes ``summary.json`` beside the JSON files, and tables and figures into the documentation.
+
+A speed-up is read between two curves through the ends of complete runs, accuracy over budget, at the greatest accuracy
+that both of them reach. It is read between points, never outside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent.parent / "results" / "time_to_accuracy"
+PAGE = Path(__file__).parent.parent.parent / "docs" / "evidence.md"
+METRICS = {"knn": "k-NN", "linear": "linear probe"}
+METHODS = {"moco": "MoCo-v3", "simclr": "SimCLR", "dino": "DINO"}
+PAPER = {"moco": "4x", "simclr": "3.3x", "dino": "2.5x"}  # ImageNet-1k, as the abstract says
+
+# What may differ between runs of one comparison: their length, plan and seed. All else is the same.
+_FREE = ("budget", "plan", "seed")
+Key = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Point:
+    """The end of a complete run.
+
+    Attributes:
+        units: spent on the encoders.
+        seconds: of training: wall-clock on a GPU, and on a CPU the time of its one core, which other processes of the
+            machine change less.
+        accuracy: at the end, by name of the measure.
+    """
+
+    units: float
+    seconds: float
+    accuracy: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """How many times less one curve spent than another at the same accuracy."""
+
+    accuracy: float
+    units: float
+    seconds: float
+
+
+def load(folder: Path) -> list[dict[str, Any]]:
+    """All runs in a folder, those with the smallest budget first."""
+    runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*_seed*.json"))]
+    return sorted(runs, key=lambda run: run["settings"]["budget"])
+
+
+def comparisons(runs: Iterable[dict[str, Any]]) -> dict[Key, dict[str, dict[int, list[Point]]]]:
+    """Runs that may be compared: for each plan and each seed, a curve."""
+    found: dict[Key, dict[str, dict[int, list[Point]]]] = {}
+    for run in runs:
+        settings = run["settings"]
+        same = tuple(sorted((name, value) for name, value in settings.items() if name not in _FREE))
+        curves = found.setdefault((*same, ("hardware", run["hardware"]), ("threads", run["threads"])), {})
+        point = Point(run["units"], _seconds(run), run["accuracy"])
+        curves.setdefault(settings["plan"], {}).setdefault(settings["seed"], []).append(point)
+    return found
+
+
+def speedup(plain: Sequence[Point], accelerated: Sequence[Point], metric: str) -> Speedup | None:
+    """Compare two curves at the greatest accuracy that both reach.
+
+    Between points, accuracy follows the logarithm of what was spent in a straight line. ``None`` if the curves have
+    fewer than two points, or one lies above the other altogether: then nothing can be read between points.
+    """
+    if len(plain) < 2 or len(accelerated) < 2:
+        return None
+    curves = (plain, accelerated)
+    accuracy = min(max(point.accuracy[metric] for point in curve) for curve in curves)
+    if any(accuracy < min(point.accuracy[metric] for point in curve) for curve in curves):
+        return None
+    units = [_spent(curve, metric, accuracy, "units") for curve in curves]
+    seconds = [_spent(curve, metric, accuracy, "seconds") for curve in curves]
+    return Speedup(accuracy, units[0] / units[1], seconds[0] / seconds[1])
+
+
+def _spent(curve: Sequence[Point], metric: str, accuracy: float, what: str) -> float:
+    """What a curve had spent when it first reached an accuracy that lies between its points."""
+    points = sorted(curve, key=lambda point: point.units)
+    if points[0].accuracy[metric] == accuracy:
+        return getattr(points[0], what)
+    for before, after in itertools.pairwise(points):
+        low, high = before.accuracy[metric], after.accuracy[metric]
+        if low <= accuracy <= high:
+            share = (accuracy - low) / (high - low) if high > low else 0.0
+            logs = [math.log(getattr(point, what)) for point in (before, after)]
+            return math.exp(logs[0] + share * (logs[1] - logs[0]))
+    first = next(point for point in points if point.accuracy[metric] >= accuracy)
+    return getattr(first, what)
+
+
+def summary(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for every plan and measure that can be compared with the plain method."""
+    rows = []
+    for key, curves in comparisons(runs).items():
+        settings, plain = dict(key), curves.get("none", {})
+        for plan, seeds in curves.items():
+            if plan == "none":
+                continue
+            for metric in METRICS:
+                pairs = {seed: speedup(plain.get(seed, []), curve, metric) for seed, curve in sorted(seeds.items())}
+                read = {seed: pair for seed, pair in pairs.items() if pair is not None}
+                if not read:
+                    continue
+                units = [pair.units for pair in read.values()]
+                seconds = [pair.seconds for pair in read.values()]
+                rows.append(
+                    {
+                        "method": settings["method"],
+                        "plan": plan,
+                        "dataset": settings["dataset"],
+                        "encoder": encoder(settings),
+                        "hardware": settings["hardware"],
+                        "seeds": sorted(read),
+                        "metric": metric,
+                        "accuracy": round(_mean([pair.accuracy for pair in read.values()]), 4),
+                        "speedup_units": round(_mean(units), 4),
+                        "speedup_wall": round(_mean(seconds), 4),
+                        "interval": [round(min(units), 4), round(max(units), 4)] if len(units) > 1 else None,
+                        "interval_wall": [round(min(seconds), 4), round(max(seconds), 4)] if len(units) > 1 else None,
+                    }
+                )
+    return rows
+
+
+def unread(runs: Sequence[dict[str, Any]]) -> list[str]:
+    """Where no ratio can be read, although there are curves of two points: one lies above the other altogether."""
+    lines = []
+    for key, curves in comparisons(runs).items():
+        settings, plain = dict(key), curves.get("none", {})
+        for plan, seeds in curves.items():
+            for seed, metric in itertools.product(sorted(seeds), METRICS):
+                pair = plain.get(seed, []), seeds[seed]
+                if plan == "none" or min(map(len, pair)) < 2 or speedup(*pair, metric):
+                    continue
+                reach = [sorted(100 * point.accuracy[metric] for point in curve) for curve in pair]
+                where = (settings["dataset"], METHODS[settings["method"]], plan, METRICS[metric], f"seed {seed}")
+                (low, *_, high), (lowest, *_, highest) = reach
+                lines.append(
+                    f"- {', '.join(where)}: no ratio, since the curves do not overlap "
+                    f"(plain {low:.1f} to {high:.1f}, {plan} {lowest:.1f} to {highest:.1f})."
+                )
+    return lines
+
+
+def encoder(settings: dict[str, Any]) -> str:
+    """Short for the size of a ViT."""
+    shape = f"{settings['depth']} x {settings['width']}"
+    return f"ViT {shape}, patch {settings['patch_size']}, {settings['image_size']} px"
+
+
+def runs_table(runs: Sequence[dict[str, Any]]) -> str:
+    """All runs: what they spent and what they reached, means over seeds with the spread."""
+    lines = [
+        "| data | encoder | method | plan | budget | epochs | steps | seconds | k-NN | linear probe | seeds |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    same: dict[Key, list[dict[str, Any]]] = {}
+    for run in runs:
+        settings = {name: value for name, value in run["settings"].items() if name != "seed"}
+        same.setdefault((run["hardware"], *settings.values()), []).append(run)
+    order = sorted(same.values(), key=lambda of: (*_place(of[0]), of[0]["settings"]["plan"], of[0]["units"]))
+    for of in order:
+        settings = of[0]["settings"]
+        cells = [
+            settings["dataset"],
+            encoder(settings),
+            METHODS[settings["method"]],
+            _plan(settings["plan"]),
+            f"{of[0]['units'] / 1e6:.3g} M",
+            f"{of[0]['epochs']:.3g}",
+            str(of[0]["steps"]),
+            f"{_mean([_seconds(run) for run in of]):.0f}",
+            *(_spread([100 * run["accuracy"][metric] for run in of]) for metric in METRICS),
+            ", ".join(str(run["settings"]["seed"]) for run in sorted(of, key=lambda run: run["settings"]["seed"])),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def speedups_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Speed-ups at equal accuracy, beside the paper's."""
+    if not rows:
+        return "No two curves of complete runs overlap yet, so no ratio can be read."
+    lines = [
+        "| data | method | plan | measure | at accuracy | less budget | less time | seeds | paper, ImageNet-1k |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        cells = [
+            row["dataset"],
+            METHODS[row["method"]],
+            _plan(row["plan"]),
+            METRICS[row["metric"]],
+            f"{100 * row['accuracy']:.1f}",
+            _times(row["speedup_units"], row["interval"]),
+            _times(row["speedup_wall"], row["interval_wall"]),
+            ", ".join(map(str, row["seeds"])),
+            PAPER[row["method"]],
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def tuning_table(runs: Sequence[dict[str, Any]]) -> str:
+    """What was tried on held-out training images, plain method."""
+    lines = [
+        "| data | method | budget | batch | learning rate | weight decay | teacher | crop | k-NN | linear probe |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for run in sorted(runs, key=lambda run: (*_place(run), run["settings"]["batch"], run["settings"]["lr"])):
+        settings = run["settings"]
+        cells = [
+            settings["dataset"],
+            METHODS[settings["method"]],
+            f"{settings['budget']:g} M",
+            *(f"{settings[name]:g}" for name in ("batch", "lr", "weight_decay", "momentum", "crop")),
+            *(f"{100 * run['accuracy'][metric]:.1f}" for metric in METRICS),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def tables(runs: Sequence[dict[str, Any]], tuning: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """What goes into the documentation, by the names of the places."""
+    speedups = "\n\n".join(part for part in (speedups_table(summary(runs)), "\n".join(unread(runs))) if part)
+    return {"speed-ups": speedups, "runs": runs_table(runs), "tuning": tuning_table(tuning)}
+
+
+def figures(runs: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
+    """Accuracy over budget and over time, one figure for each comparison."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    written = []
+    for key, curves in comparisons(runs).items():
+        settings = dict(key)
+        figure, grid = pyplot.subplots(2, 2, figsize=(9, 6.5), sharey="row", layout="constrained")
+        for row, (metric, name) in zip(grid, METRICS.items(), strict=True):
+            for axis, (what, label) in zip(row, (("units", "units"), ("seconds", "seconds")), strict=True):
+                for plan, seeds in sorted(curves.items(), key=lambda item: item[0] != "none"):
+                    _draw(axis, seeds.values(), what, metric, plan)
+                axis.set(xscale="log", xlabel=label)
+                axis.grid(alpha=0.3)
+            row[0].set_ylabel(f"{name}, %")
+        grid[0, 0].legend()
+        figure.suptitle(f"{METHODS[settings['method']]}, {settings['dataset']}, {encoder(settings)}")
+        path = folder / f"evidence-{settings['dataset']}-{settings['method']}-{len(written)}.png"
+        figure.savefig(path, dpi=110)
+        pyplot.close(figure)
+        written.append(path)
+    return written
+
+
+def _draw(axis: Any, seeds: Iterable[Sequence[Point]], what: str, metric: str, plan: str) -> None:
+    """The mean over seeds, and how far they spread."""
+    at: dict[float, list[Point]] = {}
+    for curve in seeds:
+        for point in curve:
+            at.setdefault(float(f"{point.units:.3g}"), []).append(point)
+    points = [at[units] for units in sorted(at)]
+    across = [_mean([getattr(point, what) for point in of]) for of in points]
+    values = [[100 * point.accuracy[metric] for point in of] for of in points]
+    middle = [_mean(of) for of in values]
+    spread = [[m - min(of) for m, of in zip(middle, values, strict=True)],
+              [max(of) - m for m, of in zip(middle, values, strict=True)]]  # fmt: skip
+    axis.errorbar(across, middle, yerr=spread, marker="o", capsize=3, label=_plan(plan))
+
+
+def _seconds(run: dict[str, Any]) -> float:
+    return run["seconds"]["cpu" if run["device"] == "cpu" and run["threads"] == 1 else "wall"]
+
+
+def _place(run: dict[str, Any]) -> tuple[str, int, str]:
+    settings = run["settings"]
+    return settings["dataset"], list(METHODS).index(settings["method"]), encoder(settings)
+
+
+def _plan(text: str) -> str:
+    return "plain" if text == "none" else text
+
+
+def _mean(values: Sequence[float]) -> float:
+    return min(max(math.fsum(values) / len(values), min(values)), max(values))  # rounded, it may lie outside
+
+
+def _spread(values: Sequence[float]) -> str:
+    middle = f"{_mean(values):.1f}"
+    return middle if len(values) == 1 else f"{middle} ({min(values):.1f} to {max(values):.1f})"
+
+
+def _times(value: float, interval: Sequence[float] | None) -> str:
+    return f"{value:.2f}x" if interval is None else f"{value:.2f}x ({interval[0]:.2f} to {interval[1]:.2f})"
+
+
+def fill(page: Path, tables: dict[str, str]) -> None:
+    """Put tables between a page's markers ``<!-- NAME -->`` and ``<!-- end NAME -->``."""
+    text = page.read_text()
+    for name, table in tables.items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)"
+        text = re.sub(pattern, lambda found, table=table: f"{found[1]}\n{table}\n\n{found[2]}", text, flags=re.DOTALL)
+    page.write_text(text)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
+    parser.add_argument("--page", type=Path, default=PAGE, help="page to put the tables into")
+    options = parser.parse_args(arguments)
+    runs = load(options.results)
+    if not runs:
+        parser.error(f"--results must hold JSON files of runs, found none in {options.results}")
+    written = tables(runs, load(options.results / "tuning"))
+    (options.results / "summary.json").write_text(json.dumps(summary(runs), indent=1) + "\n")
+    if options.page.is_file():
+        fill(options.page, written)
+        (options.page.parent / "images").mkdir(exist_ok=True)
+        figures(runs, options.page.parent / "images")
+    print("\n\n".join(written.values()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,548 @@
+"""One training run, from its first step to its last accuracy, as one small JSON file.
+
+    python benchmarks/time_to_accuracy/run.py --data DIR --method moco --plan default --budget 0.4
+
+``DIR/train`` and ``DIR/test`` (or ``DIR/val``) are folders in ImageFolder's layout. Whatever ends the run, the same
+command goes on from its last checkpoint. The step is a user's own: one ``compress`` and one SequenceScheduler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from images import Images, as_input, load_images
+from lightly.utils.scheduler import CosineWarmupScheduler, cosine_schedule
+from methods import METHODS, Method, Sizes
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import seqcompress
+from seqcompress import Budget, Schedule, SequenceScheduler, Stepwise, Strategy
+
+UNFINISHED = 3  # exit status of a run that --minutes has stopped
+CHECKPOINTS = Path.home() / ".cache" / "seqcompress" / "time_to_accuracy"
+RESULTS = Path(__file__).parent.parent / "results" / "time_to_accuracy"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that decides what comes out of a run. Two runs with the same settings are the same run.
+
+    Attributes:
+        dataset: name of the data, for tables.
+        method: moco, simclr or dino.
+        plan: what the encoders are compressed by: none, a preset's name, a strategy such as "drop 0.5, patch 8", or
+            strategies by the progress at which they begin, such as "0: drop 0.5, patch 8; 0.9: base".
+        budget: length of the run in millions of units: forward passes of the plain encoder on one view, a forward with
+            backward being three.
+        images: number of training images, as many of each class.
+        image_size: of the images and of their views, in pixels.
+        patch_size: of the encoder, in pixels.
+        depth: number of its blocks.
+        width: of its tokens.
+        heads: of its attention.
+        batch: images a step.
+        lr: the learning rate at its peak.
+        weight_decay: of AdamW.
+        warmup: share of the run in which the learning rate rises.
+        momentum: of the teacher, at the start; it rises to 1 by a cosine.
+        crop: smallest share of an image's area in a view.
+        hidden: width of the heads.
+        out: of the projections.
+        prototypes: of DINO's head.
+        precision: float32 or bfloat16 (autocast).
+        seed: of weights, order and views.
+        judged_on: "test", or "held-out" for training images that are not trained on, which settings are tuned on.
+        judged_images: number of images that are judged on, or None for all.
+    """
+
+    dataset: str = "cifar10"
+    method: str = "moco"
+    plan: str = "none"
+    budget: float = 0.4
+    images: int = 10_000
+    image_size: int = 32
+    patch_size: int = 4
+    depth: int = 4
+    width: int = 64
+    heads: int = 2
+    batch: int = 128
+    lr: float = 1e-3
+    weight_decay: float = 0.1
+    warmup: float = 0.1
+    momentum: float = 0.99
+    crop: float = 0.2
+    hidden: int = 256
+    out: int = 128
+    prototypes: int = 1024
+    precision: str = "float32"
+    seed: int = 0
+    judged_on: str = "test"
+    judged_images: int | None = None
+
+    def __post_init__(self) -> None:
+        _check(self.method in METHODS, "method", self.method, f"one of {', '.join(METHODS)}")
+        _check(self.precision in ("float32", "bfloat16"), "precision", self.precision, "float32 or bfloat16")
+        _check(self.judged_on in ("test", "held-out"), "judged_on", self.judged_on, "test or held-out")
+        _check(0 < self.budget < math.inf, "budget", self.budget, "a number of millions of units above 0")
+        _check(1 < self.batch <= self.images, "batch", self.batch, "at least 2 and at most as many as images")
+        _check(0 <= self.warmup < 1, "warmup", self.warmup, "a share in [0, 1)")
+        _check(0 < self.crop <= 1, "crop", self.crop, "a share in (0, 1]")
+        parse_plan(self.plan)
+
+    @property
+    def name(self) -> str:
+        """Of the run's files: what one looks for first, and a digest of all settings."""
+        # Only what differs from the defaults, so that a setting that is added later leaves earlier runs their names.
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
+        text = json.dumps(given, sort_keys=True)
+        plan = "".join(letter if letter.isalnum() or letter == "." else "-" for letter in self.plan).strip("-")
+        plan = "-".join(part for part in plan.split("-") if part)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+        return f"{self.dataset}_{self.method}_{plan}_{self.budget:g}M_seed{self.seed}_{digest}"
+
+
+def parse_plan(text: str) -> str | Strategy | Schedule:
+    """What ``Settings.plan`` says, as ``compress`` takes it.
+
+    Raises:
+        ValueError: it is none of the forms that a plan may have.
+    """
+    if text == "none":
+        return Strategy()
+    if ":" in text:
+        stages = (stage.partition(":") for stage in text.split(";"))
+        try:
+            return Stepwise({float(begin): Strategy.parse(what.strip()) for begin, _, what in stages})
+        except ValueError as error:
+            raise ValueError(f"plan must read like '0: drop 0.5, patch 8; 0.9: base', got {text!r}: {error}") from None
+    if text.split()[:1] in (["drop"], ["patch"], ["base"]):
+        return Strategy.parse(text)
+    return text
+
+
+class Training:
+    """A run, and all that a checkpoint keeps of it."""
+
+    def __init__(self, settings: Settings, images: Images, device: torch.device) -> None:
+        torch.manual_seed(settings.seed)
+        self.settings, self.images, self.device = settings, images, device
+        encoder = VisionTransformer(
+            img_size=settings.image_size,
+            patch_size=settings.patch_size,
+            embed_dim=settings.width,
+            depth=settings.depth,
+            num_heads=settings.heads,
+            num_classes=0,
+            dynamic_img_size=True,  # DINO's local views are smaller
+        )
+        flops = {}  # of one view, counted before anything is compressed
+        sizes = Sizes(settings.hidden, settings.out, settings.prototypes)
+        method: Method = METHODS[settings.method](encoder, sizes)
+        self.recipe = method.views(settings.image_size, settings.crop)
+        for size in {view.size for view in self.recipe}:
+            flops[size] = _flops(encoder, size)
+        self.method = method.to(device).train()
+        self.views_cost = [3 * flops[view.size] / flops[settings.image_size] for view in self.recipe]
+
+        # The user's line, and what follows the schedule.
+        seqcompress.compress(method.backbone, parse_plan(settings.plan), teacher=method.backbone_momentum)
+        encoders = [method.backbone, *([] if method.backbone_momentum is None else [method.backbone_momentum])]
+        self.total_steps = self._steps_for_budget()
+        self.sequence_scheduler = SequenceScheduler(encoders, total_steps=self.total_steps)
+        self.budget = Budget(encoders)
+
+        trained = [parameter for parameter in method.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
+                {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+            ],
+            lr=settings.lr,
+            betas=(0.9, 0.95),
+            fused=device.type == "cuda",
+        )
+        self.lr_scheduler = CosineWarmupScheduler(
+            self.optimizer, warmup_epochs=round(settings.warmup * self.total_steps), max_epochs=self.total_steps
+        )
+        self.steps_done = 0
+        self.seconds = {"wall": 0.0, "cpu": 0.0, "views": 0.0}
+        self.curve: list[dict[str, float]] = []
+        self.loss = torch.tensor(math.nan)
+        self._order: tuple[int, torch.Tensor] | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches only."""
+        return len(self.images) // self.settings.batch
+
+    def computed_units(self, schedule: Schedule, steps: int) -> float:
+        """Units of the whole run by arithmetic: 3 for each of the student's views and 1 for each of the teacher's."""
+        backbone, size = self.method.backbone, self.settings.image_size
+        counts: dict[Strategy, int] = {}
+        for step in range(steps):
+            strategy = schedule(step / steps)
+            counts[strategy] = counts.get(strategy, 0) + 1
+        units = 0.0
+        for strategy, count in counts.items():
+            teacher = seqcompress.relative_cost(backbone, strategy.without_dropout(), size)
+            spent = self.method.teacher_views * teacher
+            for view, cost in zip(self.recipe, self.views_cost, strict=True):
+                spent += cost * seqcompress.relative_cost(backbone, strategy, view.size)
+            units += count * self.settings.batch * spent
+        return units
+
+    def _steps_for_budget(self) -> int:
+        planned = copy.deepcopy(
+            self.method.backbone
+        )  # an encoder is driven by one scheduler, whose length is not known
+        schedule = SequenceScheduler(planned, total_steps=1).schedule
+        a_thousand = self.computed_units(schedule, 1000) / 1000
+        return max(2, round(self.settings.budget * 1e6 / a_thousand))
+
+    def step(self) -> None:
+        """One step of training, as a user would write it."""
+        began, began_cpu = time.perf_counter(), time.process_time()
+        views = self._views()
+        if self.device.type == "cpu":
+            self.seconds["views"] += time.process_time() - began_cpu
+        progress = self.steps_done / self.total_steps
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"):
+            loss = self.method.loss(views, progress)
+        loss.backward()
+        self.method.after_backward(progress)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.lr_scheduler.step()
+        self.method.update_teacher(cosine_schedule(self.steps_done, self.total_steps, self.settings.momentum, 1.0))
+        self.sequence_scheduler.step()
+        self.steps_done += 1
+        self.loss = loss.detach()
+        if self.steps_done % 50 == 0 and not math.isfinite(self.loss):  # reading it makes a GPU wait
+            raise RuntimeError(f"the loss is {self.loss.item()} after {self.steps_done} steps: try a smaller --lr")
+        self.seconds["wall"] += time.perf_counter() - began
+        self.seconds["cpu"] += time.process_time() - began_cpu
+
+    def _views(self) -> list[torch.Tensor]:
+        epoch, batch = divmod(self.steps_done, self.steps_per_epoch)
+        if self._order is None or self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(1_000_003 * self.settings.seed + epoch)
+            self._order = epoch, torch.randperm(len(self.images), generator=generator)
+        chosen = self._order[1][batch * self.settings.batch :][: self.settings.batch]
+        pixels = self.images.pixels[chosen.to(self.images.pixels.device)]
+        generator = torch.Generator(self.device).manual_seed(1_000_003 * self.settings.seed + self.steps_done)
+        return [view(pixels, generator) for view in self.recipe]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on."""
+        return {
+            "settings": dataclasses.asdict(self.settings),
+            "method": self.method.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "sequence_scheduler": self.sequence_scheduler.state_dict(),
+            "budget": self.budget.state_dict(),
+            "steps_done": self.steps_done,
+            "seconds": self.seconds,
+            "curve": self.curve,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint of the same run."""
+        if state["settings"] != dataclasses.asdict(self.settings):
+            raise ValueError("checkpoint is of a run with other settings")
+        self.method.load_state_dict(state["method"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        self.sequence_scheduler.load_state_dict(state["sequence_scheduler"])
+        self.budget.load_state_dict(state["budget"])
+        self.steps_done, self.seconds, self.curve = state["steps_done"], dict(state["seconds"]), list(state["curve"])
+
+
+class Judge:
+    """k-NN and a linear probe, scikit-learn's, on frozen features of full views."""
+
+    def __init__(self, bank: Images, judged: Images) -> None:
+        self.bank, self.judged = bank, judged
+
+    def knn(self, encoder: nn.Module, most: int | None = None) -> float:
+        """Accuracy of the label that most of the 20 nearest have, by cosine of standardized features."""
+        classifier = KNeighborsClassifier(20, metric="cosine", weights="distance", algorithm="brute")
+        return self._accuracy(classifier, encoder, most)
+
+    def both(self, encoder: nn.Module) -> dict[str, float]:
+        """Accuracies of k-NN and of logistic regression."""
+        bank, judged = self._features(encoder, self.bank), self._features(encoder, self.judged)
+        nearest = KNeighborsClassifier(20, metric="cosine", weights="distance", algorithm="brute")
+        probe = LogisticRegression(C=0.1, max_iter=1000)
+        return {
+            name: _fitted_accuracy(classifier, bank, self.bank, judged, self.judged)
+            for name, classifier in (("knn", nearest), ("linear", probe))
+        }
+
+    def _accuracy(self, classifier: Any, encoder: nn.Module, most: int | None) -> float:
+        bank, judged = (images if most is None else images.part(0, most) for images in (self.bank, self.judged))
+        return _fitted_accuracy(
+            classifier, self._features(encoder, bank), bank, self._features(encoder, judged), judged
+        )
+
+    @torch.no_grad()
+    def _features(self, encoder: nn.Module, images: Images) -> np.ndarray:
+        training, device = encoder.training, next(encoder.parameters()).device
+        encoder.eval()  # full sequences: eval mode is never compressed
+        features = [encoder(as_input(batch.to(device))).float().cpu() for batch in images.pixels.split(250)]
+        encoder.train(training)
+        return torch.cat(features).numpy()
+
+
+def _fitted_accuracy(classifier: Any, bank: np.ndarray, known: Images, judged: np.ndarray, asked: Images) -> float:
+    classifier = make_pipeline(StandardScaler(), classifier).fit(bank, known.labels.numpy())
+    return float(classifier.score(judged, asked.labels.numpy()))
+
+
+def run(
+    settings: Settings,
+    data: Path,
+    output: Path = RESULTS,
+    checkpoints: Path = CHECKPOINTS,
+    *,
+    device: str | None = None,
+    minutes: float = math.inf,
+    save_every: float = 60.0,
+    points: int = 5,
+) -> Path | None:
+    """Do a run, or what is left of it.
+
+    Args:
+        settings: of the run.
+        data: folder with ``train`` and ``test`` or ``val``.
+        output: folder for the JSON file.
+        checkpoints: folder for what an interrupted run goes on from; it is deleted once the run is done.
+        device: as torch names it; ``None`` for a GPU if there is one.
+        minutes: save and stop after this time.
+        save_every: seconds between checkpoints.
+        points: number of points of the curve.
+
+    Returns:
+        The JSON file, or ``None`` if the time was up before.
+    """
+    result, checkpoint = output / f"{settings.name}.json", checkpoints / f"{settings.name}.pt"
+    if result.is_file():
+        return result
+    until = time.monotonic() + 60 * minutes
+    on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    train, held_out, judged = _data(settings, data, checkpoints)
+    training = Training(settings, train.to(on), on)
+    if checkpoint.is_file():
+        training.load_state_dict(torch.load(checkpoint, map_location=on, weights_only=True))
+        print(f"{settings.name}: goes on after {training.steps_done} steps", flush=True)
+    along_the_way = Judge(train, held_out)
+    marks = {round(training.total_steps * number / points) for number in range(1, points + 1)}
+    saved = time.monotonic()
+    while training.steps_done < training.total_steps:
+        with _waited_for(on, training.seconds, training.steps_done):
+            training.step()
+        if training.steps_done in marks:
+            training.curve.append(_point(training, along_the_way))
+            print(f"{settings.name}: {_told(training)}", flush=True)
+        now = time.monotonic()
+        if now > until or now - saved > save_every or training.steps_done == training.total_steps:
+            _save(training.state_dict(), checkpoint)
+            saved = now
+        if now > until and training.steps_done < training.total_steps:
+            print(f"{settings.name}: stopped after {training.steps_done} of {training.total_steps} steps", flush=True)
+            return None
+    _write(_report(training, Judge(train, judged).both(training.method.backbone), len(judged)), result)
+    checkpoint.unlink(missing_ok=True)
+    print(f"{settings.name}: {json.loads(result.read_text())['accuracy']}", flush=True)
+    return result
+
+
+def _data(settings: Settings, data: Path, cache: Path) -> tuple[Images, Images, Images]:
+    """Images to train on, training images held out for the curve, and images to judge on at the end."""
+    held_out = max(1, settings.images // 5)
+    everything = load_images(data / "train", settings.image_size, _at_most(data, settings.images + held_out), cache)
+    train = everything.part(0, settings.images)
+    held_out_images = everything.part(settings.images, len(everything))
+    if settings.judged_on == "held-out":
+        if not len(held_out_images):
+            raise ValueError(f"images must leave some to be held out, got {settings.images}")
+        return train, held_out_images, held_out_images
+    folder = next((data / name for name in ("test", "val") if (data / name).is_dir()), None)
+    if folder is None:
+        raise ValueError(f"data must be a folder with 'train' and 'test' or 'val', got {data}")
+    number = settings.judged_images or _count(folder)
+    test = load_images(folder, settings.image_size, number, cache)
+    return train, held_out_images if len(held_out_images) else train.part(0, held_out), test
+
+
+def _at_most(data: Path, number: int) -> int:
+    if not (data / "train").is_dir():
+        raise ValueError(f"data must be a folder with 'train' and 'test' or 'val', got {data}")
+    return min(number, _count(data / "train"))
+
+
+def _count(folder: Path) -> int:
+    return sum(1 for path in folder.glob("*/*") if path.is_file())
+
+
+@contextmanager
+def _waited_for(device: torch.device, seconds: dict[str, float], step: int) -> Iterator[None]:
+    """On a GPU, which works while the clock is read, wait now and then for what it still has to do."""
+    yield
+    if device.type == "cuda" and step % 10 == 9:
+        began = time.perf_counter()
+        torch.cuda.synchronize()
+        seconds["wall"] += time.perf_counter() - began
+
+
+def _point(training: Training, judge: Judge) -> dict[str, float]:
+    if training.device.type == "cuda":
+        torch.cuda.synchronize()
+    return {
+        "step": training.steps_done,
+        "units": round(training.budget.units),
+        "wall": round(training.seconds["wall"], 2),
+        "cpu": round(training.seconds["cpu"], 2),
+        "loss": round(training.loss.item(), 5),
+        "knn": judge.knn(training.method.backbone, 1000),
+    }
+
+
+def _told(training: Training) -> str:
+    point = training.curve[-1]
+    share = training.steps_done / training.total_steps
+    return (
+        f"{share:4.0%}, {point['units'] / 1e6:.3f} M, {point['wall']:.0f} s ({point['cpu']:.0f} s of CPU), "
+        f"{training.sequence_scheduler.strategy}, loss {point['loss']:.3f}, k-NN {point['knn']:.3f}"
+    )
+
+
+def _report(training: Training, accuracy: dict[str, float], judged: int) -> dict[str, Any]:
+    schedule = training.sequence_scheduler.schedule
+    settings = training.settings
+    packages = ("torch", "torchvision", "timm", "lightly", "scikit-learn")
+    versions = {package: importlib.metadata.version(package) for package in packages}
+    return {
+        "settings": dataclasses.asdict(settings),
+        "schedule": json.loads(schedule.to_json()),
+        "steps": training.total_steps,
+        "epochs": round(training.total_steps / training.steps_per_epoch, 3),
+        "units": round(training.budget.units),
+        "units_computed": round(training.computed_units(schedule, training.total_steps)),
+        "seconds": {name: round(value, 1) for name, value in training.seconds.items()},
+        "accuracy": {name: round(value, 5) for name, value in accuracy.items()},
+        "judged_images": judged,
+        "curve": training.curve,
+        "device": training.device.type,
+        "hardware": _hardware(training.device),
+        "threads": torch.get_num_threads(),
+        "versions": {"seqcompress": seqcompress.__version__, "python": platform.python_version(), **versions},
+    }
+
+
+def _hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def _save(state: dict[str, Any], path: Path) -> None:
+    """All of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".part")
+    torch.save(state, unfinished)
+    unfinished.replace(path)
+
+
+def _write(report: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(json.dumps(report, indent=1) + "\n")
+    unfinished.replace(path)
+
+
+def _flops(encoder: nn.Module, size: int) -> int:
+    """Of one view's forward through the plain encoder; without data, where attention is counted on any device."""
+    without_data = copy.deepcopy(encoder).to("meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        without_data(torch.zeros(1, 3, size, size, device="meta"))
+    return counter.get_total_flops()
+
+
+def _check(holds: bool, name: str, value: object, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} must be {expected}, got {value!r}")
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """An option for each setting."""
+    told = dict(part.split(": ", 1) for part in _attributes(Settings.__doc__ or ""))
+    for field in dataclasses.fields(Settings):
+        kind = {"int": int, "float": float, "str": str, "int | None": int}[str(field.type)]
+        told_of = told[field.name].replace("%", "%%")
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}", type=kind, default=field.default, help=f"{told_of} (%(default)s)"
+        )
+
+
+def _attributes(docstring: str) -> list[str]:
+    lines = docstring.partition("Attributes:\n")[2].rstrip().splitlines()
+    parts: list[str] = []
+    for line in lines:
+        if line.startswith(" " * 12):
+            parts[-1] += " " + line.strip()
+        else:
+            parts.append(line.strip())
+    return parts
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder with train and test (or val)")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the JSON file")
+    parser.add_argument("--checkpoints", type=Path, default=CHECKPOINTS, help="folder for checkpoints (%(default)s)")
+    parser.add_argument("--device", help="cuda or cpu; a GPU if there is one")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="save and stop after this time")
+    add_settings(parser)
+    options = vars(parser.parse_args(arguments))
+    places = {name: options.pop(name) for name in ("data", "output", "checkpoints", "device", "minutes")}
+    try:
+        settings = Settings(**options)
+        done = run(settings, places.pop("data"), places.pop("output"), places.pop("checkpoints"), **places)
+    except ValueError as error:
+        parser.error(str(error))
+    return 0 if done else UNFINISHED
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.exit(main())

@@ -1,0 +1,222 @@
+"""The runs that the claim rests on, in order of worth. Does those that are missing; the same command goes on.
+
+python benchmarks/time_to_accuracy/suite.py cpu --data DIR            # CIFAR-10
+python benchmarks/time_to_accuracy/suite.py gpu --data DIR --minutes 9    # Imagenette at 224 px, a part at a time
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from run import CHECKPOINTS, RESULTS, UNFINISHED, Settings
+
+RUN = Path(__file__).with_name("run.py")
+
+# The plain method's settings, tuned on training images that are held out (results/time_to_accuracy/tuning).
+CIFAR = Settings(lr=1e-3, batch=64, momentum=0.95)
+IMAGENETTE = Settings(  # the recipe of stable-pretraining's table, which the plain run is to be compared with
+    dataset="imagenette",
+    images=9469,
+    image_size=224,
+    patch_size=16,
+    depth=12,
+    width=384,
+    heads=6,
+    batch=256,
+    lr=1.5e-4,
+    weight_decay=0.1,
+    crop=0.2,
+    hidden=4096,
+    out=256,
+    prototypes=16384,
+    precision="bfloat16",
+)
+
+HALVES = "0: drop 0.5, patch {0}; 0.9: base"  # short from the start, and a full-length end
+PLANS = (
+    "drop 0.5",
+    "0: drop 0.5; 0.9: base",
+    "patch {0}",
+    "0: patch {0}; 0.9: base",
+    HALVES,
+    "0: drop 0.75; 0.9: base",
+)
+PEERS = ("0: patch {0}; 0.75: base", "0: patch {1}; 0.34: patch {0}; 0.67: base")  # FastDINOv2, progressive resizing
+
+
+def cpu() -> Iterator[Settings]:
+    """CIFAR-10, 10,000 images of 32 px, a ViT of 4 blocks x 64 with 64 tokens."""
+    plans = ["default", *_for_patch(CIFAR, (*PLANS, *PEERS))]
+    for plan, budget in (("none", 0.1), ("default", 0.05), ("default", 0.1), ("none", 0.05), ("default", 0.025)):
+        yield replace(CIFAR, plan=plan, budget=budget)
+    yield from _lengths(CIFAR, ("none", "default"), (0.2, 0.4))
+    yield replace(CIFAR, plan=HALVES.format(2 * CIFAR.patch_size), budget=0.2)
+    yield from _lengths(CIFAR, ("none", "default"), (0.8, 1.6))
+    for method in ("simclr", "dino"):
+        yield from _lengths(replace(CIFAR, method=method), ("none", "default"), (0.2, 0.4, 0.8))
+    yield from _lengths(CIFAR, plans[1:], (0.4,))
+    for seed in (1, 2):
+        yield from _lengths(replace(CIFAR, seed=seed), ("none", "default"), (0.1, 0.2, 0.4, 0.8, 1.6))
+    yield from _lengths(CIFAR, plans[1:], (0.2, 0.8))
+    yield from _lengths(CIFAR, ("none", "default"), (3.2,))
+    for seed in (1, 2):
+        yield from _lengths(replace(CIFAR, seed=seed), plans[1:], (0.2, 0.4, 0.8))
+
+
+def gpu() -> Iterator[Settings]:
+    """Imagenette, 9,469 photographs of 224 px, ViT-S/16, bfloat16. The yardstick's 200 epochs are 15.2 M."""
+    for plan, budget in (("none", 3.0), ("default", 1.5), ("default", 1.0), ("default", 0.75)):
+        yield replace(IMAGENETTE, plan=plan, budget=budget)
+    yield from _lengths(IMAGENETTE, ("none", "default"), (1.5, 3.0, 6.0))
+    for method in ("simclr", "dino"):
+        yield from _lengths(replace(IMAGENETTE, method=method), ("none", "default"), (0.75, 1.5, 3.0))
+    for seed in (1, 2):
+        yield from _lengths(replace(IMAGENETTE, seed=seed), ("none", "default"), (0.75, 1.5, 3.0, 6.0))
+    yield from _lengths(IMAGENETTE, _for_patch(IMAGENETTE, (*PLANS, *PEERS)), (1.5, 3.0))
+    yield from _lengths(IMAGENETTE, ("none", "default"), (15.2,))
+
+
+SUITES = {"cpu": cpu, "gpu": gpu}
+
+
+def unique(rows: Iterable[Settings]) -> list[Settings]:
+    """Each run once, where it comes first."""
+    return list(dict.fromkeys(rows))
+
+
+def smoke(row: Settings) -> Settings:
+    """The same run at a size that takes a second, to find what is wrong with the command."""
+    small = replace(
+        row, dataset=f"smoke-{row.dataset}", images=32, batch=8, judged_images=20, depth=1, width=32, heads=2
+    )
+    side = 4 * row.patch_size
+    return replace(small, image_size=side, hidden=32, out=16, prototypes=64, budget=0.004 * min(1.0, row.budget))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command."""
+    options = _parser().parse_args(arguments)
+    rows = unique(SUITES[options.suite]())
+    rows = [row for row in rows if all(word in row.name for word in options.only)]
+    with tempfile.TemporaryDirectory() as scratch:
+        if options.smoke:
+            rows = unique(smoke(row) for row in rows)
+            options.output, options.checkpoints = Path(scratch) / "results", Path(scratch) / "checkpoints"
+        missing = [row for row in rows if not (options.output / f"{row.name}.json").is_file()]
+        print(f"{len(rows)} runs, {len(missing)} missing", flush=True)
+        if options.list:
+            for row in rows:
+                print("missing" if row in missing else "   done", row.name)
+            return 0
+        return _do(missing, options)
+
+
+def _do(missing: list[Settings], options: argparse.Namespace) -> int:
+    """Run what is missing, ``--jobs`` at a time, until ``--minutes`` are over."""
+    until = time.monotonic() + 60 * options.minutes
+    waiting: queue.Queue[Settings] = queue.Queue()
+    for row in missing:
+        waiting.put(row)
+    failed: list[str] = []
+    running: set[subprocess.Popen[bytes]] = set()
+
+    def work(number: int) -> None:
+        while (left := (until - time.monotonic()) / 60) > 0:
+            try:
+                row = waiting.get_nowait()
+            except queue.Empty:
+                return
+            command = [sys.executable, str(RUN), *_options(row), "--data", str(options.data)]
+            command += ["--output", str(options.output), "--checkpoints", str(options.checkpoints)]
+            if math.isfinite(left):
+                command += ["--minutes", str(left)]
+            process = subprocess.Popen(command, env=_environment(number))
+            running.add(process)
+            status = process.wait()
+            running.discard(process)
+            if status not in (0, UNFINISHED):
+                failed.append(row.name)
+                print(f"{row.name}: failed with status {status}; going on with the next", flush=True)
+
+    def stop(*_: object) -> None:
+        for process in running:
+            process.terminate()
+        sys.exit(1)
+
+    before = signal.signal(signal.SIGTERM, stop)  # no run goes on by itself when the suite is ended
+    workers = [threading.Thread(target=work, args=(number,), daemon=True) for number in range(options.jobs)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        while worker.is_alive():
+            worker.join(0.5)
+    signal.signal(signal.SIGTERM, before)
+    done = sum((options.output / f"{row.name}.json").is_file() for row in missing)
+    print(f"{done} of {len(missing)} done" + (f", failed: {', '.join(failed)}" if failed else ""), flush=True)
+    return 1 if failed else 0
+
+
+def _environment(job: int) -> dict[str, str]:
+    """One thread for each run, and one GPU where there are several."""
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    if "CUDA_VISIBLE_DEVICES" not in os.environ and torch.cuda.device_count() > 1:
+        environment["CUDA_VISIBLE_DEVICES"] = str(job % torch.cuda.device_count())
+    return environment
+
+
+def _options(row: Settings) -> list[str]:
+    """A run's settings as its command takes them."""
+    options = []
+    for field in dataclasses.fields(row):
+        value = getattr(row, field.name)
+        if value != field.default:
+            options += [f"--{field.name.replace('_', '-')}", str(value)]
+    return options
+
+
+def _lengths(row: Settings, plans: Iterable[str], budgets: Iterable[float]) -> Iterator[Settings]:
+    plans = list(plans)
+    for budget in budgets:
+        for plan in plans:
+            yield replace(row, plan=plan, budget=budget)
+
+
+def _for_patch(row: Settings, plans: Iterable[str]) -> list[str]:
+    """Plans with the patch sizes that are two and four times the encoder's own."""
+    return [plan.format(2 * row.patch_size, 4 * row.patch_size) for plan in plans]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").partition("\n")[0],
+        epilog="\n".join(f"{name}: {suite.__doc__}" for name, suite in SUITES.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("suite", choices=SUITES)
+    parser.add_argument("--data", type=Path, required=True, help="folder with train and test (or val), as ImageFolder")
+    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="runs whose name has all of these")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="save and stop after this time")
+    parser.add_argument("--smoke", action="store_true", help="all runs at a size of seconds; nothing is kept")
+    parser.add_argument("--list", action="store_true", help="say what is done and what is missing, and do nothing")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the JSON files")
+    parser.add_argument("--checkpoints", type=Path, default=CHECKPOINTS, help="folder for checkpoints (%(default)s)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,314 @@
+"""The runs that the project's claim rests on: they can be interrupted, cost what they say, and are compared fairly."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+FOLDER = Path(__file__).parent.parent / "benchmarks" / "time_to_accuracy"
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+NAMES = ("images", "methods", "report", "run", "suite")
+
+
+@pytest.fixture(scope="module")
+def evidence() -> Iterator[SimpleNamespace]:
+    """The modules of the benchmark, which lie beside each other and are no package."""
+    others = {name: sys.modules.pop(name) for name in NAMES if name in sys.modules}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(FOLDER)
+        yield SimpleNamespace(**{name: import_module(name) for name in NAMES})
+    for name in NAMES:
+        sys.modules.pop(name, None)
+    sys.modules.update(others)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes that differ in colour, as folders of images."""
+    folder = tmp_path_factory.mktemp("data")
+    noise = np.random.default_rng(0)
+    for part, number in (("train", 30), ("test", 20)):
+        for label, channel in (("red", 0), ("blue", 2)):
+            (folder / part / label).mkdir(parents=True)
+            for image in range(number):
+                pixels = noise.integers(0, 128, (16, 16, 3), dtype=np.uint8)
+                pixels[..., channel] += 100
+                Image.fromarray(pixels).save(folder / part / label / f"{image:03}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small(evidence: SimpleNamespace) -> Any:
+    """Settings of a run of some steps."""
+    return evidence.run.Settings(
+        dataset="colours", images=40, image_size=16, depth=1, width=32, batch=8, hidden=32, out=16, prototypes=32,
+        budget=0.0012, plan="0: drop 0.5, patch 8; 0.5: drop 0.5; 0.9: base",
+    )  # fmt: skip
+
+
+def _without_times(path: Path) -> dict[str, Any]:
+    report = json.loads(path.read_text())
+    report.pop("seconds")
+    for point in report["curve"]:
+        point.pop("wall"), point.pop("cpu")
+    return report
+
+
+def test_a_run_that_is_stopped_again_and_again_ends_as_one_that_is_not(
+    evidence: SimpleNamespace, small: Any, data: Path, tmp_path: Path
+) -> None:
+    short, run = replace(small, budget=0.0004), evidence.run.run
+    whole = run(short, data, tmp_path / "whole", tmp_path / "a", device="cpu")
+    stops = 0
+    while (pieces := run(short, data, tmp_path / "pieces", tmp_path / "b", device="cpu", minutes=0)) is None:
+        assert list((tmp_path / "b").glob("colours*.pt"))
+        stops += 1
+    report = _without_times(whole)
+    assert stops == report["steps"] - 1 > 8
+    assert report == _without_times(pieces)
+    assert len(report["curve"]) == 5
+    assert not list((tmp_path / "b").glob("colours*"))  # no checkpoint is left
+
+
+@pytest.mark.parametrize("method", ["moco", "simclr", "dino"])
+def test_a_run_spends_its_budget_and_counts_what_arithmetic_gives(
+    evidence: SimpleNamespace, small: Any, data: Path, tmp_path: Path, method: str
+) -> None:
+    settings = replace(small, method=method)
+    report = json.loads(evidence.run.run(settings, data, tmp_path, tmp_path / "kept", device="cpu").read_text())
+    assert report["units"] == pytest.approx(report["units_computed"], abs=1)
+    assert report["units"] == pytest.approx(1200, rel=0.5 / report["steps"] * 4)
+    assert report["curve"][-1]["units"] == report["units"]
+
+
+def test_an_image_of_a_plain_run_costs_three_units_a_student_view_and_one_a_teacher_view(
+    evidence: SimpleNamespace, small: Any, data: Path, tmp_path: Path
+) -> None:
+    pixels = evidence.images.load_images(data / "train", 16, 40, tmp_path)
+    for method, expected in (("moco", 8.0), ("simclr", 6.0)):
+        settings = replace(small, method=method, plan="none")
+        training = evidence.run.Training(settings, pixels, torch.device("cpu"))
+        training.step()
+        assert training.budget.units / settings.batch == expected
+
+
+def test_colour_can_be_told_from_the_features_of_a_trained_encoder(
+    evidence: SimpleNamespace, small: Any, data: Path, tmp_path: Path
+) -> None:
+    done = evidence.run.run(small, data, tmp_path, tmp_path / "kept", device="cpu")
+    accuracy = json.loads(done.read_text())["accuracy"]
+    assert accuracy["knn"] > 0.9
+    assert accuracy["linear"] > 0.9
+
+
+def test_images_that_settings_are_tuned_on_are_never_trained_on_nor_tested_on(
+    evidence: SimpleNamespace, small: Any, data: Path, tmp_path: Path
+) -> None:
+    train, held_out, judged = evidence.run._data(replace(small, judged_on="held-out"), data, tmp_path)
+    seen = {image.numpy().tobytes() for image in train.pixels}
+    assert (len(train), len(held_out)) == (40, 8)
+    assert judged is held_out
+    assert not seen & {image.numpy().tobytes() for image in held_out.pixels}
+    assert held_out.labels.bincount().tolist() == [4, 4]
+
+
+def test_views_are_drawn_sample_by_sample_and_again_by_the_same_seed(evidence: SimpleNamespace) -> None:
+    images = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8).expand(64, -1, -1, -1)
+    view = evidence.images.View(32, (0.2, 1.0), blur=0.5, solarize=0.2)
+    first, again, other = (view(images, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    distances = torch.cdist(first.flatten(1), first.flatten(1)) + 1e9 * torch.eye(64)
+    assert distances.min() > 1
+
+
+def test_a_crop_shows_the_share_of_the_image_that_was_asked_for(evidence: SimpleNamespace) -> None:
+    across = torch.arange(32, dtype=torch.float32).expand(3, 32, 32)
+    both = torch.stack([across, across.transpose(1, 2)]).mul(8).to(torch.uint8).repeat_interleave(500, dim=0)
+    draws = evidence.images._Draws(1000, torch.device("cpu"), torch.Generator().manual_seed(0))
+    crops = evidence.images._crop(both, 32, (0.3, 0.5), draws) * 255 / 8  # in pixels of the image
+    width = (crops[:500, 0, 16, -9] - crops[:500, 0, 16, 8]).abs() * 32 / 15
+    height = (crops[500:, 0, -9, 16] - crops[500:, 0, 8, 16]).abs() * 32 / 15
+    assert math.sqrt(0.3 * 3 / 4) * 32 - 0.01 <= width.min() < 17
+    assert math.sqrt(0.5 * 4 / 3) * 32 + 0.01 >= width.max() > 25
+    assert (width * height).mean().item() / 32**2 == pytest.approx(0.4, abs=0.01)
+    assert ((crops[:500, 0, 16, -9] > crops[:500, 0, 16, 8]).float().mean().item()) == pytest.approx(0.5, abs=0.1)
+
+
+def test_colours_change_as_torchvisions_do(evidence: SimpleNamespace) -> None:
+    views = 0.4 + 0.2 * torch.rand(2, 3, 8, 8)  # far from black and white, where cutting off comes in
+    one, none = torch.ones(2), torch.zeros(2)
+    change = evidence.images.recoloured
+    change_of = v2.functional
+    torch.testing.assert_close(change(views, 1.3 * one, one, one, none), change_of.adjust_brightness(views, 1.3))
+    bright, dull = change(views, one, 0.7 * one, one, none), change_of.adjust_contrast(views, 0.7)
+    torch.testing.assert_close(bright, dull, atol=2e-3, rtol=0)
+    gray = change_of.rgb_to_grayscale(views, 3)
+    torch.testing.assert_close(change(views, one, one, none, none), gray, atol=2e-3, rtol=0)
+    turned = change(views, one, one, one, 0.1 * one)
+    torch.testing.assert_close(change_of.rgb_to_grayscale(turned, 3), gray, atol=2e-3, rtol=0)
+    assert (turned - views).abs().max() > 0.02
+    back = change(turned, one, one, one, -0.1 * one)
+    torch.testing.assert_close(back, views)
+
+
+def _run(plan: str, seed: int, units: float, accuracy: float) -> dict[str, Any]:
+    settings = {
+        "dataset": "d", "method": "moco", "plan": plan, "seed": seed, "budget": units / 1e6, "depth": 1, "width": 2,
+        "patch_size": 4, "image_size": 32, "precision": "float32", "lr": 1e-3, "weight_decay": 0.1, "momentum": 0.99,
+        "crop": 0.2,
+    }  # fmt: skip
+    return {
+        "settings": settings, "units": units,
+        "seconds": {"wall": 9.0, "cpu": units / 500 if plan == "none" else units / 250},
+        "accuracy": {"knn": accuracy, "linear": accuracy}, "hardware": "h", "device": "cpu", "threads": 1,
+        "steps": 10, "epochs": 1.0,
+    }  # fmt: skip
+
+
+def test_a_curve_that_is_moved_by_four_is_a_speed_up_of_four(evidence: SimpleNamespace) -> None:
+    lengths = [1e5, 2e5, 4e5, 8e5]
+    runs = [
+        _run(plan, seed, units, 0.1 * math.log(units * factor))
+        for plan, factors in (("none", (1, 1)), ("default", (4, 2)))
+        for seed, factor in enumerate(factors)
+        for units in lengths
+    ]
+    row, _ = evidence.report.summary(runs)
+    assert row["speedup_units"] == pytest.approx(3.0)
+    assert row["interval"] == pytest.approx([2.0, 4.0])
+    assert row["speedup_wall"] == pytest.approx(1.5)  # a unit takes twice as long there
+    assert row["seeds"] == [0, 1]
+    assert row["accuracy"] == pytest.approx(0.1 * math.log(8e5), abs=1e-4)
+
+
+def test_nothing_is_read_outside_the_points(evidence: SimpleNamespace) -> None:
+    point = evidence.report.Point
+    low = [point(units, units, {"knn": value}) for units, value in ((1, 0.1), (2, 0.2))]
+    high = [point(units, units, {"knn": value}) for units, value in ((1, 0.3), (2, 0.4))]
+    assert evidence.report.speedup(low, high, "knn") is None
+    assert evidence.report.speedup(low, low[:1], "knn") is None
+    between = [point(units, units, {"knn": value}) for units, value in ((1, 0.15), (4, 0.4))]
+    found = evidence.report.speedup(low, between, "knn")
+    assert found.accuracy == 0.2
+    assert found.units == pytest.approx(2 / 4 ** (0.05 / 0.25))
+
+
+def test_curves_without_a_common_accuracy_are_told_instead_of_a_ratio(evidence: SimpleNamespace) -> None:
+    runs = [
+        _run(plan, 0, units, low + 1e-7 * units)
+        for plan, low in (("none", 0.1), ("default", 0.3))
+        for units in (1e5, 2e5)
+    ]
+    knn, _ = evidence.report.unread(runs)
+    assert evidence.report.summary(runs) == []
+    assert knn.endswith("(plain 11.0 to 12.0, default 31.0 to 32.0).")
+
+
+def test_runs_with_another_learning_rate_are_not_compared(evidence: SimpleNamespace) -> None:
+    runs = [_run(plan, 0, units, 0.1 * math.log(units)) for plan in ("none", "default") for units in (1e5, 2e5)]
+    assert len(evidence.report.summary(runs)) == 2
+    for run in runs[2:]:
+        run["settings"]["lr"] = 2e-3
+    assert evidence.report.summary(runs) == []
+
+
+def test_the_tables_of_the_page_are_those_of_the_runs(evidence: SimpleNamespace, tmp_path: Path) -> None:
+    report = evidence.report
+    runs = report.load(report.RESULTS)
+    page = tmp_path / "page.md"
+    page.write_text(report.PAGE.read_text())
+    tables = report.tables(runs, report.load(report.RESULTS / "tuning"))
+    report.fill(page, tables)
+    assert page.read_text() == report.PAGE.read_text()
+    assert all(table in page.read_text() for table in tables.values())
+    assert json.loads((report.RESULTS / "summary.json").read_text()) == report.summary(runs)
+
+
+def test_every_comparison_has_its_figure(evidence: SimpleNamespace, tmp_path: Path) -> None:
+    runs = [
+        _run(plan, seed, units, 0.07 * math.log(units) + seed / 300)
+        for plan in ("none", "default")
+        for seed in range(3)
+        for units in (1e5, 2e5)
+    ]
+    (figure,) = evidence.report.figures(runs, tmp_path)
+    with Image.open(figure) as picture:
+        assert picture.size == (990, 715)
+
+
+def test_every_run_of_a_suite_is_one_run_whose_command_says_all_about_it(evidence: SimpleNamespace) -> None:
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    evidence.run.add_settings(parser)
+    for suite in evidence.suite.SUITES.values():
+        rows = evidence.suite.unique(suite())
+        assert len(rows) > 40
+        assert len({row.name for row in rows}) == len(rows)
+        for row in rows:
+            assert evidence.run.Settings(**vars(parser.parse_args(evidence.suite._options(row)))) == row
+
+
+def test_a_suite_knows_what_is_done_and_what_is_missing(
+    evidence: SimpleNamespace, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["cpu", "--data", str(data), "--output", str(tmp_path), "--only", "simclr_none_", "seed0"]
+    rows = [row for row in evidence.suite.unique(evidence.suite.cpu()) if "simclr_none" in row.name]
+    for row in rows[:2]:
+        (tmp_path / f"{row.name}.json").write_text("{}")
+    assert evidence.suite.main([*command, "--list"]) == 0
+    told = ["   done", "   done", "missing"]
+    assert capsys.readouterr().out.splitlines() == [
+        "3 runs, 1 missing", *(f"{state} {row.name}" for state, row in zip(told, rows, strict=True))
+    ]  # fmt: skip
+    for row in rows[2:]:
+        (tmp_path / f"{row.name}.json").write_text("{}")
+    assert evidence.suite.main(command) == 0
+    assert capsys.readouterr().out.splitlines() == ["3 runs, 0 missing", "0 of 0 done"]
+
+
+@pytest.mark.parametrize(("suite", "word"), [("cpu", "dino_default_0.2M"), ("gpu", "moco_default_0.75M_seed0")])
+def test_a_suite_is_tried_at_a_size_of_seconds(data: Path, suite: str, word: str) -> None:
+    command = [sys.executable, FOLDER / "suite.py", suite, "--data", data, "--smoke", "--only", word]
+    done = subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "1 of 1 done"
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"method": "byol"}, "method must be one of moco, simclr, dino, got 'byol'"),
+        ({"budget": -1.0}, "budget must be a number of millions of units above 0, got -1.0"),
+        ({"batch": 50}, "batch must be at least 2 and at most as many as images, got 50"),
+        ({"plan": "0: drop 2"}, "plan must read like '0: drop 0.5, patch 8; 0.9: base', got '0: drop 2'"),
+    ],
+)
+def test_a_bad_setting_is_named(small: Any, setting: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(small, **setting)
+
+
+def test_a_setting_that_is_added_later_leaves_earlier_runs_their_names(evidence: SimpleNamespace, small: Any) -> None:
+    extended = dataclasses.make_dataclass("Extended", [("new", int, 1)], bases=(evidence.run.Settings,), frozen=True)(
+        **dataclasses.asdict(small)
+    )
+    assert extended.name == small.name
+    assert replace(extended, new=2).name != small.name
