@@ -20,7 +20,7 @@ from seqcompress.compressors.token_dropout import first_rows, gather_patches, ra
 CPU = torch.device("cpu")
 # What reads a tensor's value on the host, and so would wait for a GPU.
 WAITING = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select", "equal", "unique", "index.Tensor")
-STRATEGIES = [Strategy(0.5), Strategy(0.0, 16), Strategy(0.5, 16), Strategy(0.5, 4), Strategy(0.3, 5)]
+STRATEGIES = [Strategy(0.5), Strategy(0.0, 16), Strategy(0.5, 16), Strategy(0.5, 12), Strategy(0.3, 10)]
 
 
 class Recorder(TorchDispatchMode):
@@ -189,7 +189,7 @@ def test_gradient_checkpointing_finds_its_subset_without_a_step(use_reentrant: b
 # Views in channels-last format, as solo-learn makes them
 
 
-@pytest.mark.parametrize("strategy", [*STRATEGIES, Strategy(0.5, 7)], ids=str)
+@pytest.mark.parametrize("strategy", [*STRATEGIES, Strategy(0.5, 11)], ids=str)
 def test_views_in_channels_last_format_give_the_same_tokens(
     strategy: Strategy, tiny_vit: Any, first_tokens: Any, gradients: Any
 ) -> None:

@@ -485,13 +485,6 @@ def test_a_copy_of_the_model_takes_small_views_and_drives_no_loader(
     assert first_tokens(other, small).shape[1] == 1 + 16
 
 
-def test_smaller_patches_than_the_models_own_leave_the_views_alone(tiny_vit: Any, first_tokens: Any) -> None:
-    vit = compress(tiny_vit(), Strategy(patch_size=4)).train()
-    views = next(iter(scale_views(loader_of(crop_to(32)), vit)))[0]
-    assert views.shape[-1] == 32
-    assert first_tokens(vit, views).shape[1] == 1 + 64
-
-
 class _UnknownCrop:
     def __call__(self, image: Any) -> Tensor:
         return F.interpolate(v1.functional.to_tensor(image)[None], size=(32, 32))[0]
