@@ -164,6 +164,7 @@ def undisturbed(encoder: Any, embed: CompressedPatchEmbed | None = None) -> Iter
     hooks = [(module, name, vars(module)[name]) for module in modules for name in names]
     device = next(encoder.parameters()).device
     devices = [device] if device.type == "cuda" else []
+    counted = None if embed is None else embed.tally.copy()
     autocast = torch.autocast(device.type, enabled=False) if device.type != "meta" else nullcontext()
     try:
         for module, name, registered in hooks:
@@ -179,5 +180,7 @@ def undisturbed(encoder: Any, embed: CompressedPatchEmbed | None = None) -> Iter
             vars(module)[name] = registered
         for module, training in modes:
             vars(module)["training"] = training
-        if embed is not None:
+        if embed is not None and counted is not None:
             embed.embed.training = embed.training
+            embed.tally.clear()  # a teacher's forwards count in eval mode, too
+            embed.tally.update(counted)
