@@ -239,6 +239,11 @@ class SequenceCompression:
         """Seed of the random subsets, units spent by all ranks, and how far the run has come. Plain values only."""
         return self._state()
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state until training starts."""
+        if self._fitting:  # not what is tested in between
+            self._loaded, self._resuming = dict(state_dict), True
+
     def _state(self) -> dict[str, Any]:
         if self._readings is None or self._length is None:
             return self._loaded
@@ -370,7 +375,7 @@ class SequenceCompression:
 
         budget = Budget(pl_module)
         if "units" in self._loaded:
-            budget.load_state_dict({"units": self._loaded.get("units", 0.0) / self._ranks})
+            budget.load_state_dict({"units": self._loaded["units"] / self._ranks})
         return budget
 
     def _units_in_millions(self) -> float | None:

@@ -382,8 +382,7 @@ def test_with_scale_views_the_loader_makes_smaller_crops_and_encoders_see_as_man
     make_trainer(max_epochs=5).fit(method, loader, contract.validation_loader())
     assert tokens(method) == twice(DEFAULT)
     assert tokens(method, "momentum_backbone") == twice(DEFAULT_TEACHER)
-    assert method.view_sizes[:1] == [32]  # made before anything drives the plan
-    assert method.view_sizes[1:14] == [16] * 13  # 32 px cut into patches of 16, in the pixels of patches of 8
+    assert method.view_sizes[:14] == [16] * 14  # 32 px cut into patches of 16, in the pixels of patches of 8
     assert method.view_sizes[15:] == [32] * 5
     assert next(iter(loader))[1][0].shape == (4, 3, 32, 32)  # as before, once training is over
 
