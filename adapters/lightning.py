@@ -111,17 +111,23 @@ class SequenceCompression:
         self._said: set[str] = set()
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Leave behind what another module has spent, and have batch sizes tried at the longest sequences."""
+        """Leave another module's state behind; have first views made, or batch sizes tried at the longest sequences."""
         self._fitting = stage == "fit"
         if not self._fitting:
             return
         if self._module is None or self._module() is not pl_module:
             self._module, self._loaded = weakref.ref(pl_module), {}
         self._resuming = False
-        if any(isinstance(callback, self.finders) for callback in trainer.callbacks) and _is_compressed(pl_module):
-            self._tried = self._to_drive(_embeds_by_place(pl_module))
-            for drive in self._tried:
+        if not _is_compressed(pl_module):
+            return
+        drives = self._to_drive(_embeds_by_place(pl_module))
+        if any(isinstance(callback, self.finders) for callback in trainer.callbacks):
+            self._tried = drives
+            for drive in drives:
                 drive.compression.set_by_hand(drive.most_expensive())
+        elif trainer.global_step == 0:
+            for drive in drives:
+                drive.have_views_made(0.0)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Batch sizes have been tried by now."""
@@ -233,6 +239,11 @@ class SequenceCompression:
         """Seed of the random subsets, units spent by all ranks, and how far the run has come. Plain values only."""
         return self._state()
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state until training starts."""
+        if self._fitting:  # not what is tested in between
+            self._loaded, self._resuming = dict(state_dict), True
+
     def _state(self) -> dict[str, Any]:
         if self._readings is None or self._length is None:
             return self._loaded
@@ -244,11 +255,6 @@ class SequenceCompression:
             "progress": self._done,
             "batches": self._length.batches,
         }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state until training starts."""
-        if self._fitting:  # not what is tested in between
-            self._loaded, self._resuming = dict(state_dict), True
 
     def _end_trials(self) -> None:
         for drive in self._tried:
@@ -627,6 +633,10 @@ class _Drive:
             self._step = step
         self.strategy = self.plan.at_step(*place)
         self.use(self.strategy)
+        self.have_views_made(progress, pace)
+
+    def have_views_made(self, progress: float, pace: float = 0.0) -> None:
+        """Have loaders make views for this progress and what comes next; their workers start before training does."""
         views = self.compression.views
         if views is not None and not self.is_constant:
             ahead = [*range(0, views.lookahead, max(1, views.lookahead // 8)), views.lookahead]

@@ -319,13 +319,13 @@ def _proven(family: Family, encoder: nn.Module, name: str) -> bool:
         if embeds
         else family.attach(encoder, Compression(Constant(Strategy())), drops_tokens=True, when="grad")
     )
-    before = embed.blank_per_view
+    before, tally = embed.blank_per_view, embed.tally.copy()
     try:
         for embed.blank_per_view in (False, True):
             if (problem := difference(family, encoder, embed)) is None:
                 return embed.blank_per_view
     finally:
-        embed.blank_per_view = before
+        embed.blank_per_view, embed.tally = before, tally  # a probe is no training
         if attached:
             _detach(embed)
     raise TypeError(
