@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +49,17 @@ def test_views_grow_before_the_schedule_relaxes(make_pair: Any, make_trainer: An
     assert set(sides[16:]) == {32}
 
 
+def _stop_at(trainer: Any, step: int, *_: Any) -> None:
+    trainer.should_stop = trainer.global_step == step
+
+
 def test_a_run_that_goes_on_begins_with_full_views(
     make_pair: Any, make_trainer: Any, loader: Any, tmp_path: Path
 ) -> None:
-    for steps, checkpoint in ((6, None), (32, tmp_path / "last.ckpt")):
+    for stopped_at, checkpoint in ((6, None), (32, tmp_path / "last.ckpt")):
         module = accelerate(make_pair(), Stepwise({0.0: Strategy(0.5, 16), 0.9: Strategy()}))
-        trainer = make_trainer(max_steps=steps, max_epochs=-1)
+        trainer = make_trainer(max_steps=32, max_epochs=-1)
+        module.on_train_batch_end = partial(_stop_at, trainer, stopped_at)
         restarted = DataLoader(loader.dataset, batch_size=2, num_workers=1, persistent_workers=True, prefetch_factor=1)
         sides = note_sides(module.backbone)
         scale_views(restarted, module)
