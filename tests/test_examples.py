@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import importlib.util
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from functools import partial
@@ -16,6 +19,7 @@ import nbformat
 import numpy as np
 import pytest
 from nbclient import NotebookClient
+from PIL import Image
 
 from seqcompress import GradientErrorReport, Strategy
 from seqcompress.schedules import Constant, Schedule, Stepwise
@@ -212,14 +216,47 @@ def test_notebook_shows_a_plain_run_beside_the_accelerated_one(
     assert all(0.1 < accuracy <= 1.0 for accuracy in (*knn, *linear))
 
 
-def test_solo_learn_notebook_runs_the_recipe_plain_and_accelerated(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def solo_learn() -> Path:
+    """The repository of solo-learn, with its scripts and configs."""
     solo = importlib.util.find_spec("solo")
     if solo is None or solo.origin is None:
         pytest.skip("solo-learn is not installed; its repository on PYTHONPATH is enough")
     repository = Path(solo.origin).parent.parent
     if not (repository / "main_pretrain.py").is_file():
         pytest.skip("solo-learn is installed without main_pretrain.py; put its repository on PYTHONPATH")
-    monkeypatch.setenv("SOLO_LEARN", str(repository))
+    return repository
+
+
+def test_the_command_on_the_page_on_solo_learn_trains_on_a_folder_of_images(solo_learn: Path, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    for folder in ("train/cat", "train/dog", "val/cat", "val/dog"):
+        (tmp_path / folder).mkdir(parents=True)
+        for index in range(4):
+            pixels = random.integers(0, 256, (40, 48, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / folder / f"{index}.png")
+
+    page = (EXAMPLES.parent / "docs" / "solo-learn.md").read_text(encoding="utf-8")
+    command = re.findall(r"```sh\n.*?^python3 (main_pretrain.py .*?)```", page, re.DOTALL | re.MULTILINE)[0]
+    arguments = shlex.split(command.replace("\\\n", " ").replace("/path/to/images", str(tmp_path)))
+    small = ["backbone.name=vit_tiny", "optimizer.batch_size=4", "max_epochs=1", "data.num_workers=0"]
+    heads = [f"method_kwargs.{part}=64" for part in ("proj_hidden_dim", "proj_output_dim", "pred_hidden_dim")]
+    here = ["accelerator=cpu", "precision=32", "checkpoint.enabled=false", f"++default_root_dir={tmp_path}"]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", *arguments, *small, *heads, *here, "auto_resume.enabled=false"],
+        env=ONE_THREAD, cwd=solo_learn, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "drop 0.5, patch 32 (25 tokens a view)" in done.stdout
+    with (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").open() as file:
+        budget = [float(row["seqcompress/budget"]) for row in csv.DictReader(file) if row["seqcompress/budget"]]
+    assert 0 < budget[-1] < 0.9 * 8 * 8 / 1e6  # of 8 units for each of 8 images
+
+
+def test_solo_learn_notebook_runs_the_recipe_plain_and_accelerated(
+    solo_learn: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOLO_LEARN", str(solo_learn))
 
     outputs = executed(EXAMPLES / "solo_learn.ipynb", monkeypatch)
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
