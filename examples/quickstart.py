@@ -26,7 +26,7 @@ from tqdm import tqdm
 import seqcompress
 from seqcompress import Budget, PolynomialDecayLR, SequenceScheduler, Strategy, get_strategy, num_tokens
 
-EVALUATIONS = 4
+EVALUATIONS = 2
 
 
 def pretrain(name: str, plan: str | Strategy, data: ImageData, arguments: argparse.Namespace) -> Run:
@@ -95,7 +95,7 @@ def parsed(argv: list[str] | None = None) -> tuple[argparse.Namespace, ImageData
     parser.add_argument(
         "--plan", default="default", help="a preset's name (default, gentle, strong) or a schedule file"
     )
-    parser.add_argument("--epochs", type=_at_least(1), default=8)
+    parser.add_argument("--epochs", type=_at_least(1), default=4)
     parser.add_argument("--batch-size", type=_at_least(2), default=32)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=_at_least(0), default=0)
@@ -149,7 +149,7 @@ def parsed(argv: list[str] | None = None) -> tuple[argparse.Namespace, ImageData
 
 def main() -> None:
     arguments, data = parsed()
-    # A model this small gains nothing from a second thread, and waits for it at every step where cores are busy.
+    # A model this small gains little from a second thread, and waits for it at every step where cores are busy.
     torch.set_num_threads(1)
     print(
         f"{arguments.method} on {len(data.train_images)} images of {data.name}, {arguments.epochs} epochs, "
