@@ -79,8 +79,9 @@ class Report:
         else:
             found = "The accelerated run ended less accurate in k-NN or linear probe: weigh its saving against that."
         return (
-            f"{found} That is one pair of runs with one seed. What equal accuracy costs is read from the ends of "
-            "complete runs of several lengths (--epochs) and seeds (--seed), plain and accelerated."
+            f"{found} That is one pair of runs with one seed, the plain one not tuned. What equal accuracy costs is "
+            "read from the ends of complete runs of several lengths (--epochs) and seeds (--seed), plain and "
+            "accelerated."
         )
 
     def figure(self) -> Figure:
