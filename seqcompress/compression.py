@@ -147,16 +147,12 @@ def get_strategy(model: nn.Module) -> Strategy:
 def set_strategy(model: nn.Module, strategy: Strategy) -> None:
     """Change the strategy, for all encoders that were compressed together, until it is changed again.
 
-    This counts as driving a schedule by hand.
-
     This counts as driving a schedule by hand. Where something else drives, such as a
     [SequenceScheduler][seqcompress.SequenceScheduler], it holds until that one's next step.
 
     Raises:
         TypeError: ``strategy`` is not a Strategy.
         ValueError: the model is not compressed, or the strategy does not suit it.
-        RuntimeError: something drives the encoders already, such as a
-            [SequenceScheduler][seqcompress.SequenceScheduler].
     """
     if not isinstance(strategy, Strategy):
         raise TypeError(f"strategy must be a Strategy, got {strategy!r}")
@@ -319,13 +315,13 @@ def _proven(family: Family, encoder: nn.Module, name: str) -> bool:
         if embeds
         else family.attach(encoder, Compression(Constant(Strategy())), drops_tokens=True, when="grad")
     )
-    before, tally = embed.blank_per_view, embed.tally.copy()
+    before = embed.blank_per_view
     try:
         for embed.blank_per_view in (False, True):
             if (problem := difference(family, encoder, embed)) is None:
                 return embed.blank_per_view
     finally:
-        embed.blank_per_view, embed.tally = before, tally  # a probe is no training
+        embed.blank_per_view = before
         if attached:
             _detach(embed)
     raise TypeError(

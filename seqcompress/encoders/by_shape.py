@@ -20,7 +20,8 @@ from seqcompress.compressors.patch_embed import Compression, Size, When
 from seqcompress.compressors.patch_scaling import grid_size
 from seqcompress.encoders import Family, register
 from seqcompress.encoders.family import Encoder
-from seqcompress.encoders.probe import JoinHook, Reached, call_of, difference, first_tensor, tokens_at, undisturbed
+from seqcompress.encoders.hooks import Hook, hook_in, join_at, leave
+from seqcompress.encoders.probe import Reached, call_of, difference, first_tensor, tokens_at, undisturbed
 from seqcompress.strategy import Strategy
 
 _SIZE_NAMES = ("image_size", "img_size")
@@ -87,25 +88,7 @@ class CompressedProjection(CompressedPatchEmbed):
         return tokens.new_zeros(blanks, tokens.shape[-1], *grid)
 
 
-class _Join(JoinHook):
-    """Forward pre-hook at which embedded patches meet their positions, however the tokens are passed."""
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        self.embed.check_mask(kwargs.get("attn_mask", kwargs.get("attention_mask")))
-        if args and isinstance(args[0], (list, tuple)):
-            if self.embed.training and self.embed.strategy != Strategy():
-                raise ValueError(
-                    "crops must be passed one by one to a compressed encoder that trains, got a "
-                    f"{type(args[0]).__name__} of {len(args[0])} in one forward"
-                )
-            return args, kwargs
-        if args:
-            return (self.embed.join(args[0]), *args[1:]), kwargs
-        name = next(name for name, value in kwargs.items() if isinstance(value, Tensor))
-        return args, {**kwargs, name: self.embed.join(kwargs[name])}
-
-
-class _RefuseMasks(JoinHook):
+class _RefuseMasks(Hook):
     """Forward pre-hook of the whole model: tokens that it masks would be masked among blank ones."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -163,18 +146,18 @@ class ByShape(Family):
         _replace(encoder, layout.projection, embed)
         # The earliest place behind the positions: dropout and norms before the blocks then see the kept patches.
         for number in range(len(places)):
-            _hook(embed, places[number:], encoder)
+            leave(embed)
+            hook_in(encoder, _RefuseMasks(embed))
+            join_at(embed, *places[number:])
             if any(_gives_own_tokens(self, encoder, embed) for embed.blank_per_view in (blank_per_view, True)):
-                return embed
-            _unhook(embed)
-        _hook(embed, places[-1:], encoder)
+                break
         return embed
 
     def detach(self, encoder: Encoder) -> None:
         layout = _layout(encoder)
         embed = None if layout is None else encoder.get_submodule(layout.projection)
         if isinstance(embed, CompressedProjection):
-            _unhook(embed)
+            leave(embed)
             _replace(encoder, layout.projection, embed.embed)  # type: ignore[union-attr]
 
     def first_tokens(self, encoder: Encoder, views: Tensor) -> Tensor:
@@ -316,21 +299,6 @@ _first_calls: WeakKeyDictionary[nn.Module, FirstCall] = WeakKeyDictionary()
 
 def _gives_own_tokens(family: ByShape, encoder: Encoder, embed: CompressedPatchEmbed) -> bool:
     return difference(family, encoder, embed, blocks=False) is None
-
-
-def _hook(embed: CompressedProjection, places: list[nn.Module], encoder: nn.Module) -> None:
-    for place in places:
-        place.register_forward_pre_hook(_Join(embed), prepend=True, with_kwargs=True)
-    encoder.register_forward_pre_hook(_RefuseMasks(embed), prepend=True, with_kwargs=True)
-    embed.places = (*places, encoder)
-
-
-def _unhook(embed: CompressedPatchEmbed) -> None:
-    for place in embed.places:
-        for key in [key for key, hook in place._forward_pre_hooks.items() if isinstance(hook, JoinHook)]:
-            place._forward_pre_hooks.pop(key)
-            place._forward_pre_hooks_with_kwargs.pop(key, None)
-    embed.places = ()
 
 
 def _replace(encoder: nn.Module, path: str, module: nn.Module) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
@@ -12,17 +11,11 @@ from torch import Tensor, nn
 
 from seqcompress.compressors import CompressedPatchEmbed
 from seqcompress.compressors.tables import is_fake
+from seqcompress.encoders.hooks import without_hooks
 
-__all__ = ["JoinHook", "Reached", "call_of", "difference", "first_tensor", "tokens_at", "undisturbed"]
+__all__ = ["Reached", "call_of", "difference", "first_tensor", "tokens_at", "undisturbed"]
 
 _VIEWS = 3  # not as many as the blank views that stand in for them
-
-
-class JoinHook:
-    """A forward pre-hook of ours. An object, not a closure: it can be copied along with the model."""
-
-    def __init__(self, embed: CompressedPatchEmbed) -> None:
-        self.embed = embed
 
 
 class Reached(Exception):  # noqa: N818 - not an error
@@ -160,24 +153,16 @@ def undisturbed(encoder: Any, embed: CompressedPatchEmbed | None = None) -> Iter
     """Run a model without a trace: in eval mode, without gradients, without hooks of others, random states put back."""
     modules = list(encoder.modules())
     modes = [(module, module.training) for module in modules]
-    names = ("_forward_hooks", "_forward_pre_hooks")
-    hooks = [(module, name, vars(module)[name]) for module in modules for name in names]
     device = next(encoder.parameters()).device
     devices = [device] if device.type == "cuda" else []
     counted = None if embed is None else embed.tally.copy()
     autocast = torch.autocast(device.type, enabled=False) if device.type != "meta" else nullcontext()
     try:
-        for module, name, registered in hooks:
-            vars(module)[name] = OrderedDict(
-                (key, hook) for key, hook in registered.items() if isinstance(hook, JoinHook)
-            )
         for module in modules:
             vars(module)["training"] = False
-        with torch.no_grad(), torch.random.fork_rng(devices=devices), autocast:
+        with torch.no_grad(), torch.random.fork_rng(devices=devices), autocast, without_hooks(encoder):
             yield
     finally:
-        for module, name, registered in hooks:
-            vars(module)[name] = registered
         for module, training in modes:
             vars(module)["training"] = training
         if embed is not None and counted is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import timm
 import torch
@@ -16,28 +15,14 @@ from seqcompress.compressors.patch_embed import Compression, When, embeds_patche
 from seqcompress.compressors.patch_scaling import grid_size
 from seqcompress.encoders import Family, register
 from seqcompress.encoders.family import Encoder
-from seqcompress.encoders.probe import JoinHook, tokens_at
+from seqcompress.encoders.hooks import join_at, leave
+from seqcompress.encoders.probe import tokens_at
 from seqcompress.strategy import Strategy
 
 _OLDEST_TIMM = "1.0.26"
 
 if Version(timm.__version__) < Version(_OLDEST_TIMM):
     raise ImportError(f"timm {timm.__version__} is not supported; supported: timm >= {_OLDEST_TIMM}")
-
-
-class _Join(JoinHook):
-    """Forward pre-hook at which embedded patches meet their positions."""
-
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (self.embed.join(args[0]), *args[1:])
-
-
-class _JoinAtBlocks(JoinHook):
-    """The same before the first block, which may be given a mask."""
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        self.embed.check_mask(kwargs.get("attn_mask"))
-        return (self.embed.join(args[0]), *args[1:]), kwargs
 
 
 @register
@@ -92,23 +77,14 @@ class TimmVisionTransformer(Family):
         )
         encoder.patch_embed = embed
         # Models without positions skip pos_drop; hosts that call the parts themselves may skip norm_pre as well.
-        places = (encoder.pos_drop, encoder.norm_pre)
-        for place in places:
-            place.register_forward_pre_hook(_Join(embed), prepend=True)
-        encoder.blocks[0].register_forward_pre_hook(_JoinAtBlocks(embed), prepend=True, with_kwargs=True)
-        embed.places = (*places, encoder.blocks[0])
+        join_at(embed, encoder.pos_drop, encoder.norm_pre, encoder.blocks[0])
         return embed
 
     def detach(self, encoder: Encoder) -> None:
         embed = encoder.patch_embed
-        if not isinstance(embed, CompressedPatchEmbed):
-            return
-        encoder.patch_embed = embed.embed
-        # By the modules that have them, not by name: something may have been wrapped around a block since.
-        for place in embed.places:
-            for key in [key for key, hook in place._forward_pre_hooks.items() if isinstance(hook, JoinHook)]:
-                place._forward_pre_hooks.pop(key)
-                place._forward_pre_hooks_with_kwargs.pop(key, None)
+        if isinstance(embed, CompressedPatchEmbed):
+            encoder.patch_embed = embed.embed
+            leave(embed)
 
     def first_tokens(self, encoder: Encoder, views: Tensor) -> Tensor:
         return tokens_at(encoder, (encoder.norm_pre, encoder.blocks[0]), views)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
@@ -19,6 +18,7 @@ from seqcompress.compressors.patch_embed import Forward
 from seqcompress.compressors.token_dropout import num_kept
 from seqcompress.encoders import Family, find_encoder
 from seqcompress.encoders.family import Encoder
+from seqcompress.encoders.hooks import without_hooks
 from seqcompress.strategy import Strategy
 
 __all__ = ["FORWARD_AND_BACKWARD", "Flops", "encoder_flops", "flops_by_tokens", "num_tokens", "relative_cost"]
@@ -183,23 +183,15 @@ def _flops_after_embedding(family: Family, encoder: Encoder, tokens: int) -> int
     blank = torch.empty(1, tokens, family.width(encoder), device="meta", dtype=dtype)
     counter = FlopCounterMode(display=False)
     plain_attention = sdpa_kernel(SDPBackend.MATH)  # fused kernels count for nothing without data, in older torch
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), _without_hooks(encoder), plain_attention, counter:
+    with (
+        torch.no_grad(),
+        torch.random.fork_rng(devices=[]),
+        without_hooks(encoder, ours=True),
+        plain_attention,
+        counter,
+    ):
         torch.func.functional_call(module, weights, (blank,))
     return int(counter.get_total_flops())
-
-
-@contextmanager
-def _without_hooks(encoder: Encoder) -> Iterator[None]:
-    """Keep the user's forward hooks away from tokens that have no data."""
-    names = ("_forward_hooks", "_forward_pre_hooks")
-    kept = [(module, name, vars(module)[name]) for module in encoder.modules() for name in names]
-    try:
-        for module, name, _ in kept:
-            vars(module)[name] = OrderedDict()
-        yield
-    finally:
-        for module, name, hooks in kept:
-            vars(module)[name] = hooks
 
 
 def _checked_size(image_size: int | tuple[int, int]) -> tuple[int, int]:

@@ -1,0 +1,82 @@
+"""The forward pre-hooks by which the compressors take their place in a model, and the way to run it without hooks."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from seqcompress.compressors import CompressedPatchEmbed
+from seqcompress.strategy import Strategy
+
+__all__ = ["Hook", "Join", "hook_in", "join_at", "leave", "without_hooks"]
+
+
+class Hook:
+    """A forward pre-hook of ours. An object, not a closure: it can be copied along with the model."""
+
+    def __init__(self, embed: CompressedPatchEmbed) -> None:
+        self.embed = embed
+
+
+class Join(Hook):
+    """Where embedded patches meet their positions, however the tokens are passed."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        self.embed.check_mask(kwargs.get("attn_mask", kwargs.get("attention_mask")))
+        if args and isinstance(args[0], (list, tuple)):
+            if self.embed.training and self.embed.strategy != Strategy():
+                raise ValueError(
+                    "crops must be passed one by one to a compressed encoder that trains, got a "
+                    f"{type(args[0]).__name__} of {len(args[0])} in one forward"
+                )
+            return args, kwargs
+        if args:
+            return (self.embed.join(args[0]), *args[1:]), kwargs
+        name = next(name for name, value in kwargs.items() if isinstance(value, Tensor))
+        return args, {**kwargs, name: self.embed.join(kwargs[name])}
+
+
+def join_at(embed: CompressedPatchEmbed, *places: nn.Module) -> None:
+    """Have patches joined at the first of these modules that a forward reaches; the others see what was joined."""
+    for place in places:
+        hook_in(place, Join(embed))
+
+
+def hook_in(place: nn.Module, hook: Hook) -> None:
+    """Hook in before all others, which then see what the model sees."""
+    place.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)  # type: ignore[arg-type]
+    hook.embed.places = (*hook.embed.places, place)
+
+
+def leave(embed: CompressedPatchEmbed) -> None:
+    """Take our hooks out: of the modules that have them, around which something may have been wrapped since."""
+    for place in embed.places:
+        for key in [key for key, hook in place._forward_pre_hooks.items() if isinstance(hook, Hook)]:
+            place._forward_pre_hooks.pop(key)
+            place._forward_pre_hooks_with_kwargs.pop(key, None)
+    embed.places = ()
+
+
+@contextmanager
+def without_hooks(model: nn.Module, *, ours: bool = False) -> Iterator[None]:
+    """Keep the user's forward hooks away from tokens that are none of theirs.
+
+    Args:
+        model: whose hooks are left out.
+        ours: whether to leave out those of this module as well.
+    """
+    names = ("_forward_hooks", "_forward_pre_hooks")
+    kept = [(module, name, vars(module)[name]) for module in model.modules() for name in names]
+    try:
+        for module, name, hooks in kept:
+            vars(module)[name] = OrderedDict(
+                (key, hook) for key, hook in hooks.items() if isinstance(hook, Hook) and not ours
+            )
+        yield
+    finally:
+        for module, name, hooks in kept:
+            vars(module)[name] = hooks
