@@ -639,8 +639,7 @@ class _Drive:
         """Have loaders make views for this progress and what comes next; their workers start before training does."""
         views = self.compression.views
         if views is not None and not self.is_constant:
-            ahead = [*range(0, views.lookahead, max(1, views.lookahead // 8)), views.lookahead]
-            views.ask_for(*(self.plan(min(1.0, progress + batches * pace)) for batches in ahead))
+            views.ask_ahead(lambda batches: self.plan(min(1.0, progress + batches * pace)))
 
     def use(self, strategy: Strategy) -> None:
         """Put a strategy of the plan in force until the next step."""
@@ -737,40 +736,20 @@ def _groups(embeds: dict[str, CompressedPatchEmbed]) -> Iterable[dict[str, Compr
 
 def _share_of_plain_budget(drives: list[_Drive]) -> float:
     """What a whole run at these plans takes, relative to what it takes without: forward and backward passes."""
+    from seqcompress.compression import is_frozen
+    from seqcompress.training.cost import FORWARD_AND_BACKWARD, ViewCosts
+
     spent = plain = 0.0
     for drive in drives:
         samples = [drive.plan((number + 0.5) / _SAMPLES) for number in range(_SAMPLES)]
         for embed in drive.embeds:
-            weight = 3 if any(parameter.requires_grad for parameter in embed.encoder.parameters()) else 1
-            plain += weight
-            spent += weight * _mean_cost(embed, samples)
+            passes, cost = (
+                1 if is_frozen(embed.encoder) else FORWARD_AND_BACKWARD,
+                ViewCosts(embed.encoder, embed.drops_tokens),
+            )
+            plain += passes
+            spent += passes * sum(map(cost, samples)) / _SAMPLES
     return spent / plain
-
-
-def _mean_cost(embed: CompressedPatchEmbed, strategies: list[Strategy]) -> float:
-    """Mean relative cost of a view. FLOPs are a square of the number of tokens: three lengths tell those of all."""
-    from seqcompress.encoders import find_encoder
-    from seqcompress.training.cost import num_tokens, relative_cost
-
-    family, encoder = find_encoder(embed.encoder)
-    size = family.image_size(encoder)
-    if not embed.drops_tokens:
-        strategies = [strategy.without_dropout() for strategy in strategies]
-    tokens = {strategy: num_tokens(encoder, strategy, size) for strategy in set(strategies)}
-    by_tokens = {number: strategy for strategy, number in tokens.items()}
-    lengths = sorted(by_tokens)
-    known = {lengths[0], lengths[len(lengths) // 2], lengths[-1]}
-    costs = {number: relative_cost(encoder, by_tokens[number], size) for number in known}
-
-    def cost(number: int) -> float:
-        total = 0.0
-        for one, value in costs.items():
-            for other in known - {one}:
-                value *= (number - other) / (one - other)
-            total += value
-        return total
-
-    return sum(cost(tokens[strategy]) for strategy in strategies) / len(strategies)
 
 
 def _written(strategy: Strategy) -> str:

@@ -140,7 +140,7 @@ def get_strategy(model: nn.Module) -> Strategy:
     Raises:
         ValueError: the model is not compressed, or contains encoders that were compressed separately.
     """
-    embeds = _one_compression(model)
+    embeds = embeds_of_one_compression(model)
     return next((embed for embed in embeds if embed.drops_tokens), embeds[0]).strategy
 
 
@@ -156,7 +156,7 @@ def set_strategy(model: nn.Module, strategy: Strategy) -> None:
     """
     if not isinstance(strategy, Strategy):
         raise TypeError(f"strategy must be a Strategy, got {strategy!r}")
-    embeds = _one_compression(model)
+    embeds = embeds_of_one_compression(model)
     check_plan(embeds, Constant(strategy))
     compression = embeds[0].compression
     compression.set_by_hand(strategy)
@@ -217,7 +217,12 @@ def compressed_embeds_of(model_or_models: nn.Module | Sequence[nn.Module]) -> li
     return compressed_embeds(*modules)
 
 
-def _one_compression(model: nn.Module) -> list[CompressedPatchEmbed]:
+def embeds_of_one_compression(model: nn.Module) -> list[CompressedPatchEmbed]:
+    """All compressed patch embeddings in a model, which must be of one ``compress`` call.
+
+    Raises:
+        ValueError: there is none, or there are those of several.
+    """
     embeds = compressed_embeds(_module(model))
     if not embeds:
         raise ValueError(

@@ -464,7 +464,7 @@ class CompressedPatchEmbed(nn.Module):
         return _Selection((views.shape[2], views.shape[3]), grid, patch, area, kept, patch_rows, rows, columns)
 
     def _warn_of_a_pass_without_gradients(self) -> None:
-        if not self.drops_tokens or self.strategy == Strategy() or in_backward():
+        if "no gradients" in self._warned or not self.drops_tokens or self.strategy == Strategy() or in_backward():
             return
         if any(parameter.requires_grad for parameter in self.encoder.parameters()):
             self._warn(

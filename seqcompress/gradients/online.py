@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 
 from seqcompress.compression import compressed_embeds_of
 from seqcompress.compressors.patch_embed import CompressedPatchEmbed, Forward
@@ -36,6 +35,7 @@ from seqcompress.presets import double_patch
 from seqcompress.schedules import Schedule, Stepwise
 from seqcompress.strategy import Strategy
 from seqcompress.training.cost import Flops, num_tokens
+from seqcompress.training.ranks import Ranks
 from seqcompress.training.sequence_scheduler import SequenceScheduler
 
 __all__ = ["OnlineDecision", "OnlineScheduler"]
@@ -197,7 +197,7 @@ class OnlineScheduler:
         self._trained = self._measured = 0.0
         self._counted = self._tallies()
         self._reported: set[str] = set()
-        self._group: Any = None
+        self._ranks = Ranks()
 
     @property
     def embeds(self) -> tuple[CompressedPatchEmbed, ...]:
@@ -269,7 +269,7 @@ class OnlineScheduler:
         done = [now - before for now, before in zip(tallies, self._counted, strict=True)]
         self._counted = tallies
         self._trained += self._flops(done)
-        if self._agreed(int(self._can_afford(done))):
+        if self._ranks.agreed(int(self._can_afford(done))):
             self._measure(batch)
             if len(self._events) == _BATCHES:
                 self._decide()
@@ -386,7 +386,7 @@ class OnlineScheduler:
         sketches: dict[Strategy, Tensor] = {}
 
         def keep(strategy: Strategy, gradient: list[Tensor]) -> None:
-            sketches[strategy] = self._mean_over_ranks(self._sketch(gradient))
+            sketches[strategy] = self._ranks.mean(self._sketch(gradient))
 
         with running(
             self._encoders,
@@ -394,7 +394,7 @@ class OnlineScheduler:
             self._loss,
             None,
             self._roots,
-            seed=seed_of(self._sequence.state_dict()["seed"], self._rank),
+            seed=seed_of(self._sequence.state_dict()["seed"], self._ranks.own),
             first=self.last_step,
             warm_up=not self._measured,
             must_be_finite=False,  # a bad batch on one rank must not leave the others waiting
@@ -404,7 +404,7 @@ class OnlineScheduler:
         self._measured += sum(flops.values()) + self._extra(flops)
         bad = [strategy for strategy, sketch in sketches.items() if not bool(sketch.isfinite().all())]
         if bad:  # known to all ranks, as sketches are means over them
-            if self._rank == 0:
+            if self._ranks.own == 0:
                 under = " / ".join(map(str, bad))
                 _logger.warning(
                     "step %d: this measurement is dropped: its loss or gradient is not finite under %s",
@@ -420,14 +420,14 @@ class OnlineScheduler:
         others = [strategy for strategy in self._compared() if strategy != before]
         better = [strategy for strategy in others if decision.chance(strategy) >= _CONFIDENCE]
         after = min(better or [before], key=lambda strategy: decision.report[strategy].ca_mse)
-        after = self._ladder[self._agreed(self._ladder.index(after))]
+        after = self._ladder[self._ranks.agreed(self._ladder.index(after))]
         decision = OnlineDecision(self.last_step, before, after, decision.report, decision.share)
         self._decisions.append(decision)
         self._events = []
         moves = {made.step / self.total_steps: made.after for made in self._decisions if made.after != made.before}
         found = Stepwise({0.0: self.schedule(0.0), **moves})
         self._sequence._apply(found, self.total_steps, self.last_step)
-        if self._rank == 0:
+        if self._ranks.own == 0:
             _logger.info("%s", decision)
 
     def _report(self) -> GradientErrorReport:
@@ -450,33 +450,6 @@ class OnlineScheduler:
             own_patch_size=self._own_patch_size,
             sketch_error=self._sketch.relative_error,
         )
-
-    @property
-    def _rank(self) -> int:
-        return dist.get_rank() if _has_ranks() else 0
-
-    def _agreed(self, number: int) -> int:
-        """Rank 0's number. Agreed on the CPU, so that no device has to wait."""
-        if not _has_ranks():
-            return number
-        agreed = torch.tensor([number])
-        dist.broadcast(agreed, src=0, group=self._ranks())
-        return int(agreed.item())
-
-    def _mean_over_ranks(self, sketch: Tensor) -> Tensor:
-        if not _has_ranks():
-            return sketch
-        dist.all_reduce(sketch, group=self._ranks())
-        return sketch / dist.get_world_size()
-
-    def _ranks(self) -> Any:
-        if self._group is None:
-            self._group = dist.new_group(backend="gloo")
-        return self._group
-
-
-def _has_ranks() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _neighbours(ladder: Sequence[Strategy], strategy: Strategy) -> list[Strategy]:

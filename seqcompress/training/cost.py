@@ -21,7 +21,15 @@ from seqcompress.encoders.family import Encoder
 from seqcompress.encoders.hooks import without_hooks
 from seqcompress.strategy import Strategy
 
-__all__ = ["FORWARD_AND_BACKWARD", "Flops", "encoder_flops", "flops_by_tokens", "num_tokens", "relative_cost"]
+__all__ = [
+    "FORWARD_AND_BACKWARD",
+    "Flops",
+    "ViewCosts",
+    "encoder_flops",
+    "flops_by_tokens",
+    "num_tokens",
+    "relative_cost",
+]
 
 FORWARD_AND_BACKWARD = 3  # forward passes that a forward and its backward cost together
 
@@ -125,6 +133,39 @@ class Flops:
     def of_one_view(self, number: int, tokens: int) -> int:
         """Those of one view's forward through one encoder; see ``encoder_flops``."""
         return encoder_flops(*self._encoders[number], tokens)
+
+
+class ViewCosts:
+    """``relative_cost`` at an encoder's own view size, for many strategies: quick where few lengths are behind them.
+
+    Args:
+        encoder: a supported ViT.
+        drops_tokens: False for a teacher, which only scales patches.
+    """
+
+    def __init__(self, encoder: nn.Module, drops_tokens: bool) -> None:
+        self._family, self._encoder = find_encoder(encoder)
+        self._size = self._family.image_size(self._encoder)
+        self._prefix = self._family.num_prefix_tokens(self._encoder)
+        self._drops_tokens = drops_tokens
+        self._patches: dict[int | None, int] = {}
+        self._costs: dict[int, float] = {}
+        self._flops = flops_by_tokens(self._family, self._encoder)
+        self._unit = self._flops(self._prefix + self._all(None))
+
+    def __call__(self, strategy: Strategy) -> float:
+        """That of one forward pass."""
+        patches = self._all(strategy.patch_size)
+        kept = num_kept(patches, strategy.token_dropout) if self._drops_tokens else patches
+        if kept not in self._costs:
+            self._costs[kept] = self._flops(self._prefix + kept) / self._unit
+        return self._costs[kept]
+
+    def _all(self, patch_size: int | None) -> int:
+        if patch_size not in self._patches:
+            tokens = num_tokens(self._encoder, Strategy(0.0, patch_size), self._size)
+            self._patches[patch_size] = tokens - self._prefix
+        return self._patches[patch_size]
 
 
 @dataclass

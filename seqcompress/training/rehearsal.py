@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import distributed as dist
 from torch import nn
 
 from seqcompress.compression import described
@@ -22,6 +21,7 @@ from seqcompress.encoders import find_encoder
 from seqcompress.strategy import Strategy
 from seqcompress.training.cost import num_tokens
 from seqcompress.training.random_states import RandomStates
+from seqcompress.training.ranks import Ranks
 from seqcompress.training.sequence_scheduler import SequenceScheduler
 
 __all__ = ["Rehearsal", "rehearse"]
@@ -342,7 +342,7 @@ def rehearse_in(memory: Memory | None, scheduler: SequenceScheduler, step: Calla
         if failure is None:
             return foresight.rehearsal(longest)
         told = ""
-        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        if not Ranks().are_several:
             try:
                 _find_what_fits(step, scheduler, foresight, memory)
             except Exception as error:  # whatever it is, that the run does not fit is what matters

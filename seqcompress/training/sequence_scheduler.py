@@ -10,17 +10,16 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import distributed as dist
 from torch import nn
 
 from seqcompress.compression import Plan, check_plan, compressed_embeds_of, is_frozen, resolve_plan
 from seqcompress.compressors import CompressedPatchEmbed
 from seqcompress.compressors.compression import Compression
-from seqcompress.compressors.token_dropout import num_kept
 from seqcompress.encoders import find_encoder
 from seqcompress.schedules import Constant, Schedule
 from seqcompress.strategy import Strategy
-from seqcompress.training.cost import FORWARD_AND_BACKWARD, flops_by_tokens, num_tokens
+from seqcompress.training.cost import FORWARD_AND_BACKWARD, ViewCosts, num_tokens
+from seqcompress.training.ranks import Ranks
 
 __all__ = ["SequenceScheduler"]
 
@@ -81,9 +80,8 @@ class SequenceScheduler:
         self._told_of_the_end = False
         self._spent_of: object = None
         self._spent_after: tuple[list[int], list[float]] = ([], [])
-        self._world: Any = None
-        self._group: Any = None
-        self._seed = self._agreed(torch.initial_seed() % 2**63)
+        self._ranks = Ranks()
+        self._seed = self._ranks.agreed(torch.initial_seed() % 2**63)
         self._apply(plan, total_steps, last_step=0)
 
     @property
@@ -122,7 +120,7 @@ class SequenceScheduler:
         Args:
             step: number of steps done. Whoever gives it makes sure that it is the same on every rank.
         """
-        step = self._agreed(self._last_step + 1) if step is None else _checked_count(step, "step", at_least=0)
+        step = self._ranks.agreed(self._last_step + 1) if step is None else _checked_count(step, "step", at_least=0)
         self._apply(self._schedule, self._total_steps, step)
         if step > self._total_steps and not self._told_of_the_end:
             self._told_of_the_end = True
@@ -165,10 +163,7 @@ class SequenceScheduler:
         for compression in self._compressions:
             compression.claim(self, f"a {type(self).__name__}")
 
-    # A copy has copies of the encoders, and drives those. A process group cannot be copied.
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_world": None, "_group": None}
-
+    # A copy has copies of the encoders, and drives those.
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._claim()
@@ -236,72 +231,23 @@ class SequenceScheduler:
             compression.finished = last_step >= total_steps
             compression.stream.anchor(self._seed, last_step, model)
             if compression.views is not None:
-                until = last_step + compression.views.lookahead
-                coming = [*range(last_step, until, max(1, compression.views.lookahead // 8)), until]
-                compression.views.ask_for(*(schedule.at_step(step, total_steps) for step in coming))
-
-    def _agreed(self, number: int) -> int:
-        """Rank 0's number. Agreed on the CPU, so that no device has to wait."""
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-            return number
-        if self._world is not dist.group.WORLD:  # none yet, or that one was destroyed since
-            self._world, self._group = dist.group.WORLD, _group_on_the_cpu()
-        agreed = torch.tensor([number], device="cpu")
-        dist.broadcast(agreed, src=0, group=self._group)
-        return int(agreed.item())
+                compression.views.ask_ahead(lambda more: schedule.at_step(last_step + more, total_steps))
 
     def _spent(self) -> tuple[list[int], list[float]]:
         """Numbers of steps, from 0 to all, and the cost of as many."""
         key = (self._schedule, self._total_steps)
         if self._spent_of != key:
-            costs = [_Costs(embed) for embed in self._embeds]
+            costs = [
+                (FORWARD_AND_BACKWARD if embed.drops_tokens else 1, ViewCosts(embed.encoder, embed.drops_tokens))
+                for embed in self._embeds
+            ]
             steps = [*range(0, self._total_steps, -(-self._total_steps // _LOOKED_AT)), self._total_steps]
             spent = [0.0]
             for done, until in pairwise(steps):
                 strategy = self._schedule.at_step(done, self._total_steps)
-                spent.append(spent[-1] + (until - done) * sum(cost(strategy) for cost in costs))
+                spent.append(spent[-1] + (until - done) * sum(passes * cost(strategy) for passes, cost in costs))
             self._spent_of, self._spent_after = key, (steps, spent)
         return self._spent_after
-
-
-class _Costs:
-    """Units that one view of a training step costs in one encoder: quick for many strategies, of few lengths."""
-
-    def __init__(self, embed: CompressedPatchEmbed) -> None:
-        self._family, self._encoder = find_encoder(embed.encoder)
-        self._size = self._family.image_size(self._encoder)
-        self._prefix = self._family.num_prefix_tokens(self._encoder)
-        self._is_student = embed.drops_tokens
-        self._patches: dict[int | None, int] = {}
-        self._costs: dict[int, float] = {}
-        self._flops = flops_by_tokens(self._family, self._encoder)
-        self._unit = self._flops(self._prefix + self._all(None))
-
-    def __call__(self, strategy: Strategy) -> float:
-        patches = self._all(strategy.patch_size)
-        kept = num_kept(patches, strategy.token_dropout) if self._is_student else patches
-        if kept not in self._costs:
-            passes = FORWARD_AND_BACKWARD if self._is_student else 1
-            self._costs[kept] = passes * self._flops(self._prefix + kept) / self._unit
-        return self._costs[kept]
-
-    def _all(self, patch_size: int | None) -> int:
-        if patch_size not in self._patches:
-            tokens = num_tokens(self._encoder, Strategy(0.0, patch_size), self._size)
-            self._patches[patch_size] = tokens - self._prefix
-        return self._patches[patch_size]
-
-
-def _group_on_the_cpu() -> Any:
-    """The default process group if it takes tensors on the CPU, else one beside it that waits as long."""
-    world: Any = dist.group.WORLD
-    if "gloo" in dist.get_backend() or "mpi" in dist.get_backend():
-        return world
-    try:
-        timeout = world._get_backend(torch.device("cuda")).options._timeout  # there is no public way to read it
-    except (AttributeError, RuntimeError):
-        timeout = None
-    return dist.new_group(backend="gloo", timeout=timeout)
 
 
 def _refuse_copied_teachers(embeds: Sequence[CompressedPatchEmbed]) -> None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from seqcompress.compression import compressed_embeds_of, is_compressed
+from seqcompress.compression import embeds_of_one_compression, is_compressed
 from seqcompress.compressors.compression import Compression
 from seqcompress.encoders import find_encoder
 from seqcompress.views.scaled_views import ScaledViews, Size, scaled_size
@@ -68,12 +68,8 @@ def scale_views(loader: Maker, model: nn.Module) -> Maker:
         torch.Size([4, 3, 112, 112])
     """
     _check_types(loader, model)
-    embeds = compressed_embeds_of(model)
+    embeds = embeds_of_one_compression(model)
     compression: Compression = embeds[0].compression
-    if any(embed.compression is not compression for embed in embeds):
-        raise ValueError(
-            f"model must hold encoders of one compress() call, got {len(embeds)} that were compressed apart"
-        )
     encoders = [find_encoder(embed.encoder) for embed in embeds]
     bases = {family.patch_size(encoder) for family, encoder in encoders}
     if len(bases) > 1:
@@ -130,10 +126,6 @@ def _check_types(loader: object, model: object) -> None:
         )
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got a {type(model).__name__}")
-    if not is_compressed(model):
-        raise ValueError(
-            f"model must be compressed first, with compress(model, ...), got a plain {type(model).__name__}"
-        )
     if isinstance(loader, nn.Module):
         return
     if not isinstance(loader, DataLoader):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 from weakref import WeakSet
 
@@ -96,13 +96,8 @@ class ScaledViews:
         """The owner of a data set has given its crops other sizes."""
         self._full = (self._full - before) | now
         self._asked_for = {size: full for size, full in self._asked_for.items() if size not in now}
-        self._last_full()
-
-    def _last_full(self) -> None:
         if self._last is not None:
-            wanted = self._suitable(self._last)
-            self.note(wanted)
-            self.shared.fill_(wanted or 0)
+            self._share(self._suitable(self._last))
 
     def stop(self, why: str) -> None:
         """Go on with full views, and say so: a wrong guess costs speed, never data."""
@@ -145,6 +140,15 @@ class ScaledViews:
         self._last = smallest
         self._make(self._suitable(smallest))
 
+    def ask_ahead(self, strategy_after: Callable[[int], Strategy]) -> None:
+        """``ask_for`` what is in force now and during the steps until a view that is made now is used.
+
+        Args:
+            strategy_after: the strategy after so many more steps.
+        """
+        ahead = [*range(0, self.lookahead, max(1, self.lookahead // 8)), self.lookahead]
+        self.ask_for(*map(strategy_after, ahead))
+
     def wanted_now(self) -> int | None:
         """The patch size for which a view is to be made that is used at once; None for a full one."""
         return self._suitable(self._now.patch_size or 0)
@@ -153,9 +157,12 @@ class ScaledViews:
         small = patch_size > max(self.base) and not self._stopped and not self.conflict(patch_size)
         return patch_size if small else None
 
-    def _make(self, patch_size: int | None) -> None:
+    def _share(self, patch_size: int | None) -> None:
         self.note(patch_size)
         self.shared.fill_(patch_size or 0)
+
+    def _make(self, patch_size: int | None) -> None:
+        self._share(patch_size)
         for follower in list(self._followers):
             follower.follow()
 
