@@ -96,20 +96,12 @@ def compress(
                 _detach(partner)
     for name, (family, encoder) in found.items():
         is_student = name == "model"
-        embeds = compressed_embeds(encoder)
-        if embeds:
-            embed = embeds[0]
-            embed.compression, embed.drops_tokens = compression, is_student
-            embed.when = when if is_student else "train"
-            embed.blank_per_view = blank_per_view[name]
-        else:
-            family.attach(
-                encoder,
-                compression,
-                drops_tokens=is_student,
-                when=when if is_student else "train",
-                blank_per_view=blank_per_view[name],
-            )
+        when_of = when if is_student else "train"
+        embed = next(iter(compressed_embeds(encoder)), None)
+        if embed is None:
+            embed = family.attach(encoder, compression, drops_tokens=is_student, when=when_of)
+        embed.compression, embed.drops_tokens, embed.when = compression, is_student, when_of
+        embed.blank_per_view = blank_per_view[name]
     if views is not None:
         views.ask_for(compression.strategy)
     return model
@@ -313,13 +305,8 @@ def _proven(family: Family, encoder: nn.Module, name: str) -> bool:
     Raises:
         TypeError: they are not.
     """
-    embeds = compressed_embeds(encoder)
-    attached = not embeds
-    embed = (
-        embeds[0]
-        if embeds
-        else family.attach(encoder, Compression(Constant(Strategy())), drops_tokens=True, when="grad")
-    )
+    attached = next(iter(compressed_embeds(encoder)), None)
+    embed = attached or family.attach(encoder, Compression(Constant(Strategy())), drops_tokens=True, when="grad")
     before = embed.blank_per_view
     try:
         for embed.blank_per_view in (False, True):
@@ -327,7 +314,7 @@ def _proven(family: Family, encoder: nn.Module, name: str) -> bool:
                 return embed.blank_per_view
     finally:
         embed.blank_per_view = before
-        if attached:
+        if attached is None:
             _detach(embed)
     raise TypeError(
         f"{name} must be a supported ViT, got a {type(encoder).__name__} whose tokens would not be those of the plain "

@@ -91,7 +91,6 @@ class CompressedPatchEmbed(nn.Module):
         compression: strategy and random stream, shared by all encoders compressed together.
         drops_tokens: False for a teacher, which only scales patches.
         when: "grad" compresses forwards in train mode that build a graph, "train" all in train mode.
-        blank_per_view: whether the model takes the batch size from its images, so that its tokens must be as many.
     """
 
     embed: Any
@@ -100,7 +99,7 @@ class CompressedPatchEmbed(nn.Module):
     drops_tokens: bool
     when: When
     tally: Counter[Forward]
-    blank_per_view: bool
+    blank_per_view: bool  # whether the model takes the batch size from its images: its tokens must be as many
     places: tuple[nn.Module, ...]  # where patches may meet their positions: what has our hooks
     trial: Tensor | None  # patches to keep, while a probe runs
     _warned: set[str]
@@ -117,14 +116,7 @@ class CompressedPatchEmbed(nn.Module):
     )
 
     def __init__(
-        self,
-        embed: nn.Module,
-        encoder: nn.Module,
-        compression: Compression,
-        *,
-        drops_tokens: bool,
-        when: When,
-        blank_per_view: bool = False,
+        self, embed: nn.Module, encoder: nn.Module, compression: Compression, *, drops_tokens: bool, when: When
     ) -> None:
         super().__init__()
         for name, registry in vars(embed).items():
@@ -138,7 +130,7 @@ class CompressedPatchEmbed(nn.Module):
             drops_tokens=drops_tokens,
             when=when,
             tally=Counter(),
-            blank_per_view=blank_per_view,
+            blank_per_view=False,
             places=(),
             trial=None,
             training=embed.training,

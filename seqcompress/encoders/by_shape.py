@@ -122,26 +122,13 @@ class ByShape(Family):
                 grid_size(self.image_size(encoder), (strategy.patch_size, strategy.patch_size))
 
     def attach(
-        self,
-        encoder: Encoder,
-        compression: Compression,
-        *,
-        drops_tokens: bool,
-        when: When,
-        blank_per_view: bool = False,
+        self, encoder: Encoder, compression: Compression, *, drops_tokens: bool, when: When
     ) -> CompressedPatchEmbed:
         layout = self._layout(encoder)
         size, prefix = self.image_size(encoder), self.num_prefix_tokens(encoder)
         takes_other_sizes, places = self._takes_other_sizes(encoder), self._places(encoder, prefix)
         projection = encoder.get_submodule(layout.projection)
-        embed = CompressedProjection(
-            projection,
-            encoder,
-            compression,
-            drops_tokens=drops_tokens,
-            when=when,
-            blank_per_view=blank_per_view,
-        )
+        embed = CompressedProjection(projection, encoder, compression, drops_tokens=drops_tokens, when=when)
         embed.prefix, embed.size, embed.takes_other_sizes = prefix, size, takes_other_sizes
         _replace(encoder, layout.projection, embed)
         # The earliest place behind the positions: dropout and norms before the blocks then see the kept patches.
@@ -149,7 +136,7 @@ class ByShape(Family):
             leave(embed)
             hook_in(encoder, _RefuseMasks(embed))
             join_at(embed, *places[number:])
-            if any(_gives_own_tokens(self, encoder, embed) for embed.blank_per_view in (blank_per_view, True)):
+            if any(_gives_own_tokens(self, encoder, embed) for embed.blank_per_view in (False, True)):
                 break
         return embed
 

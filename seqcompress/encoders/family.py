@@ -36,15 +36,9 @@ class Family(ABC):
 
     @abstractmethod
     def attach(
-        self,
-        encoder: Encoder,
-        compression: Compression,
-        *,
-        drops_tokens: bool,
-        when: When,
-        blank_per_view: bool = False,
+        self, encoder: Encoder, compression: Compression, *, drops_tokens: bool, when: When
     ) -> CompressedPatchEmbed:
-        """Put the compressors in place; ``blank_per_view`` is what the probe has found out."""
+        """Put the compressors in place."""
 
     @abstractmethod
     def detach(self, encoder: Encoder) -> None:

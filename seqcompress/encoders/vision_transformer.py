@@ -59,22 +59,9 @@ class TimmVisionTransformer(Family):
                 )
 
     def attach(
-        self,
-        encoder: Encoder,
-        compression: Compression,
-        *,
-        drops_tokens: bool,
-        when: When,
-        blank_per_view: bool = False,
+        self, encoder: Encoder, compression: Compression, *, drops_tokens: bool, when: When
     ) -> CompressedPatchEmbed:
-        embed = CompressedPatchEmbed(
-            _plain_embed(encoder),
-            encoder,
-            compression,
-            drops_tokens=drops_tokens,
-            when=when,
-            blank_per_view=blank_per_view,
-        )
+        embed = CompressedPatchEmbed(_plain_embed(encoder), encoder, compression, drops_tokens=drops_tokens, when=when)
         encoder.patch_embed = embed
         # Models without positions skip pos_drop; hosts that call the parts themselves may skip norm_pre as well.
         join_at(embed, encoder.pos_drop, encoder.norm_pre, encoder.blocks[0])
