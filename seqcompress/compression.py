@@ -97,9 +97,8 @@ def compress(
     for name, (family, encoder) in found.items():
         is_student = name == "model"
         when_of = when if is_student else "train"
-        embed = next(iter(compressed_embeds(encoder)), None)
-        if embed is None:
-            embed = family.attach(encoder, compression, drops_tokens=is_student, when=when_of)
+        attached = compressed_embeds(encoder)
+        embed = attached[0] if attached else family.attach(encoder, compression, drops_tokens=is_student, when=when_of)
         embed.compression, embed.drops_tokens, embed.when = compression, is_student, when_of
         embed.blank_per_view = blank_per_view[name]
     if views is not None:
