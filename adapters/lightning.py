@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from seqcompress.compressors import CompressedPatchEmbed
-    from seqcompress.compressors.patch_embed import Compression
+    from seqcompress.encoders import CompressedPatchEmbed, Compression
     from seqcompress.schedules import Schedule
     from seqcompress.strategy import Strategy
     from seqcompress.training.budget import Budget
@@ -143,8 +142,7 @@ class SequenceCompression:
             from seqcompress.strategy import Strategy
 
             for embed in _embeds_by_place(pl_module).values():
-                if embed.compression.views is not None:
-                    embed.compression.views.ask_for(Strategy())
+                embed.compression.ask_views_for(Strategy())
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Forget what an interrupted fit may have left, and say what a new one will do, as far as it is known."""
@@ -648,12 +646,10 @@ class _Drive:
 
     def tokens(self, strategy: Strategy) -> int:
         """The student's, in a view of the size it was built for."""
-        from seqcompress.encoders import find_encoder
-        from seqcompress.training.cost import num_tokens
+        from seqcompress.training.cost import sequence_length
 
         embed = next((embed for embed in self.embeds if embed.drops_tokens), self.embeds[0])
-        family, encoder = find_encoder(embed.encoder)
-        return num_tokens(encoder, strategy, family.image_size(encoder))
+        return sequence_length(embed.encoder, strategy)
 
     def outlook(self, progress: float, share: float | None, names: list[str]) -> str:
         """One line: what will happen to the encoders of these names."""
@@ -698,10 +694,7 @@ class _Readings:
     """What there is to tell about a run: the strategy of its latest step, and what has been spent."""
 
     def __init__(self, embeds: list[CompressedPatchEmbed], millions: Callable[[], float | None]) -> None:
-        from seqcompress.encoders import find_encoder
-
         self._student = next((embed for embed in embeds if embed.drops_tokens), embeds[0])
-        self._family, self._encoder = find_encoder(self._student.encoder)
         self._millions = millions
         self.note()
 
@@ -711,17 +704,18 @@ class _Readings:
 
     def values(self) -> dict[str, float]:
         """The metrics of the latest step."""
-        from seqcompress.training.cost import num_tokens
+        from seqcompress.training.cost import sequence_length
 
-        patch_size = self._strategy.patch_size or min(self._family.patch_size(self._encoder))
-        tokens = num_tokens(self._encoder, self._strategy, self._family.image_size(self._encoder))
+        encoder = self._student.encoder
+        patch_size = self._strategy.patch_size or min(encoder.patch_size)
+        tokens = sequence_length(encoder, self._strategy)
         numbers = (self._strategy.token_dropout, patch_size, tokens, self._millions())
         return {name: float(number) for name, number in zip(_SHOWN_AS, numbers, strict=True) if number is not None}
 
 
 def _embeds_by_place(pl_module: Any) -> dict[str, CompressedPatchEmbed]:
     """The compressed patch embeddings that a module holds, by their names in it; each once."""
-    from seqcompress.compressors import CompressedPatchEmbed
+    from seqcompress.encoders import CompressedPatchEmbed
 
     return {place: module for place, module in pl_module.named_modules() if isinstance(module, CompressedPatchEmbed)}
 
@@ -744,7 +738,7 @@ def _share_of_plain_budget(drives: list[_Drive]) -> float:
         samples = [drive.plan((number + 0.5) / _SAMPLES) for number in range(_SAMPLES)]
         for embed in drive.embeds:
             passes, cost = (
-                1 if is_frozen(embed.encoder) else FORWARD_AND_BACKWARD,
+                1 if is_frozen(embed.encoder.model) else FORWARD_AND_BACKWARD,
                 ViewCosts(embed.encoder, embed.drops_tokens),
             )
             plain += passes

@@ -9,9 +9,7 @@ from typing import Any, TypeVar, cast, get_args
 
 from torch import nn
 
-from seqcompress.compressors import CompressedPatchEmbed
-from seqcompress.compressors.patch_embed import Compression, When
-from seqcompress.encoders import Family, find_encoder, supported
+from seqcompress.encoders import CompressedPatchEmbed, Compression, Encoder, When, find_encoder, supported
 from seqcompress.encoders.probe import difference
 from seqcompress.json_files import is_file
 from seqcompress.presets import DEFAULT, PRESETS, double_patch
@@ -74,35 +72,34 @@ def compress(
     found = {"model": find_encoder(model)}
     if teacher is not None:
         found["teacher"] = find_encoder(teacher, "teacher")
-        if found["teacher"][1] is found["model"][1]:
+        if found["teacher"].model is found["model"].model:
             raise ValueError("teacher must be another model than model, got the same one")
     if token_dropout is not None or patch_size is not None:
         if plan is not None:
             raise ValueError(f"plan excludes token_dropout and patch_size, got plan={plan!r} as well")
         plan = Strategy(0.0 if token_dropout is None else token_dropout, patch_size)
-    schedule = resolve_plan(plan, *found["model"])
+    schedule = resolve_plan(plan, found["model"])
     _check_roles(found)
-    for name, (family, encoder) in found.items():
-        _check(family, encoder, schedule, name)
+    for name, encoder in found.items():
+        _check(encoder, schedule, name)
 
-    blank_per_view = {name: _proven(family, encoder, name) for name, (family, encoder) in found.items()}
+    blank_per_view = {name: _proven(encoder, name) for name, encoder in found.items()}
 
-    encoders = [encoder for _, encoder in found.values()]
-    views = next((embed.compression.views for embed in compressed_embeds(*encoders)), None)
+    models = [encoder.model for encoder in found.values()]
+    views = next((embed.compression.views for embed in compressed_embeds(*models)), None)
     compression = Compression(schedule, views=views)
-    for embed in compressed_embeds(*encoders):
+    for embed in compressed_embeds(*models):
         for partner in embed.partners():
-            if partner.encoder not in encoders:
+            if partner.encoder.model not in models:
                 _detach(partner)
-    for name, (family, encoder) in found.items():
+    for name, encoder in found.items():
         is_student = name == "model"
         when_of = when if is_student else "train"
-        attached = compressed_embeds(encoder)
-        embed = attached[0] if attached else family.attach(encoder, compression, drops_tokens=is_student, when=when_of)
+        attached = compressed_embeds(encoder.model)
+        embed = attached[0] if attached else encoder.attach(compression, drops_tokens=is_student, when=when_of)
         embed.compression, embed.drops_tokens, embed.when = compression, is_student, when_of
         embed.blank_per_view = blank_per_view[name]
-    if views is not None:
-        views.ask_for(compression.strategy)
+    compression.ask_views_for(compression.strategy)
     return model
 
 
@@ -113,8 +110,7 @@ def restore(model: Model) -> Model:
     made smaller views for it make full ones from now on.
     """
     for embed in compressed_embeds(_module(model)):
-        if embed.compression.views is not None:
-            embed.compression.views.ask_for(Strategy())
+        embed.compression.ask_views_for(Strategy())
         for partner in embed.partners():
             _detach(partner)
     return model
@@ -151,11 +147,10 @@ def set_strategy(model: nn.Module, strategy: Strategy) -> None:
     check_plan(embeds, Constant(strategy))
     compression = embeds[0].compression
     compression.set_by_hand(strategy)
-    if compression.views is not None:
-        compression.views.ask_for(strategy)
+    compression.ask_views_for(strategy)
 
 
-def resolve_plan(plan: Plan | None, family: Family, encoder: nn.Module) -> Schedule:
+def resolve_plan(plan: Plan | None, encoder: Encoder) -> Schedule:
     """Whatever a user may pass as a plan, as a schedule for this encoder."""
     if isinstance(plan, Schedule):
         return plan
@@ -164,7 +159,7 @@ def resolve_plan(plan: Plan | None, family: Family, encoder: nn.Module) -> Sched
     if plan is None:
         plan = DEFAULT
     if isinstance(plan, str) and plan in PRESETS:
-        small, side = min(family.patch_size(encoder)), min(family.image_size(encoder))
+        small, side = min(encoder.patch_size), min(encoder.image_size)
         return PRESETS[plan](double_patch(small, side))
     if isinstance(plan, str) and (strategy := _strategy_of(plan)) is not None:
         return Constant(strategy)
@@ -185,8 +180,7 @@ def resolve_plan(plan: Plan | None, family: Family, encoder: nn.Module) -> Sched
 def check_plan(embeds: list[CompressedPatchEmbed], schedule: Schedule) -> None:
     """Raise ValueError unless the schedule suits every one of these encoders."""
     for embed in embeds:
-        family, encoder = find_encoder(embed.encoder)
-        _check(family, encoder, schedule, "model" if embed.drops_tokens else "teacher")
+        _check(embed.encoder, schedule, "model" if embed.drops_tokens else "teacher")
 
 
 def compressed_embeds(*models: nn.Module) -> list[CompressedPatchEmbed]:
@@ -227,8 +221,7 @@ def embeds_of_one_compression(model: nn.Module) -> list[CompressedPatchEmbed]:
 
 
 def _detach(embed: CompressedPatchEmbed) -> None:
-    family, encoder = find_encoder(embed.encoder)
-    family.detach(encoder)
+    embed.encoder.detach()
     embed.release()
 
 
@@ -247,28 +240,28 @@ def _strategy_of(text: str) -> Strategy | None:
         raise ValueError(f"plan: {error}") from None
 
 
-def _check_roles(found: Mapping[str, tuple[Family, Any]]) -> None:
+def _check_roles(found: Mapping[str, Encoder]) -> None:
     """Raise ValueError unless a pair is one: a student that trains, and a teacher built like it."""
     if "teacher" not in found:
         return
-    (family, student), (other_family, teacher) = found["model"], found["teacher"]
-    if is_frozen(student) and not is_frozen(teacher):
+    student, teacher = found["model"], found["teacher"]
+    if is_frozen(student.model) and not is_frozen(teacher.model):
         raise ValueError(
             "model must be the student, which is trained, and teacher its momentum encoder: of those given, all "
             "parameters of model are frozen and those of teacher are not: swap them"
         )
     for what, mine, others in (
-        ("image size", family.image_size(student), other_family.image_size(teacher)),
-        ("patch size", family.patch_size(student), other_family.patch_size(teacher)),
-        ("width", family.width(student), other_family.width(teacher)),
+        ("image size", student.image_size, teacher.image_size),
+        ("patch size", student.patch_size, teacher.patch_size),
+        ("width", student.width, teacher.width),
     ):
         if mine != others:
             raise ValueError(f"teacher must have the {what} of model, {_shown(mine)}, got {_shown(others)}")
 
 
-def is_frozen(encoder: nn.Module) -> bool:
-    """Whether no parameter of the encoder is trained."""
-    return not any(parameter.requires_grad for parameter in encoder.parameters())
+def is_frozen(model: nn.Module) -> bool:
+    """Whether none of its parameters is trained."""
+    return not any(parameter.requires_grad for parameter in model.parameters())
 
 
 def _shown(size: int | tuple[int, int]) -> str:
@@ -281,11 +274,11 @@ def described(value: object) -> str:
     return shown if len(shown) <= 100 and "\n" not in shown else f"a {type(value).__name__}"
 
 
-def _check(family: Family, encoder: nn.Module, schedule: Schedule, name: str) -> None:
+def _check(encoder: Encoder, schedule: Schedule, name: str) -> None:
     strategies = schedule.strategies()
     if name == "teacher":
         strategies = tuple(strategy.without_dropout() for strategy in strategies)
-    own = min(family.patch_size(encoder))
+    own = min(encoder.patch_size)
     try:
         for size in (strategy.patch_size for strategy in strategies):
             if size is not None and size < own:
@@ -293,31 +286,31 @@ def _check(family: Family, encoder: nn.Module, schedule: Schedule, name: str) ->
                     f"patch_size must be at least the encoder's own, {own}, got {size}: smaller patches make "
                     "sequences longer"
                 )
-        family.check(encoder, strategies)
+        encoder.check(strategies)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 
 
-def _proven(family: Family, encoder: nn.Module, name: str) -> bool:
+def _proven(encoder: Encoder, name: str) -> bool:
     """Whether the model needs a blank for each view, after a proof that its kept tokens are its own.
 
     Raises:
         TypeError: they are not.
     """
-    attached = next(iter(compressed_embeds(encoder)), None)
-    embed = attached or family.attach(encoder, Compression(Constant(Strategy())), drops_tokens=True, when="grad")
+    attached = next(iter(compressed_embeds(encoder.model)), None)
+    embed = attached or encoder.attach(Compression(Constant(Strategy())), drops_tokens=True, when="grad")
     before = embed.blank_per_view
     try:
         for embed.blank_per_view in (False, True):
-            if (problem := difference(family, encoder, embed)) is None:
+            if (problem := difference(embed)) is None:
                 return embed.blank_per_view
     finally:
         embed.blank_per_view = before
         if attached is None:
             _detach(embed)
     raise TypeError(
-        f"{name} must be a supported ViT, got a {type(encoder).__name__} whose tokens would not be those of the plain "
-        f"model: {problem}. Supported: {supported()}."
+        f"{name} must be a supported ViT, got a {type(encoder.model).__name__} whose tokens would not be those of the "
+        f"plain model: {problem}. Supported: {supported()}."
     )
 
 

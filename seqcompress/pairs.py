@@ -67,7 +67,7 @@ def accelerate(
         for role, reference in (("student", student), ("teacher", teacher))
         if reference is not None
     }
-    taken = [find_encoder(encoder)[1] for encoder in roles.values()]
+    taken = [find_encoder(encoder).model for encoder in roles.values()]
     others = {name: encoder for name, encoder in encoders.items() if encoder not in taken}
     roles.update(_recognised(others, roles, module))
     compress(roles["student"], plan, teacher=roles.get("teacher"))
@@ -79,7 +79,7 @@ def _encoders(module: nn.Module) -> dict[str, nn.Module]:
     names: dict[nn.Module, str] = {}
     for name, child in module.named_modules():
         if is_encoder(child):
-            names.setdefault(find_encoder(child)[1], name)
+            names.setdefault(find_encoder(child).model, name)
     return {name: encoder for encoder, name in names.items()}
 
 

@@ -156,5 +156,5 @@ def test_what_was_spent_stays_spent_when_the_image_size_changes(tiny_vit: Any) -
     vit.set_input_size(64)
     assert budget.units == 12.0
     vit(torch.randn(4, 3, 64, 64))
-    larger = encoder_flops(*find_encoder(vit), 65) / encoder_flops(*find_encoder(vit), 17)
+    larger = encoder_flops(find_encoder(vit), 65) / encoder_flops(find_encoder(vit), 17)
     assert budget.units == pytest.approx(12.0 * (1 + larger))

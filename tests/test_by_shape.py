@@ -29,7 +29,7 @@ from seqcompress import (
     relative_cost,
     restore,
 )
-from seqcompress.encoders import find_encoder, is_encoder
+from seqcompress.encoders import find_encoder, is_encoder, registry
 
 HUGGING_FACE: dict[str, Any] = {
     "hidden_size": 32,
@@ -151,14 +151,13 @@ def model(request: pytest.FixtureRequest) -> nn.Module:
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
-    family, encoder = find_encoder(model)
-    blocks: list[nn.Module] = family._blocks(encoder)  # type: ignore[attr-defined]
+    blocks: list[nn.Module] = find_encoder(model)._blocks  # type: ignore[attr-defined]
     return blocks
 
 
 def _views(model: nn.Module, batch: int = 3) -> Tensor:
-    family, encoder = find_encoder(model)
-    return torch.randn(batch, family.channels(encoder), *family.image_size(encoder))
+    encoder = find_encoder(model)
+    return torch.randn(batch, encoder.channels, *encoder.image_size)
 
 
 def _output(model: nn.Module, views: Tensor) -> Tensor:
@@ -183,21 +182,19 @@ def _first_and_last(model: nn.Module, views: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _prefix(model: nn.Module) -> int:
-    family, encoder = find_encoder(model)
-    return family.num_prefix_tokens(encoder)
+    return find_encoder(model).num_prefix_tokens
 
 
 def _size(model: nn.Module) -> tuple[int, int]:
-    family, encoder = find_encoder(model)
-    return family.image_size(encoder)
+    return find_encoder(model).image_size
 
 
 def _scaled_reference(model: nn.Module, views: Tensor, patch: int) -> Tensor:
     """Tokens at the first block with a resampled kernel and interpolated positions, by timm's own functions."""
-    family, encoder = find_encoder(model)
-    conv, prefix = family._projection(encoder), family.num_prefix_tokens(encoder)  # type: ignore[attr-defined]
+    encoder = find_encoder(model)
+    conv, prefix = encoder.patch_embed, encoder.num_prefix_tokens
     every = _first_and_last(model, torch.zeros_like(views))[0]
-    if isinstance(encoder, ForkWithOtherNames):
+    if isinstance(encoder.model, ForkWithOtherNames):
         views, zero = 2 * views - 1, torch.full_like(views, -1.0)
     else:
         zero = torch.zeros_like(views)
@@ -224,8 +221,7 @@ def test_kept_tokens_and_their_features_are_those_of_the_plain_model(
     torch.testing.assert_close(tokens[:, :prefix], every[:, :prefix])
     subset = patches_among(tokens[:, prefix:], every[:, prefix:])
     assert [len(set(row)) for row in subset.tolist()] == [tokens.shape[1] - prefix] * len(views)
-    family, encoder = find_encoder(plain)
-    torch.testing.assert_close(features, family.after_embedding(encoder, tokens), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(features, find_encoder(plain).after_embedding(tokens), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("strategy", [Strategy(0.5), Strategy(0.0, 16)], ids=str)
@@ -316,11 +312,10 @@ def test_the_same_seed_gives_the_same_tokens_and_half_precision_trains(model: nn
 
 
 def test_timms_own_vit_is_known_by_its_shape_too(tiny_vit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from seqcompress import encoders
 
     views, outputs = torch.randn(2, 3, 32, 32), []
-    for families in (encoders._families, [family for family in encoders._families if family.general]):
-        monkeypatch.setattr(encoders, "_families", families)
+    for kinds in (registry._kinds, [kind for kind in registry._kinds if kind.general]):
+        monkeypatch.setattr(registry, "_kinds", kinds)
         vit = compress(tiny_vit(), Strategy(0.5, 16)).train()
         torch.manual_seed(2)
         outputs.append(vit(views))

@@ -256,8 +256,8 @@ def _look(model: object) -> list[Any]:
 
 
 def test_a_subclass_is_known_without_being_registered() -> None:
-    family, encoder = find_encoder(FixedPositions(**SMALL))
-    assert (family.patch_size(encoder), family.image_size(encoder)) == ((8, 8), (32, 32))
+    encoder = find_encoder(FixedPositions(**SMALL))
+    assert (encoder.patch_size, encoder.image_size) == ((8, 8), (32, 32))
 
 
 def _timms() -> list[str]:

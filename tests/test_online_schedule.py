@@ -214,10 +214,10 @@ def test_the_chance_of_a_difference_follows_students_t(values: tuple[float, ...]
 @pytest.mark.parametrize("share", [0.03, 0.3])
 def test_measuring_never_takes_more_than_its_share_and_most_of_it(share: float) -> None:
     run = _Run(compute_share=share, total_steps=1000)
-    family, student = find_encoder(run.method.backbone)
+    student = find_encoder(run.method.backbone)
     flops = functools.cache(encoder_flops)
     calls = SimpleQueue[tuple[int, int]]()  # weight and tokens of every forward; a list would be put back
-    for weight, vit in ((3, student), (1, run.method.teacher)):
+    for weight, vit in ((3, run.method.backbone), (1, run.method.teacher)):
         vit.blocks[0].register_forward_pre_hook(
             lambda block, args, weight=weight: calls.put((weight, args[0].shape[1])), prepend=True
         )
@@ -225,8 +225,7 @@ def test_measuring_never_takes_more_than_its_share_and_most_of_it(share: float) 
 
     def add(kind: str) -> None:
         spent[kind] += sum(
-            4 * weight * flops(family, student, tokens)
-            for weight, tokens in (calls.get() for _ in range(calls.qsize()))
+            4 * weight * flops(student, tokens) for weight, tokens in (calls.get() for _ in range(calls.qsize()))
         )
 
     def advance(batch: Tensor) -> None:

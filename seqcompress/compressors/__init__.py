@@ -1,15 +1,18 @@
-"""The two compressors, and the wrapper that puts both around a ViT's patch embedding."""
+"""The two compressors, tensors in and tensors out: token dropout and patch scaling. They know no model."""
 
-from seqcompress.compressors.patch_embed import CompressedPatchEmbed
 from seqcompress.compressors.patch_scaling import grid_size, resample_patches, resize_pinv
+from seqcompress.compressors.selection import Selection, embed_selection, positions_of, select
 from seqcompress.compressors.token_dropout import SubsetStream, num_kept, random_subset
 
 __all__ = [
-    "CompressedPatchEmbed",
+    "Selection",
     "SubsetStream",
+    "embed_selection",
     "grid_size",
     "num_kept",
+    "positions_of",
     "random_subset",
     "resample_patches",
     "resize_pinv",
+    "select",
 ]

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from seqcompress.compressors import CompressedPatchEmbed
+from seqcompress.encoders.patch_embed import CompressedPatchEmbed
 from seqcompress.strategy import Strategy
 
 __all__ = ["Hook", "Join", "hook_in", "join_at", "leave", "without_hooks"]

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seqcompress.compressors import CompressedPatchEmbed
 from seqcompress.compressors.tables import is_fake
 from seqcompress.encoders.hooks import without_hooks
+from seqcompress.encoders.patch_embed import CompressedPatchEmbed
 
-__all__ = ["Reached", "call_of", "difference", "first_tensor", "tokens_at", "undisturbed"]
+__all__ = ["Reached", "call_of", "difference", "first_tensor", "tokens_at", "tokens_behind", "undisturbed"]
 
 _VIEWS = 3  # not as many as the blank views that stand in for them
 
@@ -26,7 +26,7 @@ class Reached(Exception):  # noqa: N818 - not an error
         self.values = values
 
 
-def call_of(encoder: Any, places: tuple[nn.Module, ...], views: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def call_of(model: Any, places: tuple[nn.Module, ...], views: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments of the first of these modules that is reached.
 
     Raises:
@@ -38,19 +38,40 @@ def call_of(encoder: Any, places: tuple[nn.Module, ...], views: Tensor) -> tuple
 
     handles = [place.register_forward_pre_hook(stop, with_kwargs=True) for place in places]
     try:
-        encoder.forward(views)
+        model.forward(views)
     except Reached as reached:
         call: tuple[tuple[Any, ...], dict[str, Any]] = reached.values
         return call
     finally:
         for handle in handles:
             handle.remove()
-    raise RuntimeError(f"{type(encoder).__name__} has not reached its first block")
+    raise RuntimeError(f"{type(model).__name__} has not reached its first block")
 
 
-def tokens_at(encoder: Any, places: tuple[nn.Module, ...], views: Tensor) -> Tensor:
+def tokens_at(model: Any, places: tuple[nn.Module, ...], views: Tensor) -> Tensor:
     """The first tensor among these arguments."""
-    return first_tensor(call_of(encoder, places, views))
+    return first_tensor(call_of(model, places, views))
+
+
+def tokens_behind(model: Any, block: nn.Module, views: Tensor) -> Tensor:
+    """What leaves a block.
+
+    Raises:
+        RuntimeError: it is not reached.
+    """
+
+    def stop(module: nn.Module, args: Any, output: Any) -> None:
+        raise Reached(first_tensor(output))
+
+    handle = block.register_forward_hook(stop)
+    try:
+        model.forward(views)
+    except Reached as reached:
+        tokens: Tensor = reached.values
+        return tokens
+    finally:
+        handle.remove()
+    raise RuntimeError(f"{type(model).__name__} has not reached its last block")
 
 
 def first_tensor(values: Any) -> Tensor:
@@ -63,7 +84,7 @@ def first_tensor(values: Any) -> Tensor:
     raise LookupError("there is no tensor")
 
 
-def difference(family: Any, encoder: Any, embed: CompressedPatchEmbed, *, blocks: bool = True) -> str | None:
+def difference(embed: CompressedPatchEmbed, *, blocks: bool = True) -> str | None:
     """In what the tokens of a compressed forward differ from the plain model's, or None if in nothing.
 
     Both see the same random views of the model's own size; the compressed one leaves out one patch of each and has
@@ -71,31 +92,30 @@ def difference(family: Any, encoder: Any, embed: CompressedPatchEmbed, *, blocks
     train mode: nothing stays. Where parameters have no values of their own (meta device, sharded), or where the model
     runs on no views alone, nothing can be compared: a model of a known class is then taken as it is.
 
-    For a general family it is also proven that the blocks do not know where a patch was: with all patches in random
-    order, the same tokens must leave the last block in that order.
+    For a general kind, and where blocks are given positions, it is also proven that the blocks do not know where a
+    patch was, but from what they are given: with all patches in random order, the same tokens must come in that order.
 
     Args:
-        family: the model's family.
-        encoder: the model.
-        embed: its compressed patch embedding.
+        embed: the compressed patch embedding of the model.
         blocks: whether to look behind the first block too.
     """
-    parameter = next(encoder.parameters(), None)
+    encoder = embed.encoder
+    parameter = next(encoder.model.parameters(), None)
     if parameter is None or type(parameter.data) is not Tensor or parameter.is_meta or is_fake():
-        return "its parameters have no values here, so that nothing can be proven" if family.general else None
+        return "its parameters have no values here, so that nothing can be proven" if encoder.general else None
     generator = torch.Generator().manual_seed(0)
-    size = family.image_size(encoder)
-    views = torch.randn((_VIEWS, family.channels(encoder), *size), generator=generator, device="cpu")
+    size = encoder.image_size
+    views = torch.randn((_VIEWS, encoder.channels, *size), generator=generator, device="cpu")
     views = views.to(parameter.device, parameter.dtype)
-    prefix, grid = embed.num_prefix_tokens, embed.blank_grid(size)
+    prefix, grid = encoder.num_prefix_tokens, encoder.blank_grid(size)
     patches = grid[0] * grid[1]
     order = torch.stack([torch.randperm(patches, generator=generator) for _ in range(_VIEWS)]).to(parameter.device)
     kept = order[:, : max(1, patches - 1)]
-    with undisturbed(encoder, embed):
+    with undisturbed(encoder.model, embed):
         try:
-            expected = family.first_tokens(encoder, views)
+            expected = encoder.first_tokens(views)
         except Exception as error:
-            return f"it does not run on views alone: {error}" if family.general else None
+            return f"it does not run on views alone: {error}" if encoder.general else None
         if expected.ndim != 3 or expected.shape[:2] != (_VIEWS, prefix + patches):
             return (
                 f"{prefix} prefix tokens and {patches} patches of a view should reach the first block, and tokens of "
@@ -103,7 +123,7 @@ def difference(family: Any, encoder: Any, embed: CompressedPatchEmbed, *, blocks
             )
         try:
             with _keeping(embed, kept):
-                tokens = family.first_tokens(encoder, views)
+                tokens = encoder.first_tokens(views)
         except Exception as error:
             return f"between its patch embedding and its first block it fails on patches of another number: {error}"
         problem = _compared(tokens, expected, kept, prefix)
@@ -112,15 +132,15 @@ def difference(family: Any, encoder: Any, embed: CompressedPatchEmbed, *, blocks
                 f"the tokens that are kept {problem}: it does something to patches between its patch embedding and its "
                 "first block, beside adding positions"
             )
-        if not (blocks and family.general):
+        if not (blocks and (encoder.general or encoder.positions_in_blocks)):
             return None
         views, order, kept = views[:1], order[:1], kept[:1]  # all blocks of a large model take their time
-        expected = family.last_tokens(encoder, views)
+        expected = encoder.last_tokens(views)
         try:
             with _keeping(embed, order):
-                tokens = family.last_tokens(encoder, views)
+                tokens = encoder.last_tokens(views)
             with _keeping(embed, kept):
-                family.last_tokens(encoder, views)
+                encoder.last_tokens(views)
         except Exception as error:
             return f"its blocks fail on patches of another number: {error}"
         problem = _compared(tokens, expected, order, prefix)
@@ -149,18 +169,18 @@ def _keeping(embed: CompressedPatchEmbed, kept: Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def undisturbed(encoder: Any, embed: CompressedPatchEmbed | None = None) -> Iterator[None]:
+def undisturbed(model: Any, embed: CompressedPatchEmbed | None = None) -> Iterator[None]:
     """Run a model without a trace: in eval mode, without gradients, without hooks of others, random states put back."""
-    modules = list(encoder.modules())
+    modules = list(model.modules())
     modes = [(module, module.training) for module in modules]
-    device = next(encoder.parameters()).device
+    device = next(model.parameters()).device
     devices = [device] if device.type == "cuda" else []
     counted = None if embed is None else embed.tally.copy()
     autocast = torch.autocast(device.type, enabled=False) if device.type != "meta" else nullcontext()
     try:
         for module in modules:
             vars(module)["training"] = False
-        with torch.no_grad(), torch.random.fork_rng(devices=devices), autocast, without_hooks(encoder):
+        with torch.no_grad(), torch.random.fork_rng(devices=devices), autocast, without_hooks(model):
             yield
     finally:
         for module, training in modes:

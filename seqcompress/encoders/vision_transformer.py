@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import timm
 import torch
 from packaging.version import Version
+from timm.layers.format import Format, nchw_to
+from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from seqcompress.compressors import CompressedPatchEmbed
-from seqcompress.compressors.patch_embed import Compression, When, embeds_patches, grid_of_view, patch_size
 from seqcompress.compressors.patch_scaling import grid_size
-from seqcompress.encoders import Family, register
-from seqcompress.encoders.family import Encoder
+from seqcompress.compressors.selection import maps_patches
+from seqcompress.encoders.compression import Compression
+from seqcompress.encoders.encoder import Encoder, Size
 from seqcompress.encoders.hooks import join_at, leave
-from seqcompress.encoders.probe import tokens_at
+from seqcompress.encoders.patch_embed import CompressedPatchEmbed, When
+from seqcompress.encoders.probe import tokens_at, tokens_behind
+from seqcompress.encoders.registry import register
 from seqcompress.strategy import Strategy
 
 _OLDEST_TIMM = "1.0.26"
@@ -26,85 +30,133 @@ if Version(timm.__version__) < Version(_OLDEST_TIMM):
 
 
 @register
-class TimmVisionTransformer(Family):
+class TimmVisionTransformer(Encoder):
     """Class token or none, registers, distillation token, any pooling, pre-norm, any kind of positions."""
 
     supports = "timm.models.vision_transformer.VisionTransformer and its subclasses (vit_*, deit*, flexivit_*, ...)"
 
-    def matches(self, model: nn.Module) -> bool:
+    @staticmethod
+    def recognises(model: nn.Module) -> bool:
         return isinstance(model, VisionTransformer)
 
-    def check(self, encoder: Encoder, strategies: Iterable[Strategy]) -> None:
-        rate = getattr(encoder.patch_drop, "prob", None)
+    @property
+    def patch_size(self) -> Size:
+        height, width = self.patch_embed.feat_ratio(as_scalar=False)  # of a convolutional stem, its whole stride
+        return int(height), int(width)
+
+    @property
+    def image_size(self) -> Size:
+        height, width = self.patch_embed.img_size
+        return int(height), int(width)
+
+    @property
+    def channels(self) -> int:
+        return next(module.in_channels for module in self.patch_embed.modules() if isinstance(module, nn.Conv2d))
+
+    @property
+    def width(self) -> int:
+        return int(self.model.embed_dim)
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        return int(self.model.num_prefix_tokens)
+
+    @property
+    def only_size(self) -> Size | None:
+        return self.image_size if getattr(self.patch_embed, "strict_img_size", False) else None
+
+    def plain_grid(self, view: Size) -> Size | None:
+        size, patch = getattr(self.patch_embed, "img_size", None), self.patch_size
+        if getattr(self.patch_embed, "strict_img_size", False):
+            if size is not None and view != (size[0], size[1]):
+                return None
+        elif view[0] % patch[0] or view[1] % patch[1]:
+            return None
+        grid = (view[0] // patch[0], view[1] // patch[1])
+        return grid if min(grid) > 0 else None
+
+    def check(self, strategies: Iterable[Strategy]) -> None:
+        rate = getattr(self.model.patch_drop, "prob", None)
         if rate is not None:
             raise ValueError(
                 f"the model drops tokens by itself (patch_drop_rate={rate}), which would add to token_dropout: "
                 "create it with patch_drop_rate=0"
             )
-        if _plain_embed(encoder).dynamic_img_pad:
+        if self.patch_embed.dynamic_img_pad:
             raise ValueError(
                 "the model pads views that its patches do not divide (dynamic_img_pad=True), where compression "
                 "resizes them: create it with dynamic_img_pad=False"
             )
         for strategy in strategies:
             size = strategy.patch_size
-            if size is None or (size, size) == self.patch_size(encoder):
+            if size is None or (size, size) == self.patch_size:
                 continue
-            grid_size(self.image_size(encoder), (size, size))
-            embed = _plain_embed(encoder)
-            if not embeds_patches(embed):
+            grid_size(self.image_size, (size, size))
+            if not self.maps_patches:
+                kind = type(self.patch_embed).__name__
                 raise ValueError(
-                    f"patch_size must be None for a model whose patch embedding is a {type(embed).__name__}, "
+                    f"patch_size must be None for a model whose patch embedding is a {kind}, "
                     f"got {size}: only a plain PatchEmbed can be scaled"
                 )
 
-    def attach(
-        self, encoder: Encoder, compression: Compression, *, drops_tokens: bool, when: When
-    ) -> CompressedPatchEmbed:
-        embed = CompressedPatchEmbed(_plain_embed(encoder), encoder, compression, drops_tokens=drops_tokens, when=when)
-        encoder.patch_embed = embed
+    @property
+    def patch_embed(self) -> Any:
+        embed = self.model.patch_embed
+        return embed.embed if isinstance(embed, CompressedPatchEmbed) else embed
+
+    @property
+    def projection(self) -> Any:
+        return self.patch_embed.proj
+
+    @property
+    def maps_patches(self) -> bool:
+        embed = self.patch_embed
+        return (
+            isinstance(embed, PatchEmbed)
+            and type(embed).forward is PatchEmbed.forward
+            and "forward" not in vars(embed)
+            and maps_patches(embed.proj, tuple(embed.patch_size))
+        )
+
+    def normed(self, tokens: Tensor) -> Tensor:
+        normed: Tensor = self.patch_embed.norm(tokens)
+        return normed
+
+    def all_tokens(self, views: Tensor) -> Tensor:
+        tokens: Tensor = self.patch_embed.forward(views)
+        return tokens.flatten(1, 2) if tokens.ndim == 4 and self.patch_embed.output_fmt == Format.NHWC else tokens
+
+    def blank_grid(self, view: Size) -> Size:
+        height, width = self.patch_embed.grid_size
+        return height, width
+
+    def blank(self, tokens: Tensor, blanks: int, grid: Size) -> Tensor:
+        height, width = grid
+        if getattr(self.patch_embed, "flatten", True):
+            return tokens.new_zeros(blanks, height * width, tokens.shape[-1])  # (b, N, D)
+        blank: Tensor = nchw_to(tokens.new_zeros(blanks, tokens.shape[-1], height, width), self.patch_embed.output_fmt)
+        return blank
+
+    def attach(self, compression: Compression, *, drops_tokens: bool, when: When) -> CompressedPatchEmbed:
+        embed = CompressedPatchEmbed(self, compression, drops_tokens=drops_tokens, when=when)
+        self.model.patch_embed = embed
         # Models without positions skip pos_drop; hosts that call the parts themselves may skip norm_pre as well.
-        join_at(embed, encoder.pos_drop, encoder.norm_pre, encoder.blocks[0])
+        join_at(embed, self.model.pos_drop, self.model.norm_pre, self.model.blocks[0])
         return embed
 
-    def detach(self, encoder: Encoder) -> None:
-        embed = encoder.patch_embed
+    def detach(self) -> None:
+        embed = self.model.patch_embed
         if isinstance(embed, CompressedPatchEmbed):
-            encoder.patch_embed = embed.embed
+            self.model.patch_embed = embed.embed
             leave(embed)
 
-    def first_tokens(self, encoder: Encoder, views: Tensor) -> Tensor:
-        return tokens_at(encoder, (encoder.norm_pre, encoder.blocks[0]), views)
+    def first_tokens(self, views: Tensor) -> Tensor:
+        return tokens_at(self.model, (self.model.norm_pre, self.model.blocks[0]), views)
 
-    def patch_size(self, encoder: Encoder) -> tuple[int, int]:
-        return patch_size(_plain_embed(encoder))
+    def last_tokens(self, views: Tensor) -> Tensor:
+        return tokens_behind(self.model, self.model.blocks[-1], views)
 
-    def channels(self, encoder: Encoder) -> int:
-        embed = _plain_embed(encoder)
-        return next(module.in_channels for module in embed.modules() if isinstance(module, nn.Conv2d))
-
-    def width(self, encoder: Encoder) -> int:
-        return int(encoder.embed_dim)
-
-    def projection_size(self, encoder: Encoder) -> int:
-        return int(encoder.patch_embed.proj.weight.numel())
-
-    def image_size(self, encoder: Encoder) -> tuple[int, int]:
-        height, width = encoder.patch_embed.img_size
-        return int(height), int(width)
-
-    def grid(self, encoder: Encoder, view: tuple[int, int], patch: tuple[int, int]) -> tuple[int, int]:
-        return grid_of_view(_plain_embed(encoder), view, patch)
-
-    def num_prefix_tokens(self, encoder: Encoder) -> int:
-        return int(encoder.num_prefix_tokens)
-
-    def after_embedding(self, encoder: Encoder, tokens: Tensor) -> Tensor:
-        tokens = encoder.norm(encoder.blocks(encoder.norm_pre(tokens)))
-        features: Tensor | tuple[Tensor, ...] = encoder.forward_head(tokens)
+    def after_embedding(self, tokens: Tensor) -> Tensor:
+        tokens = self.model.norm(self.model.blocks(self.model.norm_pre(tokens)))
+        features: Tensor | tuple[Tensor, ...] = self.model.forward_head(tokens)
         return features if isinstance(features, Tensor) else torch.stack(features)
-
-
-def _plain_embed(encoder: Encoder) -> nn.Module:
-    embed = encoder.patch_embed
-    return embed.embed if isinstance(embed, CompressedPatchEmbed) else embed

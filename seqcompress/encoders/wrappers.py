@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from seqcompress.encoders import is_encoder, register_wrapper
+from seqcompress.encoders.registry import is_encoder, register_wrapper
 
 
 @register_wrapper("DistributedDataParallel")

@@ -23,10 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from seqcompress.compression import compressed_embeds, is_compressed
-from seqcompress.compressors import CompressedPatchEmbed, SubsetStream
-from seqcompress.compressors.patch_embed import Compression, When
-from seqcompress.encoders import Family, find_encoder
-from seqcompress.encoders.family import Encoder
+from seqcompress.compressors import SubsetStream
+from seqcompress.encoders import CompressedPatchEmbed, Compression, Encoder, When, find_encoder
 from seqcompress.gradients.report import CostKind, GradientErrorReport, canonical
 from seqcompress.gradients.state import Generators, Snapshot
 from seqcompress.gradients.statistics import GradientMoments, interquartile_mean, jackknife
@@ -188,10 +186,14 @@ class _PacedStream(SubsetStream):
 class MeasuredEncoder:
     """An encoder, and how it is to be compressed for the measurement."""
 
-    family: Family
     encoder: Encoder
     is_student: bool
     when: When
+
+    @property
+    def embed(self) -> CompressedPatchEmbed:
+        """Its patch embedding, while it is compressed."""
+        return compressed_embeds(self.encoder.model)[0]
 
     def check(self, strategies: Sequence[Strategy]) -> None:
         """Raise ValueError if a strategy cannot be measured on it now."""
@@ -204,7 +206,7 @@ class MeasuredEncoder:
         role = "model" if self.is_student else "teacher"
         for strategy in strategies:
             try:
-                self.family.check(self.encoder, [strategy if self.is_student else strategy.without_dropout()])
+                self.encoder.check([strategy if self.is_student else strategy.without_dropout()])
             except ValueError as error:
                 raise ValueError(f"strategies: {strategy!s} does not suit the {role}: {error}") from None
 
@@ -213,14 +215,11 @@ def measured_encoders(model: nn.Module, teacher: nn.Module | None = None) -> lis
     """The encoders of one analysis: those that were compressed together, or ``model`` and ``teacher``."""
     if teacher is None and isinstance(model, nn.Module) and is_compressed(model):
         embeds = [partner for embed in compressed_embeds(model) for partner in embed.partners()]
-        return [
-            MeasuredEncoder(*find_encoder(embed.encoder), embed.drops_tokens, embed.when)
-            for embed in dict.fromkeys(embeds)
-        ]
-    encoders = [MeasuredEncoder(*find_encoder(model), True, "grad")]
+        return [MeasuredEncoder(embed.encoder, embed.drops_tokens, embed.when) for embed in dict.fromkeys(embeds)]
+    encoders = [MeasuredEncoder(find_encoder(model), True, "grad")]
     if teacher is not None:
-        encoders.append(MeasuredEncoder(*find_encoder(teacher, "teacher"), False, "train"))
-        if encoders[0].encoder is encoders[1].encoder:
+        encoders.append(MeasuredEncoder(find_encoder(teacher, "teacher"), False, "train"))
+        if encoders[0].encoder.model is encoders[1].encoder.model:
             raise ValueError("teacher must be another model than model, got the same one")
     return encoders
 
@@ -229,23 +228,21 @@ def measured_encoders(model: nn.Module, teacher: nn.Module | None = None) -> lis
 def _compressed(encoders: Sequence[MeasuredEncoder]) -> Iterator[Compression]:
     """Compress the encoders with a compression of their own; afterwards they are as they were."""
     stream = _PacedStream()
-    found = compressed_embeds(*(measured.encoder for measured in encoders))
+    found = compressed_embeds(*(measured.encoder.model for measured in encoders))
     views = next((embed.compression.views for embed in found), None)
     compression = Compression(Constant(_BASE), _BASE, stream, copy.deepcopy(views))
     undo: list[Callable[[], object]] = []
     try:
         for measured in encoders:
-            embeds = compressed_embeds(measured.encoder)
+            embeds = compressed_embeds(measured.encoder.model)
             if embeds:
                 embed = embeds[0]
                 undo.append(_Reset(embed))
                 embed.compression, embed.tally = compression, Counter()
                 embed.drops_tokens, embed.when = measured.is_student, measured.when
             else:
-                embed = measured.family.attach(
-                    measured.encoder, compression, drops_tokens=measured.is_student, when=measured.when
-                )
-                undo.append(_Detach(measured, embed))
+                embed = measured.encoder.attach(compression, drops_tokens=measured.is_student, when=measured.when)
+                undo.append(_Detach(embed))
             if measured.is_student:
                 undo.append(embed.register_forward_pre_hook(stream, prepend=True).remove)
         yield compression
@@ -270,11 +267,10 @@ class _Reset:
 class _Detach:
     """Takes the compressors out of an encoder that had none."""
 
-    measured: MeasuredEncoder
     embed: CompressedPatchEmbed
 
     def __call__(self) -> None:
-        self.measured.family.detach(self.measured.encoder)
+        self.embed.encoder.detach()
         self.embed.release()
 
 
@@ -368,7 +364,7 @@ class Runner:
         reported: set[str],
     ) -> None:
         self._compression = compression
-        self._embeds: list[CompressedPatchEmbed] = [measured.encoder.patch_embed for measured in encoders]
+        self._embeds: list[CompressedPatchEmbed] = [measured.embed for measured in encoders]
         self._parameters = parameters
         self._step = step
         self._after_backward = after_backward
@@ -633,7 +629,7 @@ def checked_strategies(strategies: Iterable[Strategy]) -> list[Strategy]:
 
 def own_patch_size_of(encoders: Sequence[MeasuredEncoder]) -> int | None:
     """Side of the patches that all these encoders have without compression; None if they differ or are not square."""
-    sides = {side for measured in encoders for side in measured.family.patch_size(measured.encoder)}
+    sides = {side for measured in encoders for side in measured.encoder.patch_size}
     return sides.pop() if len(sides) == 1 else None
 
 

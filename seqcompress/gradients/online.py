@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from seqcompress.compression import compressed_embeds_of
-from seqcompress.compressors.patch_embed import CompressedPatchEmbed, Forward
+from seqcompress.encoders import CompressedPatchEmbed, Forward
 from seqcompress.gradients.measurement import (
     SKETCH_SIZE,
     MeasuredEncoder,
@@ -34,7 +34,7 @@ from seqcompress.gradients.statistics import Sketch, interquartile_mean, jackkni
 from seqcompress.presets import double_patch
 from seqcompress.schedules import Schedule, Stepwise
 from seqcompress.strategy import Strategy
-from seqcompress.training.cost import Flops, num_tokens
+from seqcompress.training.cost import Flops, sequence_length
 from seqcompress.training.ranks import Ranks
 from seqcompress.training.sequence_scheduler import SequenceScheduler
 
@@ -186,7 +186,7 @@ class OnlineScheduler:
         self._ladder = tuple(_by_cost(ladder, encoders, flops))
         self._compute_share = compute_share
         self._loss = step
-        self._roots = [*models, *(measured.encoder for measured in encoders), *listed(protect)]
+        self._roots = [*models, *(measured.encoder.model for measured in encoders), *listed(protect)]
         self._parameters = parameters
         self._encoders = encoders
         self._own_patch_size = own
@@ -364,7 +364,7 @@ class OnlineScheduler:
         return _compared(self._ladder, self.strategy)
 
     def _tallies(self) -> list[Counter[Forward]]:
-        return [measured.encoder.patch_embed.tally.copy() for measured in self._encoders]
+        return [measured.embed.tally.copy() for measured in self._encoders]
 
     def _can_afford(self, done: Sequence[Counter[Forward]]) -> bool:
         """Whether the share allows to measure a step like this one; at first, as many as a decision needs."""
@@ -465,8 +465,8 @@ def _compared(ladder: Sequence[Strategy], strategy: Strategy) -> list[Strategy]:
 def _default_ladder(encoders: Sequence[MeasuredEncoder], flops: Flops) -> list[Strategy]:
     """Rungs that lie far enough apart for a difference to show; at equal cost, the larger patches."""
     student = next(measured for measured in encoders if measured.is_student)
-    own = min(student.family.patch_size(student.encoder))
-    large = double_patch(own, min(student.family.image_size(student.encoder)))
+    own = min(student.encoder.patch_size)
+    large = double_patch(own, min(student.encoder.image_size))
     rungs = [_BASE]
     grid = [Strategy(dropout, size) for size in (None, large) for dropout in (0.75, 0.5, 0.0)]
     suiting = [strategy for strategy in grid if all(_suits(measured, strategy) for measured in encoders)]
@@ -490,7 +490,7 @@ def _by_cost(strategies: Iterable[Strategy], encoders: Sequence[MeasuredEncoder]
 
 def _cost(strategy: Strategy, encoders: Sequence[MeasuredEncoder], flops: Flops) -> int:
     """FLOPs of one view of the encoders' own size, forward and backward through students, forward through teachers."""
-    views = [(1, 1, *measured.family.image_size(measured.encoder)) for measured in encoders]
+    views = [(1, 1, *measured.encoder.image_size) for measured in encoders]
     one_each = [
         Counter([Forward(view, 0, measured.is_student)]) for view, measured in zip(views, encoders, strict=True)
     ]
@@ -507,9 +507,8 @@ def _under(
         counted: Counter[Forward] = Counter()
         for forward, calls in tally.items():
             here = mine if forward.graph or measured.when == "train" else _BASE
-            views = measured.encoder.patch_embed.compression.views
-            size = (forward.view[2], forward.view[3])
-            tokens = num_tokens(measured.encoder, here, size if views is None else views.full_size(size))
+            full = measured.embed.compression.full_size((forward.view[2], forward.view[3]))
+            tokens = sequence_length(measured.encoder, here, full)
             counted[forward._replace(tokens=tokens)] += calls
         changed.append(counted)
     return changed

@@ -9,10 +9,9 @@ from typing import Any
 from torch import nn
 
 from seqcompress.compression import compressed_embeds_of
-from seqcompress.compressors.patch_embed import Forward
-from seqcompress.encoders import find_encoder
+from seqcompress.encoders import Forward
 from seqcompress.strategy import Strategy
-from seqcompress.training.cost import Flops, num_tokens
+from seqcompress.training.cost import Flops, sequence_length
 
 __all__ = ["Budget"]
 
@@ -105,6 +104,5 @@ class Budget:
 
     def _unit(self, number: int) -> int:
         """FLOPs of a unit, in one of the encoders."""
-        family, encoder = find_encoder(self._embeds[number].encoder)
-        full = num_tokens(encoder, Strategy(), family.image_size(encoder))
+        full = sequence_length(self._embeds[number].encoder, Strategy())
         return self._flops.of_one_view(number, full)

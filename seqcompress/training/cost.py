@@ -14,10 +14,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from seqcompress.compressors.patch_embed import Forward
 from seqcompress.compressors.token_dropout import num_kept
-from seqcompress.encoders import Family, find_encoder
-from seqcompress.encoders.family import Encoder
+from seqcompress.encoders import Encoder, Forward, find_encoder
 from seqcompress.encoders.hooks import without_hooks
 from seqcompress.strategy import Strategy
 
@@ -29,6 +27,7 @@ __all__ = [
     "flops_by_tokens",
     "num_tokens",
     "relative_cost",
+    "sequence_length",
 ]
 
 FORWARD_AND_BACKWARD = 3  # forward passes that a forward and its backward cost together
@@ -54,13 +53,17 @@ def num_tokens(model: nn.Module, strategy: Strategy, image_size: int | tuple[int
         >>> num_tokens(vit, Strategy(0.5, 32), 224)
         25
     """
-    family, encoder = find_encoder(model)
+    encoder = find_encoder(model)
     if not isinstance(strategy, Strategy):
         raise TypeError(f"strategy must be a Strategy, got {strategy!r}")
-    own = family.patch_size(encoder)
-    patch = own if strategy.patch_size is None else (strategy.patch_size, strategy.patch_size)
-    patches = math.prod(family.grid(encoder, _checked_size(image_size), patch))
-    return family.num_prefix_tokens(encoder) + num_kept(patches, strategy.token_dropout)
+    return sequence_length(encoder, strategy, _checked_size(image_size))
+
+
+def sequence_length(encoder: Encoder, strategy: Strategy, view: tuple[int, int] | None = None) -> int:
+    """``num_tokens`` of an encoder; by default, of a view of the size it was built for."""
+    patch = encoder.patch_size if strategy.patch_size is None else (strategy.patch_size, strategy.patch_size)
+    patches = math.prod(encoder.grid(encoder.image_size if view is None else view, patch))
+    return encoder.num_prefix_tokens + num_kept(patches, strategy.token_dropout)
 
 
 def relative_cost(model: nn.Module, strategy: Strategy, image_size: int | tuple[int, int]) -> float:
@@ -74,13 +77,13 @@ def relative_cost(model: nn.Module, strategy: Strategy, image_size: int | tuple[
         >>> round(relative_cost(vit, Strategy(0.5), 224), 2)
         0.48
     """
-    family, encoder = find_encoder(model)
+    encoder = find_encoder(model)
     compressed = num_tokens(model, strategy, image_size)
     full = num_tokens(model, Strategy(), image_size)
-    return encoder_flops(family, encoder, compressed) / encoder_flops(family, encoder, full)
+    return encoder_flops(encoder, compressed) / encoder_flops(encoder, full)
 
 
-def encoder_flops(family: Family, encoder: Encoder, tokens: int) -> int:
+def encoder_flops(encoder: Encoder, tokens: int) -> int:
     """FLOPs of one view's forward with ``tokens`` tokens: embedding, blocks, pooling and head.
 
     Counted by torch's FLOP counter on runs without data (meta device), so it holds for any kind of block. A few lengths
@@ -88,20 +91,20 @@ def encoder_flops(family: Family, encoder: Encoder, tokens: int) -> int:
     gives all other lengths, else each is run. Left out: resampling for patch scaling, below 1 % of the rest, and a
     convolutional stem before the embedding.
     """
-    return flops_by_tokens(family, encoder)(tokens)
+    return flops_by_tokens(encoder)(tokens)
 
 
-def flops_by_tokens(family: Family, encoder: Encoder) -> Callable[[int], int]:
+def flops_by_tokens(encoder: Encoder) -> Callable[[int], int]:
     """``encoder_flops`` of an encoder as it is now, for many lengths."""
-    size = sum(parameter.numel() for parameter in encoder.parameters())
-    known = _known.get(encoder)
+    size = sum(parameter.numel() for parameter in encoder.model.parameters())
+    known = _known.get(encoder.model)
     if known is None or known.size != size:  # somebody may have replaced its head, or its blocks
-        known = _known[encoder] = _FlopsByTokens(size)
-    prefix, projection = family.num_prefix_tokens(encoder), family.projection_size(encoder)
+        known = _known[encoder.model] = _FlopsByTokens(size)
+    prefix, projection = encoder.num_prefix_tokens, encoder.projection_size
 
     def flops(tokens: int) -> int:
         if tokens not in known.counted:
-            known.counted[tokens] = _flops_of(known, family, encoder, tokens)
+            known.counted[tokens] = _flops_of(known, encoder, tokens)
         return 2 * (tokens - prefix) * projection + known.counted[tokens]
 
     return flops
@@ -111,11 +114,11 @@ class Flops:
     """FLOPs of training steps in encoders: three for a forward that is differentiated against one for another.
 
     Args:
-        encoders: supported ViTs. Each forward is counted once for each view, with the tokens it really had.
+        encoders: those that run. Each forward is counted once for each view, with the tokens it really had.
     """
 
-    def __init__(self, encoders: Iterable[nn.Module]) -> None:
-        self._encoders = [find_encoder(encoder) for encoder in encoders]
+    def __init__(self, encoders: Iterable[Encoder]) -> None:
+        self._encoders = list(encoders)
 
     def __call__(self, tallies: Iterable[Counter[Forward]]) -> int:
         """Those of the forwards that were counted, one tally an encoder."""
@@ -132,25 +135,24 @@ class Flops:
 
     def of_one_view(self, number: int, tokens: int) -> int:
         """Those of one view's forward through one encoder; see ``encoder_flops``."""
-        return encoder_flops(*self._encoders[number], tokens)
+        return encoder_flops(self._encoders[number], tokens)
 
 
 class ViewCosts:
     """``relative_cost`` at an encoder's own view size, for many strategies: quick where few lengths are behind them.
 
     Args:
-        encoder: a supported ViT.
+        encoder: whose cost it is.
         drops_tokens: False for a teacher, which only scales patches.
     """
 
-    def __init__(self, encoder: nn.Module, drops_tokens: bool) -> None:
-        self._family, self._encoder = find_encoder(encoder)
-        self._size = self._family.image_size(self._encoder)
-        self._prefix = self._family.num_prefix_tokens(self._encoder)
+    def __init__(self, encoder: Encoder, drops_tokens: bool) -> None:
+        self._encoder = encoder
+        self._prefix = encoder.num_prefix_tokens
         self._drops_tokens = drops_tokens
         self._patches: dict[int | None, int] = {}
         self._costs: dict[int, float] = {}
-        self._flops = flops_by_tokens(self._family, self._encoder)
+        self._flops = flops_by_tokens(encoder)
         self._unit = self._flops(self._prefix + self._all(None))
 
     def __call__(self, strategy: Strategy) -> float:
@@ -163,8 +165,7 @@ class ViewCosts:
 
     def _all(self, patch_size: int | None) -> int:
         if patch_size not in self._patches:
-            tokens = num_tokens(self._encoder, Strategy(0.0, patch_size), self._size)
-            self._patches[patch_size] = tokens - self._prefix
+            self._patches[patch_size] = sequence_length(self._encoder, Strategy(0.0, patch_size)) - self._prefix
         return self._patches[patch_size]
 
 
@@ -181,22 +182,22 @@ class _FlopsByTokens:
 _known: WeakKeyDictionary[nn.Module, _FlopsByTokens] = WeakKeyDictionary()
 
 
-def _flops_of(known: _FlopsByTokens, family: Family, encoder: Encoder, tokens: int) -> int:
+def _flops_of(known: _FlopsByTokens, encoder: Encoder, tokens: int) -> int:
     """FLOPs for a length that was not run, from what those that were have shown; run it if they show nothing."""
     if known.is_quadratic is None:
-        first = family.num_prefix_tokens(encoder) + 1
+        first = encoder.num_prefix_tokens + 1
         try:
-            one, two, three = (_flops_after_embedding(family, encoder, first + more) for more in range(3))
+            one, two, three = (_flops_after_embedding(encoder, first + more) for more in range(3))
             known.growth = (first, one, two - one, three - 2 * two + one)
             known.is_quadratic = all(
-                _flops_after_embedding(family, encoder, length) == _extrapolated(known.growth, length)
+                _flops_after_embedding(encoder, length) == _extrapolated(known.growth, length)
                 for length in (first + 7, first + 61)
             )
         except Exception:  # too few tokens, or too many, for this one
             known.is_quadratic = False
     if known.is_quadratic and known.growth is not None:
         return _extrapolated(known.growth, tokens)
-    return _flops_after_embedding(family, encoder, tokens)
+    return _flops_after_embedding(encoder, tokens)
 
 
 def _extrapolated(growth: tuple[int, int, int, int], tokens: int) -> int:
@@ -205,14 +206,14 @@ def _extrapolated(growth: tuple[int, int, int, int], tokens: int) -> int:
     return flops + more * slope + more * (more - 1) // 2 * bend
 
 
-def _flops_after_embedding(family: Family, encoder: Encoder, tokens: int) -> int:
+def _flops_after_embedding(encoder: Encoder, tokens: int) -> int:
     class AfterEmbedding(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.encoder = encoder
+            self.model = encoder.model
 
         def forward(self, tokens: Tensor) -> Tensor:
-            return family.after_embedding(self.encoder, tokens)
+            return encoder.after_embedding(tokens)
 
     module = AfterEmbedding()
     # By their shapes: of a sharded parameter, it is that of the whole.
@@ -220,14 +221,14 @@ def _flops_after_embedding(family: Family, encoder: Encoder, tokens: int) -> int
         name: torch.empty(value.shape, dtype=value.dtype, device="meta")
         for name, value in [*module.named_parameters(), *module.named_buffers()]
     }
-    dtype = next(encoder.parameters()).dtype
-    blank = torch.empty(1, tokens, family.width(encoder), device="meta", dtype=dtype)
+    dtype = next(encoder.model.parameters()).dtype
+    blank = torch.empty(1, tokens, encoder.width, device="meta", dtype=dtype)
     counter = FlopCounterMode(display=False)
     plain_attention = sdpa_kernel(SDPBackend.MATH)  # fused kernels count for nothing without data, in older torch
     with (
         torch.no_grad(),
         torch.random.fork_rng(devices=[]),
-        without_hooks(encoder, ours=True),
+        without_hooks(encoder.model, ours=True),
         plain_attention,
         counter,
     ):

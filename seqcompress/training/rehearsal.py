@@ -15,11 +15,9 @@ import torch
 from torch import nn
 
 from seqcompress.compression import described
-from seqcompress.compressors import CompressedPatchEmbed
-from seqcompress.compressors.patch_embed import Forward
-from seqcompress.encoders import find_encoder
+from seqcompress.encoders import CompressedPatchEmbed, Forward
 from seqcompress.strategy import Strategy
-from seqcompress.training.cost import num_tokens
+from seqcompress.training.cost import sequence_length
 from seqcompress.training.random_states import RandomStates
 from seqcompress.training.ranks import Ranks
 from seqcompress.training.sequence_scheduler import SequenceScheduler
@@ -325,12 +323,11 @@ class Foresight:
             for forward, calls in forwards.items():
                 if forward.graph:
                     size = _full_size(embed, (forward.view[2], forward.view[3]))
-                    tokens += calls * forward.view[0] * num_tokens(embed.encoder, mine, size)
+                    tokens += calls * forward.view[0] * sequence_length(embed.encoder, mine, size)
         return tokens
 
     def _tokens_of_a_view(self, strategy: Strategy) -> int:
-        family, encoder = find_encoder(self._scheduler.embeds[0].encoder)
-        return num_tokens(encoder, strategy, family.image_size(encoder))
+        return sequence_length(self._scheduler.embeds[0].encoder, strategy)
 
 
 def rehearse_in(memory: Memory | None, scheduler: SequenceScheduler, step: Callable[[], object]) -> Rehearsal:

@@ -13,12 +13,10 @@ import torch
 from torch import nn
 
 from seqcompress.compression import Plan, check_plan, compressed_embeds_of, is_frozen, resolve_plan
-from seqcompress.compressors import CompressedPatchEmbed
-from seqcompress.compressors.compression import Compression
-from seqcompress.encoders import find_encoder
+from seqcompress.encoders import CompressedPatchEmbed, Compression
 from seqcompress.schedules import Constant, Schedule
 from seqcompress.strategy import Strategy
-from seqcompress.training.cost import FORWARD_AND_BACKWARD, ViewCosts, num_tokens
+from seqcompress.training.cost import FORWARD_AND_BACKWARD, ViewCosts, sequence_length
 from seqcompress.training.ranks import Ranks
 
 __all__ = ["SequenceScheduler"]
@@ -70,7 +68,7 @@ class SequenceScheduler:
         _refuse_copied_teachers(self._embeds)
         plans = {embed.compression.plan for embed in self._embeds}
         if schedule is not None:
-            plans = {resolve_plan(schedule, *find_encoder(self._embeds[0].encoder))}
+            plans = {resolve_plan(schedule, self._embeds[0].encoder)}
         if len(plans) > 1:
             raise ValueError(f"schedule must be given for encoders that were compressed with {len(plans)} plans")
         (plan,) = plans
@@ -170,9 +168,8 @@ class SequenceScheduler:
 
     def most_expensive(self) -> Strategy:
         """The strategy of the schedule with the longest sequences: the one that needs the most memory."""
-        family, encoder = find_encoder(self._embeds[0].encoder)
-        size = family.image_size(encoder)
-        return max(self._schedule.strategies(), key=lambda strategy: num_tokens(encoder, strategy, size))
+        encoder = self._embeds[0].encoder
+        return max(self._schedule.strategies(), key=lambda strategy: sequence_length(encoder, strategy))
 
     def budget_share(self, step: int) -> float:
         """Share of the run's budget that is spent after ``step`` steps, as this schedule spends it.
@@ -251,7 +248,7 @@ class SequenceScheduler:
 
 
 def _refuse_copied_teachers(embeds: Sequence[CompressedPatchEmbed]) -> None:
-    frozen = [embed.drops_tokens and is_frozen(embed.encoder) for embed in embeds]
+    frozen = [embed.drops_tokens and is_frozen(embed.encoder.model) for embed in embeds]
     if any(frozen) and not all(frozen):
         raise ValueError(
             "model_or_models holds a frozen copy of a compressed student, which would drop tokens as a student does: "

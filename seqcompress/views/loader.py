@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from seqcompress.compression import embeds_of_one_compression, is_compressed
-from seqcompress.compressors.compression import Compression
-from seqcompress.encoders import find_encoder
+from seqcompress.encoders import Compression
 from seqcompress.views.scaled_views import ScaledViews, Size, scaled_size
 from seqcompress.views.transforms import ScaledTransforms, put_back
 
@@ -70,12 +69,11 @@ def scale_views(loader: Maker, model: nn.Module) -> Maker:
     _check_types(loader, model)
     embeds = embeds_of_one_compression(model)
     compression: Compression = embeds[0].compression
-    encoders = [find_encoder(embed.encoder) for embed in embeds]
-    bases = {family.patch_size(encoder) for family, encoder in encoders}
+    bases = {embed.encoder.patch_size for embed in embeds}
     if len(bases) > 1:
         raise ValueError(f"model must hold encoders of one patch size, got {sorted(bases)}")
     (base,) = bases
-    channels = {family.channels(encoder) for family, encoder in encoders}
+    channels = {embed.encoder.channels for embed in embeds}
 
     inner = _inner(loader)
     root = loader if inner is None else inner.dataset
@@ -84,7 +82,7 @@ def scale_views(loader: Maker, model: nn.Module) -> Maker:
     patch_sizes = sorted(
         {strategy.patch_size or 0 for strategy in strategies if (strategy.patch_size or 0) > max(base)}
     )
-    views = compression.views or ScaledViews(base)
+    views = compression.views if isinstance(compression.views, ScaledViews) else ScaledViews(base)
     trial = copy.deepcopy(views)
     trial.add(None, full, 0)
     for patch_size in patch_sizes:
@@ -95,7 +93,7 @@ def scale_views(loader: Maker, model: nn.Module) -> Maker:
     if not patch_sizes:
         _say(f"no strategy of the plan has patches larger than the encoder's own {max(base)} px: all views stay full")
     for size in sorted(full):
-        if all(embed.plain_grid(size) is None for embed in embeds):
+        if all(embed.encoder.plain_grid(size) is None for embed in embeds):
             _say(f"the transforms make views of {size[0]} x {size[1]} px, which the plain model refuses")
 
     follower: Any = None

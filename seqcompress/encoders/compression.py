@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 from seqcompress.compressors.token_dropout import SubsetStream
 from seqcompress.schedules import Constant, Schedule
 from seqcompress.strategy import Strategy
 
-if TYPE_CHECKING:
-    from seqcompress.views import ScaledViews
+__all__ = ["Compression", "SmallerViews"]
 
-__all__ = ["Compression"]
+
+class SmallerViews(Protocol):
+    """Who makes smaller views for encoders where their patches are larger."""
+
+    def ask_for(self, strategy: Strategy, /) -> None:
+        """Have views made for this strategy from now on."""
+
+    def ask_ahead(self, strategy_after: Callable[[int], Strategy], /) -> None:
+        """Have views made for what will be in force so many steps from now."""
+
+    def full_size(self, view: tuple[int, int], /) -> tuple[int, int]:
+        """The size in pixels that a view would have had."""
 
 
 class Compression:
@@ -30,6 +41,7 @@ class Compression:
         views: there if loaders make smaller views for the encoders.
 
     Attributes:
+        members: the patch embeddings of these encoders, those of copies in other processes or files excluded.
         finished: whether the plan has been run to its end, as its driver says. Who drives by itself, without being
             asked to, drives no such encoders: they stay plain.
     """
@@ -39,12 +51,13 @@ class Compression:
         plan: Schedule,
         strategy: Strategy | None = None,
         stream: SubsetStream | None = None,
-        views: ScaledViews | None = None,
+        views: SmallerViews | None = None,
     ) -> None:
         self.plan = plan
         self.stream = SubsetStream() if stream is None else stream
         self.views = views
         self.finished = False
+        self.members: weakref.WeakKeyDictionary[Any, None] = weakref.WeakKeyDictionary()  # a set that keeps its order
         self._strategy = plan(0.0) if strategy is None else strategy
         self._by_hand = False
         self._driver: weakref.ref[Any] | None = None
@@ -59,6 +72,15 @@ class Compression:
     @strategy.setter
     def strategy(self, strategy: Strategy) -> None:
         self._strategy = strategy
+
+    def ask_views_for(self, strategy: Strategy) -> None:
+        """Have smaller views made for this strategy, if any are made at all."""
+        if self.views is not None:
+            self.views.ask_for(strategy)
+
+    def full_size(self, view: tuple[int, int]) -> tuple[int, int]:
+        """The size in pixels that a view would have had, had it not been made smaller."""
+        return view if self.views is None else self.views.full_size(view)
 
     @property
     def driver(self) -> Any | None:
@@ -117,8 +139,7 @@ class Compression:
         """What a schedule lacks to take effect, in a sentence for people, or None; to be called as training runs."""
         if self.driven_by is not None or isinstance(self.plan, Constant):
             return None
-        if self.views is not None:  # a driver that is gone may have left small ones
-            self.views.ask_for(Strategy())
+        self.ask_views_for(Strategy())  # a driver that is gone may have left small ones
         if self.finished:
             return None
         whose = "nobody drives" if self._driver_name is None else f"{self._driver_name} drove, which is gone"
@@ -130,4 +151,8 @@ class Compression:
 
     def __getstate__(self) -> dict[str, Any]:
         # The driver drives the original; a weak reference cannot be pickled anyway.
-        return {**vars(self), "_driver": None, "_driver_name": None}
+        # Who is copied along joins the copy.
+        return {**vars(self), "_driver": None, "_driver_name": None, "members": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, members=weakref.WeakKeyDictionary())

@@ -1,0 +1,164 @@
+"""One ViT, as all of the package sees it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor, nn
+
+from seqcompress.compressors.patch_scaling import grid_size
+from seqcompress.strategy import Strategy
+
+if TYPE_CHECKING:
+    from seqcompress.encoders.compression import Compression
+    from seqcompress.encoders.patch_embed import CompressedPatchEmbed, When
+
+__all__ = ["Encoder", "Size"]
+
+Size = tuple[int, int]
+
+
+class Encoder(ABC):
+    """A ViT: what it is like, and where the compressors take their place in it. One subclass for each kind of ViT.
+
+    Nothing outside this folder names an attribute of a model; it asks here. A compressed model's patch embedding keeps
+    its encoder, so that what it is like is found out once.
+
+    Args:
+        model: the ViT itself, of a kind that ``recognises`` knows.
+
+    Attributes:
+        supports: the kind's entry in the list that an unsupported model is answered with.
+        general: whether models are known by what they do: such a kind is asked last.
+        positions_in_blocks: whether blocks are given positions too: what leaves the last one is proven then, as it is
+            for general kinds.
+    """
+
+    supports: ClassVar[str]
+    general: ClassVar[bool] = False
+    positions_in_blocks: ClassVar[bool] = False
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model: Any = model  # which attributes it has is for the subclass to know, and for no type checker
+
+    @staticmethod
+    @abstractmethod
+    def recognises(model: nn.Module) -> bool:
+        """Whether ``model`` is of this kind."""
+
+    # What it is like:
+
+    @property
+    @abstractmethod
+    def patch_size(self) -> Size:
+        """Height and width of its own patches, in pixels."""
+
+    @property
+    @abstractmethod
+    def image_size(self) -> Size:
+        """Height and width of the views it was built for, in pixels."""
+
+    @property
+    @abstractmethod
+    def channels(self) -> int:
+        """Channels of a view."""
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """Numbers in a token, D."""
+
+    @property
+    @abstractmethod
+    def num_prefix_tokens(self) -> int:
+        """Class, distillation and register tokens."""
+
+    @property
+    @abstractmethod
+    def only_size(self) -> Size | None:
+        """Height and width of the only views that the plain model takes, or None if it takes more."""
+
+    @abstractmethod
+    def plain_grid(self, view: Size) -> Size | None:
+        """Patches along each side of a view in the plain model; None if it refuses such a view."""
+
+    def grid(self, view: Size, patch: Size) -> Size:
+        """Patches along each side of a view: the plain model's under its own patch size, where it takes the view.
+
+        Raises:
+            ValueError: the patch is larger than a side of the view.
+        """
+        own = self.plain_grid(view) if patch == self.patch_size else None
+        return grid_size(view, patch) if own is None else own
+
+    def check(self, strategies: Iterable[Strategy]) -> None:
+        """Raise ValueError, saying why, if the encoder cannot be compressed in one of these ways."""
+        for strategy in strategies:
+            if strategy.patch_size is not None:
+                grid_size(self.image_size, (strategy.patch_size, strategy.patch_size))
+
+    # Its embedding:
+
+    @property
+    @abstractmethod
+    def patch_embed(self) -> nn.Module:
+        """The module that makes tokens of patches: the plain one, compressed or not."""
+
+    @property
+    @abstractmethod
+    def projection(self) -> nn.Module:
+        """What maps pixels to numbers in that module: a convolution, or what has its place."""
+
+    @property
+    def projection_size(self) -> int:
+        """Weights of the projection that a patch is embedded by."""
+        weight: Any = self.projection.weight
+        return int(weight.numel())
+
+    @property
+    def maps_patches(self) -> bool:
+        """Whether each patch is mapped on its own, so that patches can be chosen and scaled before."""
+        return True
+
+    def normed(self, tokens: Tensor) -> Tensor:
+        """What the embedding does to tokens (B, K, D) after projecting them."""
+        return tokens
+
+    def all_tokens(self, views: Tensor) -> Tensor:
+        """All of the embedding's tokens of views (B, C, H, W): (B, N, D). For those that do not map single patches."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def blank_grid(self, view: Size) -> Size:
+        """For which grid the model makes positions, if it is given blank views instead of these."""
+
+    @abstractmethod
+    def blank(self, tokens: Tensor, blanks: int, grid: Size) -> Tensor:
+        """The embedding of so many blank views, all zero, in the format the model expects, on the device of tokens."""
+
+    # How it runs:
+
+    @abstractmethod
+    def attach(self, compression: Compression, *, drops_tokens: bool, when: When) -> CompressedPatchEmbed:
+        """Put the compressors in place."""
+
+    @abstractmethod
+    def detach(self) -> None:
+        """Take them out again, leaving nothing behind."""
+
+    @abstractmethod
+    def first_tokens(self, views: Tensor) -> Tensor:
+        """What reaches the first block of views (B, C, H, W): tokens (B, P + N, D), prefix tokens first."""
+
+    @abstractmethod
+    def last_tokens(self, views: Tensor) -> Tensor:
+        """What leaves the last block of views (B, C, H, W): tokens (B, P + N, D)."""
+
+    @abstractmethod
+    def after_embedding(self, tokens: Tensor) -> Tensor:
+        """Run the encoder on tokens (B, T, D) that are already embedded, for its cost: blocks, pooling, head.
+
+        What blocks do with positions may be left out.
+        """

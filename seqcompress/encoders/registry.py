@@ -1,0 +1,81 @@
+"""Which ViTs can be compressed: what registers a kind, and what finds the kind of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from torch import nn
+
+from seqcompress.encoders.encoder import Encoder
+from seqcompress.encoders.patch_embed import CompressedPatchEmbed
+
+__all__ = ["find_encoder", "is_encoder", "register", "register_wrapper", "supported"]
+
+_kinds: list[type[Encoder]] = []
+_wrappers: dict[str, Callable[[nn.Module], nn.Module | None]] = {}
+_Kind = TypeVar("_Kind", bound=type[Encoder])
+_Wrapper = TypeVar("_Wrapper", bound=Callable[[nn.Module], "nn.Module | None"])
+
+
+def register(kind: _Kind) -> _Kind:
+    """Class decorator: from now on, models of this kind can be compressed."""
+    _kinds.append(kind)
+    return kind
+
+
+def register_wrapper(name: str) -> Callable[[_Wrapper], _Wrapper]:
+    """Function decorator: the function returns the model inside a wrapper that it knows, else None."""
+
+    def decorate(unwrap: _Wrapper) -> _Wrapper:
+        _wrappers[name] = unwrap
+        return unwrap
+
+    return decorate
+
+
+def supported() -> str:
+    """What can be compressed, as a list for people."""
+    return "; ".join([*(kind.supports for kind in _special_first()), f"and one inside {' or '.join(_wrappers)}"])
+
+
+def is_encoder(model: object) -> bool:
+    """Whether ``model`` is a ViT of a registered kind, or wraps one."""
+    return isinstance(model, nn.Module) and _find(model) is not None
+
+
+def find_encoder(model: object, name: str = "model") -> Encoder:
+    """A model as an encoder, or the one inside where ``model`` wraps one.
+
+    Raises:
+        TypeError: no kind of ViT that is registered; the message lists what is supported.
+    """
+    found = _find(model) if isinstance(model, nn.Module) else None
+    if found is None:
+        raise TypeError(f"{name} must be a supported ViT, got {_described(model)}. Supported: {supported()}.")
+    return found
+
+
+def _find(model: nn.Module) -> Encoder | None:
+    for unwrap in _wrappers.values():
+        inner = unwrap(model)
+        if inner is not None:
+            return _find(inner)
+    for module in model.modules():
+        if isinstance(module, CompressedPatchEmbed) and module.encoder.model is model:
+            return module.encoder
+    return next((kind(model) for kind in _special_first() if kind.recognises(model)), None)
+
+
+def _special_first() -> list[type[Encoder]]:
+    return sorted(_kinds, key=lambda kind: kind.general)
+
+
+def _described(model: object) -> str:
+    if not isinstance(model, nn.Module):
+        return repr(model)
+    kind = f"{type(model).__module__}.{type(model).__qualname__}"
+    if isinstance(model, nn.DataParallel):
+        return f"{kind}, which copies the model at every step: use DistributedDataParallel"
+    inside = next((path for path, child in model.named_modules() if path and is_encoder(child)), None)
+    return kind if inside is None else f"{kind}, which has one at .{inside}: pass that"
