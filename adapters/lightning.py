@@ -730,7 +730,7 @@ def _groups(embeds: dict[str, CompressedPatchEmbed]) -> Iterable[dict[str, Compr
 
 def _share_of_plain_budget(drives: list[_Drive]) -> float:
     """What a whole run at these plans takes, relative to what it takes without: forward and backward passes."""
-    from seqcompress.compression import is_frozen
+    from seqcompress.encoders import is_frozen
     from seqcompress.training.cost import FORWARD_AND_BACKWARD, ViewCosts
 
     spent = plain = 0.0

@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast, get_args
 
 from torch import nn
 
-from seqcompress.encoders import CompressedPatchEmbed, Compression, Encoder, When, find_encoder, supported
+from seqcompress.encoders import CompressedPatchEmbed, Compression, Encoder, When, find_encoder, is_frozen, supported
 from seqcompress.encoders.probe import difference
 from seqcompress.json_files import is_file
 from seqcompress.presets import DEFAULT, PRESETS, double_patch
@@ -74,6 +74,8 @@ def compress(
         found["teacher"] = find_encoder(teacher, "teacher")
         if found["teacher"].model is found["model"].model:
             raise ValueError("teacher must be another model than model, got the same one")
+    for encoder in found.values():
+        encoder.look_again()
     if token_dropout is not None or patch_size is not None:
         if plan is not None:
             raise ValueError(f"plan excludes token_dropout and patch_size, got plan={plan!r} as well")
@@ -259,11 +261,6 @@ def _check_roles(found: Mapping[str, Encoder]) -> None:
             raise ValueError(f"teacher must have the {what} of model, {_shown(mine)}, got {_shown(others)}")
 
 
-def is_frozen(model: nn.Module) -> bool:
-    """Whether none of its parameters is trained."""
-    return not any(parameter.requires_grad for parameter in model.parameters())
-
-
 def _shown(size: int | tuple[int, int]) -> str:
     return f"{size}" if isinstance(size, int) else f"{size[0]} x {size[1]} px"
 
@@ -278,14 +275,7 @@ def _check(encoder: Encoder, schedule: Schedule, name: str) -> None:
     strategies = schedule.strategies()
     if name == "teacher":
         strategies = tuple(strategy.without_dropout() for strategy in strategies)
-    own = min(encoder.patch_size)
     try:
-        for size in (strategy.patch_size for strategy in strategies):
-            if size is not None and size < own:
-                raise ValueError(
-                    f"patch_size must be at least the encoder's own, {own}, got {size}: smaller patches make "
-                    "sequences longer"
-                )
         encoder.check(strategies)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None

@@ -11,8 +11,8 @@ from typing import TypeVar, cast
 
 from torch import nn
 
-from seqcompress.compression import Plan, compress, described, is_frozen
-from seqcompress.encoders import find_encoder, is_encoder, supported
+from seqcompress.compression import Plan, compress, described
+from seqcompress.encoders import find_encoder, is_encoder, is_frozen, supported
 
 __all__ = ["accelerate"]
 

@@ -59,33 +59,35 @@ def select(views: Tensor, grid: Size, patch: Size, own_patch: Size, kept: Tensor
     return Selection((views.shape[2], views.shape[3]), grid, patch, area, kept, patch_rows, rows, columns)
 
 
-def embed_selection(views: Tensor, selection: Selection, projection: nn.Module) -> Tensor:
+def embed_selection(views: Tensor, selection: Selection, projection: nn.Module, *, with_hooks: bool = True) -> Tensor:
     """Project the selected patches of views (B, C, H, W): tokens (B, K, D).
 
     Args:
         views: as they were selected from.
         selection: of these views.
         projection: the convolution that maps each patch on its own, or what has its place.
+        with_hooks: whether to call its hooks.
     """
+    project = projection if with_hooks else projection.forward
     _, grid, patch, area, kept, patch_rows, rows, columns = selection
     if area != views.shape[2:]:
         views = views[..., : area[0], : area[1]]
     views = fit_to_grid(views, grid, patch)
     if kept is None or patch_rows is None:
         views = resample_views(views, grid, rows, columns)
-        every: Tensor = projection(views).flatten(2).transpose(1, 2)  # (B, N, D)
+        every: Tensor = project(views).flatten(2).transpose(1, 2)  # (B, N, D)
         return every
     pixels = gather_patches(views, kept, patch_rows, patch)  # (B, K, C, h, w)
     resampled = rows is not None or columns is not None
     if resampled:
         pixels = resample_patches(pixels, rows, columns)  # (B, K, C, w0, h0)
-    if _is_plain(projection):
+    if _is_plain(projection, with_hooks):
         weight = projection.weight
         kernel = weight.transpose(2, 3) if resampled else weight  # (D, C, w0, h0) or (D, C, h0, w0)
         return F.linear(pixels.flatten(2), kernel.flatten(1), projection.bias)  # (B, K, D)
     # Somebody's own, or one with hooks: it is called, not replaced.
     pixels = pixels.transpose(-1, -2) if resampled else pixels
-    tokens: Tensor = projection(pixels.flatten(0, 1)).flatten(1).unflatten(0, kept.shape)  # (B, K, D)
+    tokens: Tensor = project(pixels.flatten(0, 1)).flatten(1).unflatten(0, kept.shape)  # (B, K, D)
     return tokens
 
 
@@ -116,12 +118,13 @@ def maps_patches(projection: nn.Module, patch: Size) -> bool:
     return bool(convolutions) and all(map(is_of_patches, convolutions))
 
 
-def _is_plain(projection: nn.Module) -> TypeGuard[nn.Conv2d]:
+def _is_plain(projection: nn.Module, with_hooks: bool) -> TypeGuard[nn.Conv2d]:
     """Whether nothing but torch's own convolution happens here, so that a matrix product can stand in for it."""
-    return type(projection) is nn.Conv2d and not (
+    if type(projection) is not nn.Conv2d or not vars(projection).keys().isdisjoint(("forward", "_conv_forward")):
+        return False
+    return not with_hooks or not (
         projection._forward_hooks
         or projection._forward_pre_hooks
         or projection._backward_hooks
         or projection._backward_pre_hooks
-        or "forward" in vars(projection)
     )

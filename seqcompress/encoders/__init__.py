@@ -9,7 +9,7 @@ import pkgutil
 
 from seqcompress.encoders.compression import Compression
 from seqcompress.encoders.encoder import Encoder
-from seqcompress.encoders.patch_embed import CompressedPatchEmbed, Forward, When
+from seqcompress.encoders.patch_embed import CompressedPatchEmbed, Forward, When, is_frozen
 from seqcompress.encoders.registry import find_encoder, is_encoder, register, register_wrapper, supported
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "When",
     "find_encoder",
     "is_encoder",
+    "is_frozen",
     "register",
     "register_wrapper",
     "supported",

@@ -1,6 +1,7 @@
 """Any ViT, known by what it does and not by its class: DINO's, DINOv2's, Hugging Face's, torchvision's, one's own.
 
 One strided convolution makes the patches, prefix tokens and positions are added, a list of equal blocks follows.
+Positions may also be made by one module and given to every block, as rotations of queries and keys.
 Whether that is all is proven by running the model (``seqcompress.encoders.probe``).
 """
 
@@ -13,13 +14,14 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqcompress.encoders.compression import Compression
 from seqcompress.encoders.encoder import Encoder, Size
-from seqcompress.encoders.hooks import Hook, hook_in, join_at, leave
+from seqcompress.encoders.hooks import Hook, hook_in, join_at, leave, look_behind
 from seqcompress.encoders.patch_embed import CompressedPatchEmbed, When
-from seqcompress.encoders.probe import call_of, difference, first_tensor, tokens_at, tokens_behind, undisturbed
+from seqcompress.encoders.probe import call_of, difference, first_tensor, tensors_in, tokens_at, undisturbed
 from seqcompress.encoders.registry import register
 from seqcompress.strategy import Strategy
 
@@ -41,11 +43,18 @@ class FirstCall(NamedTuple):
     kwargs: dict[str, Any]
 
 
-class _RefuseMasks(Hook):
-    """Forward pre-hook of the whole model: tokens that it masks would be masked among blank ones."""
+class _LookAtCall(Hook):
+    """Forward pre-hook of the whole model: what the user's call asks for, beside features of views.
+
+    Tokens that are masked would be masked among blank ones. Hugging Face's models take views of another size where they
+    are asked to.
+    """
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self.embed.training or self.embed.strategy == Strategy() or self.embed.trial is not None:
+        encoder = self.embed.encoder
+        assert isinstance(encoder, AnyVisionTransformer)
+        encoder.interpolates = bool(kwargs.get("interpolate_pos_encoding"))
+        if not self.embed.is_training or self.embed.strategy == Strategy() or self.embed.trial is not None:
             return
         named = [(f"argument {number}", value) for number, value in enumerate(args)] + list(kwargs.items())
         for name, value in named:
@@ -54,6 +63,60 @@ class _RefuseMasks(Hook):
                     f"{name} must be None while a compressed encoder trains, got a mask of shape {tuple(value.shape)}: "
                     "masked tokens cannot be combined with compression"
                 )
+
+
+class _RefuseMaps(Hook):
+    """Forward hook of the whole model: what it folds to a map is none, where patches are dropped or larger."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        selection = self.embed.selection if self.embed.is_training and self.embed.trial is None else None
+        if selection is None or (grid := self.embed.encoder.plain_grid(selection.view)) is None:
+            return
+        if selection.patches == math.prod(grid):
+            return
+        for value in tensors_in(output):
+            one_view = self.embed.encoder.width * selection.patches
+            if value.ndim == 4 and value.shape[-2:] == grid and value.numel() == len(value) * one_view:
+                raise RuntimeError(
+                    f"a compressed encoder that trains has no feature map of {grid[0]} x {grid[1]}, but "
+                    f"{selection.patches} patches: use its eval mode, or features that are sequences"
+                )
+
+
+class _RotationsOfGrid(Hook):
+    """Forward pre-hook of the module that makes rotations: they are wanted for the grid that views are cut into."""
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        selection = self.embed.selection if self.embed.is_training else None
+        if selection is None:
+            return args, kwargs
+        encoder = self.embed.encoder
+        sides = iter(selection.grid)
+
+        def of_grid(value: Any) -> Any:
+            if isinstance(value, int) and not isinstance(value, bool):
+                return next(sides, value)
+            if isinstance(value, Tensor) and value.shape[-2:] == selection.view:  # views, for their size
+                size = [side * patch for side, patch in zip(selection.grid, encoder.patch_size, strict=True)]
+                return value.new_zeros(()).expand(1, value.shape[1], *size)
+            return value
+
+        return tuple(map(of_grid, args)), {name: of_grid(value) for name, value in kwargs.items()}
+
+
+class _KeptRotations(Hook):
+    """Forward hook of the module that makes rotations: those of the kept patches, (B, 1, K, d) of (N, d)."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        selection = self.embed.selection if self.embed.is_training else None
+        if selection is None or selection.kept is None:
+            return output
+        kept = selection.kept
+        if isinstance(output, Tensor):
+            return F.embedding(kept, output).unsqueeze(1)
+        return type(output)(F.embedding(kept, rotations).unsqueeze(1) for rotations in output)
 
 
 @register
@@ -71,13 +134,31 @@ class AnyVisionTransformer(Encoder):
         layout = _layout(model)
         assert layout is not None  # recognises() has looked
         self._names = layout
+        self.interpolates = False  # whether the current call asks for positions of another grid
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_first_call"}
 
+    def look_again(self) -> None:
+        for name in ("image_size", "num_prefix_tokens", "_first_call", "_takes_other_sizes"):
+            vars(self).pop(name, None)
+
     @staticmethod
     def recognises(model: nn.Module) -> bool:
         return _layout(model) is not None
+
+    @staticmethod
+    def why_not(model: nn.Module) -> str | None:
+        lists = list(_lists_of_blocks(model))
+        if len(lists) == 1:
+            names = _projections(model, lists[0])
+            if len(names) > 1:
+                return f"has {len(names)} convolutions that make patches ({', '.join(names)}), where one should"
+            return "has no convolution outside its blocks whose stride is its kernel" if not names else None
+        unequal = list(_lists_of_blocks(model, equal=False))
+        if not lists and len(unequal) == 1:
+            return f"has blocks (.{unequal[0]}) whose parameters differ in their shapes"
+        return None
 
     @property
     def patch_size(self) -> Size:
@@ -122,12 +203,13 @@ class AnyVisionTransformer(Encoder):
 
     @property
     def only_size(self) -> Size | None:
-        return None if self._takes_other_sizes else self.image_size
+        return None if self.interpolates or self._takes_other_sizes else self.image_size
 
     def plain_grid(self, view: Size) -> Size | None:
         patch = self.patch_size
         grid = (view[0] // patch[0], view[1] // patch[1])
-        return grid if min(grid) > 0 and (view == self.image_size or self._takes_other_sizes) else None
+        takes_it = view == self.image_size or self.interpolates or self._takes_other_sizes
+        return grid if min(grid) > 0 and takes_it else None
 
     @property
     def patch_embed(self) -> Any:
@@ -147,12 +229,17 @@ class AnyVisionTransformer(Encoder):
     def attach(self, compression: Compression, *, drops_tokens: bool, when: When) -> CompressedPatchEmbed:
         # All that the plain model shows of itself, before anything is changed.
         places, _ = self._places(self.num_prefix_tokens), self._takes_other_sizes
+        rotary = self._rotary()
         embed = CompressedPatchEmbed(self, compression, drops_tokens=drops_tokens, when=when)
         _replace(self.model, self._names.projection, embed)
         # The earliest place behind the positions: dropout and norms before the blocks then see the kept patches.
         for number in range(len(places)):
             leave(embed)
-            hook_in(self.model, _RefuseMasks(embed))
+            hook_in(self.model, _LookAtCall(embed))
+            look_behind(self.model, _RefuseMaps(embed))
+            if rotary is not None:
+                hook_in(rotary, _RotationsOfGrid(embed))
+                look_behind(rotary, _KeptRotations(embed))
             join_at(embed, *places[number:])
             if any(difference(embed, blocks=False) is None for embed.blank_per_view in (False, True)):
                 break
@@ -165,19 +252,25 @@ class AnyVisionTransformer(Encoder):
             _replace(self.model, self._names.projection, embed.embed)
 
     def first_tokens(self, views: Tensor) -> Tensor:
-        return tokens_at(self.model, (self._blocks[0],), views)
-
-    def last_tokens(self, views: Tensor) -> Tensor:
-        return tokens_behind(self.model, self._blocks[-1], views)
+        return tokens_at(self.model, (self.blocks[0],), views)
 
     def after_embedding(self, tokens: Tensor) -> Tensor:
         _, args, kwargs = self._first_call
-        for block in self._blocks:
+        patches, others = math.prod(self._own_grid), tokens.shape[1] - self.num_prefix_tokens
+
+        def of_length(value: Any) -> Any:
+            if isinstance(value, (tuple, list)):
+                return type(value)(map(of_length, value))
+            is_of_patches = isinstance(value, Tensor) and value.ndim == 2 and len(value) == patches
+            return value.new_zeros(others, value.shape[1], device=tokens.device) if is_of_patches else value
+
+        args, kwargs = of_length(args), {name: of_length(value) for name, value in kwargs.items()}
+        for block in self.blocks:
             tokens = first_tensor(block(tokens, *args, **kwargs))
         return tokens
 
     @property
-    def _blocks(self) -> list[nn.Module]:
+    def blocks(self) -> list[nn.Module]:
         return list(self.model.get_submodule(self._names.blocks).children())
 
     @property
@@ -187,8 +280,14 @@ class AnyVisionTransformer(Encoder):
 
     @cached_property
     def _first_call(self) -> FirstCall:
-        with undisturbed(self.model):
-            args, kwargs = call_of(self.model, (self._blocks[0],), self._zeros(self.image_size))
+        try:
+            with undisturbed(self.model):
+                args, kwargs = call_of(self.model, (self.blocks[0],), self._zeros(self.image_size))
+        except Exception as error:
+            raise TypeError(
+                f"a {type(self.model).__name__} must run on views alone, in eval mode, got {type(error).__name__}: "
+                f"{str(error).strip() or 'no reason'}"
+            ) from error
         tokens, others = first_tensor((args, kwargs)), dict(kwargs)
         if not args:
             others.pop(next(name for name, value in kwargs.items() if value is tokens))
@@ -204,14 +303,37 @@ class AnyVisionTransformer(Encoder):
             return False
         return True
 
+    def _rotary(self) -> nn.Module | None:
+        """The module outside the blocks that makes what they are given for each patch, (N, d), if there is one."""
+        within = {module for block in self.blocks for module in block.modules()}
+        made: dict[int, nn.Module] = {}
+        seen: list[Tensor] = []  # alive, so that none of them has another's id
+
+        def note(module: nn.Module, args: Any, output: Any) -> None:
+            for value in tensors_in(output):
+                seen.append(value)
+                made.setdefault(id(value), module)
+
+        with undisturbed(self.model):
+            modules = [module for module in self.model.modules() if module not in within]
+            handles = [module.register_forward_hook(note) for module in modules]
+            try:
+                args, kwargs = call_of(self.model, (self.blocks[0],), self._zeros(self.image_size))
+            finally:
+                for handle in handles:
+                    handle.remove()
+        given = [value for value in tensors_in((args, kwargs)) if value.ndim == 2]
+        makers = {made.get(id(value)) for value in given if len(value) == math.prod(self._own_grid)}
+        return makers.pop() if len(makers) == 1 else None
+
     def _zeros(self, size: Size) -> Tensor:
         weight = self.patch_embed.weight
         return torch.zeros(1, self.channels, *size, device=weight.device, dtype=weight.dtype)
 
     def _places(self, prefix: int) -> list[nn.Module]:
         """Modules that see a whole sequence before the first block does, in order, and that block."""
-        first = self._blocks[0]
-        within = {module for block in self._blocks for module in block.modules()}
+        first = self.blocks[0]
+        within = {module for block in self.blocks for module in block.modules()}
         tokens = prefix + math.prod(self._own_grid)
         seen: list[nn.Module] = []
 
@@ -241,15 +363,20 @@ def _layout(model: nn.Module) -> Layout | None:
     if len(lists) != 1:
         return None
     blocks = lists[0]
-    projections = [
-        name
-        for name, module in model.named_modules()
-        if not name.startswith(f"{blocks}.") and name and _makes_patches(module)
-    ]
+    projections = _projections(model, blocks)
     if len(projections) != 1:
         return None
     own = {name.partition(".")[0] for name in (projections[0], blocks)}
     return Layout(projections[0], blocks) if len(own) == 2 else None
+
+
+def _projections(model: nn.Module, blocks: str) -> list[str]:
+    """Names of the convolutions that make patches."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if not name.startswith(f"{blocks}.") and name and _makes_patches(module)
+    ]
 
 
 def _makes_patches(module: nn.Module) -> bool:
@@ -263,23 +390,23 @@ def _makes_patches(module: nn.Module) -> bool:
     )
 
 
-def _lists_of_blocks(model: nn.Module, path: str = "") -> Iterator[str]:
-    """Names of the outermost lists of modules with attention that are equal in kind and in their parameters' shapes."""
+def _lists_of_blocks(model: nn.Module, path: str = "", *, equal: bool = True) -> Iterator[str]:
+    """Names of the outermost lists of modules with attention, equal in kind and in their parameters' shapes."""
     for name, child in model.named_children():
         inner = f"{path}.{name}" if path else name
-        if isinstance(child, (nn.ModuleList, nn.Sequential)) and _are_blocks(list(child.children())):
+        if isinstance(child, (nn.ModuleList, nn.Sequential)) and _are_blocks(list(child.children()), equal):
             yield inner
         else:
-            yield from _lists_of_blocks(child, inner)
+            yield from _lists_of_blocks(child, inner, equal=equal)
 
 
-def _are_blocks(children: list[nn.Module]) -> bool:
+def _are_blocks(children: list[nn.Module], equal: bool) -> bool:
     if not children or isinstance(children[0], (nn.ModuleList, nn.Sequential)):
         return False
     if len({type(child) for child in children}) > 1 or not _has_attention(children[0]):
         return False
     shapes = Counter(tuple((name, value.shape) for name, value in child.named_parameters()) for child in children)
-    return len(shapes) == 1
+    return len(shapes) == 1 or not equal
 
 
 def _has_attention(block: nn.Module) -> bool:

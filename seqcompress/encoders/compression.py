@@ -14,6 +14,9 @@ from seqcompress.strategy import Strategy
 __all__ = ["Compression", "SmallerViews"]
 
 
+_MANY_UPDATES = 100
+
+
 class SmallerViews(Protocol):
     """Who makes smaller views for encoders where their patches are larger."""
 
@@ -63,6 +66,8 @@ class Compression:
         self._driver: weakref.ref[Any] | None = None
         self._driver_name: str | None = None
         self._said = False  # that what is set by hand will not stay
+        self._times_driven = 0  # how often the driver has put a strategy in force
+        self._updates = 0  # of the encoders' parameters meanwhile
 
     @property
     def strategy(self) -> Strategy:
@@ -72,6 +77,7 @@ class Compression:
     @strategy.setter
     def strategy(self, strategy: Strategy) -> None:
         self._strategy = strategy
+        self._times_driven += 1
 
     def ask_views_for(self, strategy: Strategy) -> None:
         """Have smaller views made for this strategy, if any are made at all."""
@@ -118,6 +124,7 @@ class Compression:
         """
         self.check_free(driver)
         self._driver, self._driver_name, self._by_hand = weakref.ref(driver), name, False
+        self._times_driven = self._updates = 0
 
     def release(self, driver: object) -> None:
         """Drive them no more. Does nothing for one that does not."""
@@ -147,6 +154,18 @@ class Compression:
             f"training is uncompressed: the encoder has a schedule that {whose}. Make and keep a "
             "SequenceScheduler(model, total_steps=...), and call its step() after every training step; under "
             "Lightning, a callback does so. For a plain encoder, restore(model)"
+        )
+
+    def notice_missing_step(self) -> str | None:
+        """That a driver is never stepped, in a sentence for people, or None; to be called after every update."""
+        self._updates += 1
+        if self._updates != _MANY_UPDATES or self._times_driven > 1 or self.driver is None:
+            return None
+        if isinstance(self.plan, Constant):
+            return None
+        return (
+            f"the encoder has been updated {_MANY_UPDATES} times since {self._driver_name} was made, which has not "
+            f"been stepped: training stays at {self._strategy}; call its step() after every training step"
         )
 
     def __getstate__(self) -> dict[str, Any]:

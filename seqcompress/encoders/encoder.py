@@ -32,7 +32,7 @@ class Encoder(ABC):
     Attributes:
         supports: the kind's entry in the list that an unsupported model is answered with.
         general: whether models are known by what they do: such a kind is asked last.
-        positions_in_blocks: whether blocks are given positions too: what leaves the last one is proven then, as it is
+        positions_in_blocks: whether blocks are given positions too: what they make of tokens is proven then, as it is
             for general kinds.
     """
 
@@ -47,6 +47,11 @@ class Encoder(ABC):
     @abstractmethod
     def recognises(model: nn.Module) -> bool:
         """Whether ``model`` is of this kind."""
+
+    @staticmethod
+    def why_not(model: nn.Module) -> str | None:
+        """What keeps a model that is almost of this kind from being so, or None."""
+        return None
 
     # What it is like:
 
@@ -95,9 +100,19 @@ class Encoder(ABC):
 
     def check(self, strategies: Iterable[Strategy]) -> None:
         """Raise ValueError, saying why, if the encoder cannot be compressed in one of these ways."""
-        for strategy in strategies:
-            if strategy.patch_size is not None:
-                grid_size(self.image_size, (strategy.patch_size, strategy.patch_size))
+        own = min(self.patch_size)
+        for size in (strategy.patch_size for strategy in strategies):
+            if size is not None and size < own:
+                raise ValueError(
+                    f"patch_size must be at least the encoder's own, {own}, got {size}: smaller patches make "
+                    "sequences longer"
+                )
+            if size is not None and (size, size) != self.patch_size:
+                grid_size(self.image_size, (size, size))
+                self.check_scaling(size)
+
+    def check_scaling(self, size: int) -> None:  # noqa: B027 - most can be scaled
+        """Raise ValueError, saying why, if patches cannot have this size in pixels."""
 
     # Its embedding:
 
@@ -152,9 +167,13 @@ class Encoder(ABC):
     def first_tokens(self, views: Tensor) -> Tensor:
         """What reaches the first block of views (B, C, H, W): tokens (B, P + N, D), prefix tokens first."""
 
+    @property
     @abstractmethod
-    def last_tokens(self, views: Tensor) -> Tensor:
-        """What leaves the last block of views (B, C, H, W): tokens (B, P + N, D)."""
+    def blocks(self) -> list[nn.Module]:
+        """Its blocks, in order."""
+
+    def look_again(self) -> None:  # noqa: B027 - most have nothing to forget
+        """Forget what was found out about the model, which may have been changed since."""
 
     @abstractmethod
     def after_embedding(self, tokens: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ class _KeptPatches:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
-        selection = self._embed.selection if self._embed.training else None
+        selection = self._embed.selection if self._embed.is_training else None
         return tokens, None if selection is None else selection.kept
 
 
@@ -69,7 +69,7 @@ class _RotationsOfGrid:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         rotary, get_embed = self._rotary, type(self._rotary).get_embed
-        selection = self._embed.selection if self._embed.training else None
+        selection = self._embed.selection if self._embed.is_training else None
         if selection is not None and getattr(rotary, "feat_shape", None) is None:
             return cast(Tensor, get_embed(rotary, shape=list(selection.grid)))
         if selection is not None and selection.grid != tuple(rotary.feat_shape):

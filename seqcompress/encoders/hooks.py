@@ -1,4 +1,4 @@
-"""The forward pre-hooks by which the compressors take their place in a model, and the way to run it without hooks."""
+"""The hooks by which the compressors take their place in a model, and the way to run it without hooks."""
 
 from __future__ import annotations
 
@@ -12,38 +12,47 @@ from torch import Tensor, nn
 from seqcompress.encoders.patch_embed import CompressedPatchEmbed
 from seqcompress.strategy import Strategy
 
-__all__ = ["Hook", "Join", "hook_in", "join_at", "leave", "without_hooks"]
+__all__ = ["Hook", "Join", "hook_in", "join_at", "leave", "look_behind", "without_hooks"]
 
 
 class Hook:
-    """A forward pre-hook of ours. An object, not a closure: it can be copied along with the model."""
+    """A hook of ours. An object, not a closure: it can be copied along with the model."""
 
     def __init__(self, embed: CompressedPatchEmbed) -> None:
         self.embed = embed
 
 
 class Join(Hook):
-    """Where embedded patches meet their positions, however the tokens are passed."""
+    """Where embedded patches meet their positions, however the tokens are passed.
+
+    Args:
+        embed: whose patches they are.
+        is_last: whether no other such place follows.
+    """
+
+    def __init__(self, embed: CompressedPatchEmbed, *, is_last: bool) -> None:
+        super().__init__(embed)
+        self.is_last = is_last
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         self.embed.check_mask(kwargs.get("attn_mask", kwargs.get("attention_mask")))
         if args and isinstance(args[0], (list, tuple)):
-            if self.embed.training and self.embed.strategy != Strategy():
+            if self.embed.is_training and self.embed.strategy != Strategy():
                 raise ValueError(
                     "crops must be passed one by one to a compressed encoder that trains, got a "
                     f"{type(args[0]).__name__} of {len(args[0])} in one forward"
                 )
             return args, kwargs
         if args:
-            return (self.embed.join(args[0]), *args[1:]), kwargs
+            return (self.embed.join(args[0], is_last=self.is_last), *args[1:]), kwargs
         name = next(name for name, value in kwargs.items() if isinstance(value, Tensor))
-        return args, {**kwargs, name: self.embed.join(kwargs[name])}
+        return args, {**kwargs, name: self.embed.join(kwargs[name], is_last=self.is_last)}
 
 
 def join_at(embed: CompressedPatchEmbed, *places: nn.Module) -> None:
     """Have patches joined at the first of these modules that a forward reaches; the others see what was joined."""
     for place in places:
-        hook_in(place, Join(embed))
+        hook_in(place, Join(embed, is_last=place is places[-1]))
 
 
 def hook_in(place: nn.Module, hook: Hook) -> None:
@@ -52,12 +61,22 @@ def hook_in(place: nn.Module, hook: Hook) -> None:
     hook.embed.places = (*hook.embed.places, place)
 
 
+def look_behind(place: nn.Module, hook: Hook) -> None:
+    """Hook in behind a module."""
+    place.register_forward_hook(hook, with_kwargs=True)  # type: ignore[arg-type]
+    hook.embed.places = (*hook.embed.places, place)
+
+
 def leave(embed: CompressedPatchEmbed) -> None:
     """Take our hooks out: of the modules that have them, around which something may have been wrapped since."""
     for place in embed.places:
-        for key in [key for key, hook in place._forward_pre_hooks.items() if isinstance(hook, Hook)]:
-            place._forward_pre_hooks.pop(key)
-            place._forward_pre_hooks_with_kwargs.pop(key, None)
+        for hooks, with_kwargs in (
+            (place._forward_pre_hooks, place._forward_pre_hooks_with_kwargs),
+            (place._forward_hooks, place._forward_hooks_with_kwargs),
+        ):
+            for key in [key for key, hook in hooks.items() if isinstance(hook, Hook) and hook.embed is embed]:
+                hooks.pop(key)
+                with_kwargs.pop(key, None)
     embed.places = ()
 
 

@@ -9,6 +9,7 @@ the model's own tokens is proven for every model when it is compressed (``seqcom
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections import Counter
@@ -24,7 +25,7 @@ from seqcompress.encoders.compression import Compression
 from seqcompress.encoders.encoder import Encoder, Size
 from seqcompress.strategy import Strategy
 
-__all__ = ["CompressedPatchEmbed", "Forward", "When"]
+__all__ = ["ChangedTokensError", "CompressedPatchEmbed", "Forward", "Trial", "When", "is_frozen"]
 
 When = Literal["grad", "train"]
 
@@ -35,6 +36,17 @@ class Forward(NamedTuple):
     view: tuple[int, ...]  # (B, C, H, W)
     tokens: int  # a view, prefix tokens included
     graph: bool  # whether a backward pass follows
+
+
+class Trial(NamedTuple):
+    """A forward of a probe, and not of training."""
+
+    kept: Tensor  # (B, K)
+    marked: bool  # whether to see to it that tokens of blank views are nothing but positions
+
+
+class ChangedTokensError(RuntimeError):
+    """Something changes tokens between the patch embedding and the first block."""
 
 
 class _Pending(NamedTuple):
@@ -67,13 +79,15 @@ class CompressedPatchEmbed(nn.Module):
     tally: Counter[Forward]
     blank_per_view: bool  # whether the model takes the batch size from its images: its tokens must be as many
     places: tuple[nn.Module, ...]  # where patches may meet their positions: what has our hooks
-    trial: Tensor | None  # patches to keep, while a probe runs
+    trial: Trial | None  # what to do while a probe runs
     _warned: set[str]
     _looked_at: set[Size]  # sizes of views
     _pending: _Pending | None
     _joined: int | None
     _joining: bool  # apart from the two above: compiled code may look at it without a guard on lengths
     _compression: Compression
+    _watched: tuple[nn.Parameter, int] | None  # one that is trained, and its version when last looked at
+    _is_copy: bool
     selection: Selection | None  # of the last forward in train mode; None where that was the plain model's
 
     _OWN = frozenset(
@@ -89,6 +103,8 @@ class CompressedPatchEmbed(nn.Module):
             "places",
             "trial",
             "_compression",
+            "_watched",
+            "_is_copy",
             "_warned",
             "_looked_at",
             "_pending",
@@ -114,18 +130,37 @@ class CompressedPatchEmbed(nn.Module):
             places=(),
             trial=None,
             training=embed.training,
+            _is_full_backward_hook=embed._is_full_backward_hook,
             _warned=set(),
             _looked_at=set(),
             _pending=None,
             _joined=None,
             _joining=False,
+            _watched=None,
+            _is_copy=False,
             selection=None,
         )
         self.compression = compression
 
     def __getstate__(self) -> dict[str, Any]:
         # A forward that failed halfway leaves its patches waiting; a copy has no use for them.
-        return {**vars(self), "selection": None, "_pending": None, "_joined": None, "_joining": False}
+        return {
+            **vars(self),
+            "selection": None,
+            "_watched": None,
+            "_is_copy": True,
+            "_pending": None,
+            "_joined": None,
+            "_joining": False,
+        }
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        if not memo:  # copied by itself, as PEFT does it: a part of no encoder yet
+            return copy.deepcopy(self.embed, memo)
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return twin
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -142,13 +177,18 @@ class CompressedPatchEmbed(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("__class__", "compression"):  # of this module, as FSDP does it, and not of the embedding inside
             object.__setattr__(self, name, value)
-        elif name in self._OWN:
+        elif name in self._OWN or name == "forward":  # what is put around this forward calls this one
             vars(self)[name] = value
         else:
+            if name == "_is_full_backward_hook":
+                vars(self)[name] = value
             setattr(self.embed, name, value)
 
     def __delattr__(self, name: str) -> None:
-        delattr(self.embed, name)
+        if name == "forward":
+            del vars(self)[name]
+        else:
+            delattr(self.embed, name)
 
     def train(self, mode: bool = True) -> CompressedPatchEmbed:
         self.embed.training = mode
@@ -157,6 +197,11 @@ class CompressedPatchEmbed(nn.Module):
 
     def extra_repr(self) -> str:
         return f"strategy={self.strategy}, when={self.when}, teacher={not self.drops_tokens}"
+
+    @property
+    def is_training(self) -> bool:
+        """Whether its encoder is in train mode; a frozen patch embedding may be in eval mode by itself."""
+        return self.trial is not None or bool(self.encoder.model.training)
 
     @property
     def strategy(self) -> Strategy:
@@ -183,7 +228,7 @@ class CompressedPatchEmbed(nn.Module):
     @property
     def is_live(self) -> bool:
         """Whether the encoder still has this patch embedding."""
-        return self in self.compression.members
+        return self in self.compression.members and any(module is self for module in self.encoder.model.modules())
 
     def release(self) -> None:
         """Take leave of the partners: the encoder has its plain patch embedding back."""
@@ -195,7 +240,7 @@ class CompressedPatchEmbed(nn.Module):
         Raises:
             RuntimeError: the last forward dropped tokens.
         """
-        if not self.training or self.selection is None:
+        if not self.is_training or self.selection is None:
             size: Size = self.embed.dynamic_feat_size(img_size)
             return size
         if self.selection.kept is not None:
@@ -208,13 +253,13 @@ class CompressedPatchEmbed(nn.Module):
         Hooks run within, as everywhere: around what is really embedded, not around the blank.
         """
         embedded: Tensor = super().__call__(*args, **kwargs)
-        return self._wait_for_positions(embedded) if self.training and self._joining else embedded
+        return self._wait_for_positions(embedded) if self._joining and self.is_training else embedded
 
     def forward(self, views: Tensor) -> Tensor:
         """Embed views (B, C, H, W): all of their patches, or those that are kept, (B, K, D)."""
         if isinstance(views, torch.fx.Proxy):
             raise RuntimeError("a compressed encoder cannot be traced by torch.fx: restore(model) first")
-        if self.training:
+        if self.is_training:
             return self._forward_in_training(views)
         if not self.drops_tokens and not _is_exporting():
             self._count_in_eval(views)
@@ -228,11 +273,12 @@ class CompressedPatchEmbed(nn.Module):
         """
         raise RuntimeError("a compressed encoder cannot be scripted: restore(model) first")
 
-    def join(self, blank: Tensor) -> Tensor:
+    def join(self, blank: Tensor, *, is_last: bool) -> Tensor:
         """Replace the model's tokens of the blank view by those of the views that were embedded.
 
         Args:
             blank: prefix tokens and positions as the model made them for blank views, (1 or more, P + N, D).
+            is_last: whether no other place follows where they may be replaced.
 
         Returns:
             Tokens of shape (B, P + K, D), prefix tokens first; ``blank`` itself if nothing is waiting.
@@ -240,12 +286,12 @@ class CompressedPatchEmbed(nn.Module):
         Raises:
             RuntimeError: something adds or takes away tokens before the first block: masks or prompts, for instance.
         """
-        return self._join_in_training(blank) if self.training and self._joining else blank
+        return self._join_in_training(blank, is_last) if self._joining and self.is_training else blank
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _count_in_eval(self, views: Tensor) -> None:
         """A teacher may train its student in eval mode: plain, and not for nothing."""
-        if not any(partner.drops_tokens and partner.training for partner in self.partners()):
+        if not any(partner.drops_tokens and partner.is_training for partner in self.partners()):
             return
         grid = self.encoder.plain_grid((views.shape[2], views.shape[3])) if views.ndim == 4 else None
         if grid is None:
@@ -263,10 +309,18 @@ class CompressedPatchEmbed(nn.Module):
     # the time goes, are compiled once for each length, or once for all lengths.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _forward_in_training(self, views: Tensor) -> Tensor:
-        self._pending = self._joined = None  # what a forward that failed halfway may have left
+        if self._pending is not None and self.trial is None:
+            self._warn(
+                "lost patches",
+                "the last forward did not come from its patch embedding to its first block: it failed in between, or "
+                "its features do not depend on the views, since another model has been given this patch embedding",
+            )
+        self._pending = self._joined = None
         self._joining = False
         self.selection = selection = self._select(views) if self.trial is None else self._trial_selection(views)
         self._joining = selection is not None
+        if self._joining:
+            self._check_places()
         return self.embed.forward(views) if selection is None else self._embed_patches(views, selection)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -282,25 +336,29 @@ class CompressedPatchEmbed(nn.Module):
             )
         # One view's positions are all there is to know. Under DistributedDataParallel it is two views: what the model
         # expands for each of them (its class token) then has a gradient that is summed, and so lies in memory as the
-        # parameter does, about which it warns else. Never as many as the batch has: masks for a batch must not fit.
-        few = 2 if len(tokens) > 2 and distributed.is_available() and distributed.is_initialized() else 1
+        # parameter does, about which it warns else.
+        few = 2 if len(tokens) > 1 and distributed.is_available() and distributed.is_initialized() else 1
         blanks = len(tokens) if self.blank_per_view else few
         own_grid = self.encoder.blank_grid(selection.view)
         blank = self.encoder.blank(tokens, blanks, own_grid)
         # Masks for a batch do fit where there is a blank for each view. Looked for once for each size of views, since
         # looking waits for the device.
-        marked = self.blank_per_view and blanks > 1 and selection.view not in self._looked_at
-        marked = marked and self.trial is None and _has_values(tokens)
+        if self.trial is None:
+            marked = blanks == len(tokens) > 1 and selection.view not in self._looked_at and _has_values(tokens)
+        else:
+            blanks = max(2, blanks) if self.trial.marked else blanks
+            marked = self.trial.marked
         if marked:
             blank[1] = 1
         self._pending = _Pending(tokens, selection, own_grid, blanks, marked)
         return blank
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _join_in_training(self, blank: Tensor) -> Tensor:
+    def _join_in_training(self, blank: Tensor, is_last: bool) -> Tensor:
         pending, self._pending = self._pending, None
+        self._joining = not is_last
         if pending is None:
-            joined, self._joined, self._joining = self._joined, None, False
+            joined = self._joined
             if joined is not None and blank.shape[1] != joined:
                 raise RuntimeError(_changed(blank, f"the {joined} tokens that were kept"))
             return blank
@@ -310,7 +368,8 @@ class CompressedPatchEmbed(nn.Module):
         before, positions = blank.split((prefix, grid[0] * grid[1]), dim=1)
         if pending.marked:
             self._look_at_mark(positions.detach())
-            self._looked_at.add(pending.selection.view)
+            if self.trial is None:
+                self._looked_at.add(pending.selection.view)
         tokens = pending.tokens + positions_of(positions[:1], grid, pending.selection)
         if prefix:
             before = before if self.blank_per_view else before[:1].expand(len(tokens), -1, -1)
@@ -322,7 +381,7 @@ class CompressedPatchEmbed(nn.Module):
         """Raise RuntimeError if the second blank view's tokens are not those of the first, plus one."""
         off = (positions[1].float() - positions[0].float() - 1).abs().max()
         if off > (1e-3 if positions.dtype in (torch.float32, torch.float64) else 0.2):
-            raise RuntimeError(
+            raise ChangedTokensError(
                 "something changes tokens of a compressed encoder between its patch embedding and its first block: "
                 "whatever puts others in their place (mask, idx_mask) cannot be combined with compression"
             )
@@ -333,7 +392,7 @@ class CompressedPatchEmbed(nn.Module):
         Raises:
             ValueError: there is one.
         """
-        if mask is not None and self.training and self.selection is not None:
+        if mask is not None and self.is_training and self.selection is not None:
             raise ValueError(
                 "attn_mask must be None while a compressed encoder trains: it is made for the tokens of the plain "
                 "model, of which some are dropped or cut in another size"
@@ -346,8 +405,11 @@ class CompressedPatchEmbed(nn.Module):
         compressing = graph or self.when == "train"
         if not compressing:
             self._warn_of_a_pass_without_gradients()
-        elif self.drops_tokens and (missing := self.compression.notice_missing_driver()):
-            self._warn("no driver", missing)
+        elif self.drops_tokens:
+            if missing := self.compression.notice_missing_driver():
+                self._warn("no driver", missing)
+            if self._was_updated() and (missing := self.compression.notice_missing_step()):
+                self._warn("no step", missing)
         strategy = self.strategy if compressing else Strategy()
         base, view = self.encoder.patch_size, (views.shape[2], views.shape[3])
         full = self.compression.full_size(view)
@@ -378,18 +440,46 @@ class CompressedPatchEmbed(nn.Module):
         return select(views, grid, patch, base, subset, area)
 
     def _trial_selection(self, views: Tensor) -> Selection:
+        assert self.trial is not None
         patch = self.encoder.patch_size
         grid = self.encoder.grid((views.shape[2], views.shape[3]), patch)
-        return select(views, grid, patch, patch, self.trial, (grid[0] * patch[0], grid[1] * patch[1]))
+        return select(views, grid, patch, patch, self.trial.kept, (grid[0] * patch[0], grid[1] * patch[1]))
+
+    def _was_updated(self) -> bool:
+        """Whether an optimizer has been at work since this was asked last."""
+        if self._watched is None:
+            trained = [parameter for parameter in self.encoder.model.parameters() if parameter.requires_grad]
+            self._watched = (trained[-1], trained[-1]._version) if trained else None
+            return False
+        parameter, version = self._watched
+        self._watched = (parameter, parameter._version)
+        return parameter._version != version
 
     def _warn_of_a_pass_without_gradients(self) -> None:
+        if self._is_copy and self.drops_tokens and is_frozen(self.encoder.model):
+            if any(strategy.patch_size is not None for strategy in self.compression.plan.strategies()):
+                self._warn(
+                    "copy",
+                    "a frozen copy of a compressed encoder runs without gradients, and so uncompressed, at patches of "
+                    "its own size; if it is a teacher, pass both to compress(student, plan, teacher=...)",
+                )
+            return
         if "no gradients" in self._warned or not self.drops_tokens or self.strategy == Strategy() or in_backward():
             return
-        if any(parameter.requires_grad for parameter in self.encoder.model.parameters()):
+        if not is_frozen(self.encoder.model):
             self._warn(
                 "no gradients",
                 "a compressed encoder that is being trained ran in train mode without gradients, and so uncompressed; "
                 'if the loss takes two passes (GradCache), have both compressed: compress(..., when="train")',
+            )
+
+    def _check_places(self) -> None:
+        """Raise RuntimeError unless the patches will meet their positions."""
+        hooked = [place for place in self.places if any(hook.embed is self for hook in _hooks_of(place))]
+        if not any(module is place for module in self.encoder.model.modules() for place in hooked):
+            raise RuntimeError(
+                "the first block of a compressed encoder has been replaced since compress(), or its hooks have been "
+                "taken out: restore(model) before such a change, and compress(model, ...) after it"
             )
 
     def _warn_of_another_size(self, view: Size) -> None:
@@ -408,7 +498,11 @@ class CompressedPatchEmbed(nn.Module):
 
     def _embed_patches(self, views: Tensor, selection: Selection) -> Tensor:
         if self.encoder.maps_patches:
-            return self.encoder.normed(embed_selection(views, selection, self.encoder.projection))
+            # A projection that is all of the embedding has its hooks called around this one.
+            projection = self.encoder.projection
+            return self.encoder.normed(
+                embed_selection(views, selection, projection, with_hooks=projection is not self.embed)
+            )
         tokens = self.encoder.all_tokens(views)
         patches = math.prod(selection.grid)
         if tokens.shape[1] != patches:
@@ -419,6 +513,16 @@ class CompressedPatchEmbed(nn.Module):
         if selection.kept is None:
             return tokens
         return tokens.gather(1, selection.kept.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+def is_frozen(model: nn.Module) -> bool:
+    """Whether none of its parameters is trained."""
+    return not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def _hooks_of(place: nn.Module) -> list[Any]:
+    """Those by which patches meet their positions."""
+    return [hook for hook in place._forward_pre_hooks.values() if hasattr(hook, "is_last")]
 
 
 def _has_values(tensor: Tensor) -> bool:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from seqcompress.compressors.tables import is_fake
 from seqcompress.encoders.hooks import without_hooks
-from seqcompress.encoders.patch_embed import CompressedPatchEmbed
+from seqcompress.encoders.patch_embed import ChangedTokensError, CompressedPatchEmbed, Trial
 
-__all__ = ["Reached", "call_of", "difference", "first_tensor", "tokens_at", "tokens_behind", "undisturbed"]
+__all__ = ["Reached", "call_of", "difference", "first_tensor", "tensors_in", "tokens_at", "undisturbed"]
 
 _VIEWS = 3  # not as many as the blank views that stand in for them
 
@@ -53,44 +53,35 @@ def tokens_at(model: Any, places: tuple[nn.Module, ...], views: Tensor) -> Tenso
     return first_tensor(call_of(model, places, views))
 
 
-def tokens_behind(model: Any, block: nn.Module, views: Tensor) -> Tensor:
-    """What leaves a block.
-
-    Raises:
-        RuntimeError: it is not reached.
-    """
-
-    def stop(module: nn.Module, args: Any, output: Any) -> None:
-        raise Reached(first_tensor(output))
-
-    handle = block.register_forward_hook(stop)
-    try:
-        model.forward(views)
-    except Reached as reached:
-        tokens: Tensor = reached.values
-        return tokens
-    finally:
-        handle.remove()
-    raise RuntimeError(f"{type(model).__name__} has not reached its last block")
+def tensors_in(values: Any) -> Iterator[Tensor]:
+    """All tensors in tuples, lists and dictionaries within each other."""
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, (tuple, list, dict)):
+        for value in values.values() if isinstance(values, dict) else values:
+            yield from tensors_in(value)
 
 
 def first_tensor(values: Any) -> Tensor:
-    """The first tensor in tuples, lists and dictionaries within each other."""
-    if isinstance(values, Tensor):
-        return values
-    for value in values.values() if isinstance(values, dict) else values if isinstance(values, (tuple, list)) else ():
-        with suppress(LookupError):
-            return first_tensor(value)
-    raise LookupError("there is no tensor")
+    """The first of them.
+
+    Raises:
+        LookupError: there is none.
+    """
+    found = next(tensors_in(values), None)
+    if found is None:
+        raise LookupError("there is no tensor")
+    return found
 
 
 def difference(embed: CompressedPatchEmbed, *, blocks: bool = True) -> str | None:
     """In what the tokens of a compressed forward differ from the plain model's, or None if in nothing.
 
     Both see the same random views of the model's own size; the compressed one leaves out one patch of each and has
-    the others in random order. No gradient, no random number of the caller's, no hook of the user's, no module in
-    train mode: nothing stays. Where parameters have no values of their own (meta device, sharded), or where the model
-    runs on no views alone, nothing can be compared: a model of a known class is then taken as it is.
+    the others in random order. That nothing but positions is added is shown in train mode too, and of parameters that
+    do nothing yet. No gradient, no random number of the caller's, no hook of the user's: nothing stays. Where
+    parameters have no values of their own (meta device, sharded), or where the model runs on no views alone, nothing
+    can be compared: a model of a known class is then taken as it is.
 
     For a general kind, and where blocks are given positions, it is also proven that the blocks do not know where a
     patch was, but from what they are given: with all patches in random order, the same tokens must come in that order.
@@ -109,7 +100,9 @@ def difference(embed: CompressedPatchEmbed, *, blocks: bool = True) -> str | Non
     views = views.to(parameter.device, parameter.dtype)
     prefix, grid = encoder.num_prefix_tokens, encoder.blank_grid(size)
     patches = grid[0] * grid[1]
-    order = torch.stack([torch.randperm(patches, generator=generator) for _ in range(_VIEWS)]).to(parameter.device)
+    order = torch.stack([torch.randperm(patches, generator=generator, device="cpu") for _ in range(_VIEWS)]).to(
+        parameter.device
+    )
     kept = order[:, : max(1, patches - 1)]
     with undisturbed(encoder.model, embed):
         try:
@@ -132,45 +125,144 @@ def difference(embed: CompressedPatchEmbed, *, blocks: bool = True) -> str | Non
                 f"the tokens that are kept {problem}: it does something to patches between its patch embedding and its "
                 "first block, beside adding positions"
             )
-        if not (blocks and (encoder.general or encoder.positions_in_blocks)):
-            return None
-        views, order, kept = views[:1], order[:1], kept[:1]  # all blocks of a large model take their time
-        expected = encoder.last_tokens(views)
-        try:
-            with _keeping(embed, order):
-                tokens = encoder.last_tokens(views)
-            with _keeping(embed, kept):
-                encoder.last_tokens(views)
-        except Exception as error:
-            return f"its blocks fail on patches of another number: {error}"
-        problem = _compared(tokens, expected, order, prefix)
-        return f"its blocks know where a patch was, since tokens in another order {problem}" if problem else None
+        trained = _parameter_that_sees_patches(embed, views)
+        if trained is not None:
+            return (
+                f"{trained} works on patches between its patch embedding and its first block, beside adding positions"
+            )
+        if blocks and (encoder.general or encoder.positions_in_blocks):
+            problem = _difference_in_blocks(embed, views[:1], order[:1], kept[:1])
+            if problem is not None:
+                return problem
+    return _difference_in_train_mode(embed, views, kept)
 
 
-def _compared(tokens: Tensor, every: Tensor, kept: Tensor, prefix: int) -> str | None:
+def _difference_in_train_mode(embed: CompressedPatchEmbed, views: Tensor, kept: Tensor) -> str | None:
+    """Dropout, masks and the like, which are at work in train mode only, seen by tokens that are none of a view's."""
+    model = embed.encoder.model
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        with undisturbed(model, embed, training=True), _keeping(embed, kept, marked=True):
+            embed.encoder.first_tokens(views)
+    except ChangedTokensError:
+        return (
+            "in train mode it does something to patches between its patch embedding and its first block, beside adding "
+            "positions (dropout, masks)"
+        )
+    except Exception:  # whatever else it needs in train mode, its own forwards will bring
+        return None
+    finally:
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+    return None
+
+
+def _parameter_that_sees_patches(embed: CompressedPatchEmbed, views: Tensor) -> str | None:
+    """The name of a parameter, none of the patch embedding's, whose gradient depends on what is seen in a view.
+
+    It may do nothing yet, such as a scale of 1.
+    """
+    model = embed.encoder.model
+    own = set(embed.encoder.patch_embed.parameters())
+    # No hook of the user's is to see a gradient that is none of training's.
+    named = [(name, value) for name, value in model.named_parameters() if value.requires_grad and value.numel()]
+    named = [(name, value) for name, value in named if value not in own and not value._backward_hooks]
+    if not named:
+        return None
+    gradients = []
+    places = tuple(place for place in embed.places if place is not model)
+    try:
+        for view in views[:2].unbind():
+            with torch.enable_grad():
+                tokens = tokens_at(model, places, view.unsqueeze(0))
+                weights = torch.linspace(-1, 1, tokens.numel(), device=tokens.device, dtype=tokens.dtype)
+                loss = (tokens * weights.view_as(tokens)).sum()
+                gradients.append(torch.autograd.grad(loss, [value for _, value in named], allow_unused=True))
+    except Exception:  # nothing there is trained, or it cannot be differentiated twice
+        return None
+    for (name, _), one, other in zip(named, *gradients, strict=True):
+        if one is None or other is None:
+            continue
+        if (one - other).abs().max() > 1e-2 * torch.maximum(one.abs().max(), other.abs().max()):
+            return name
+    return None
+
+
+def _difference_in_blocks(embed: CompressedPatchEmbed, views: Tensor, order: Tensor, kept: Tensor) -> str | None:
+    """In what the blocks' work on patches in another order differs. What little a fresh block adds is seen too."""
+    encoder, prefix = embed.encoder, embed.encoder.num_prefix_tokens
+    length = prefix + order.shape[1]
+    expected = _sequences(encoder, views, length)
+    try:
+        with _keeping(embed, order):
+            sequences = _sequences(encoder, views, length)
+        with _keeping(embed, kept):
+            _sequences(encoder, views, prefix + kept.shape[1])
+    except Exception as error:
+        return f"its blocks fail on patches of another number: {error}"
+    problem: str | None = "are of another number"
+    if len(sequences) == len(expected):
+        problems = [
+            _compared(tokens, every, order, prefix, 1e-5 if number == len(expected) - 1 else 1e-3)
+            for number, (tokens, every) in enumerate(zip(sequences, expected, strict=True))
+        ]
+        problem = next(filter(None, problems), None)
+    return f"its blocks know where a patch was, since tokens in another order {problem}" if problem else None
+
+
+def _sequences(encoder: Any, views: Tensor, length: int) -> list[Tensor]:
+    """What the modules of the first and the last block make of one view, as far as they are sequences: (1, T, .).
+
+    In the order of their calls; what leaves the last block is the last. All blocks' would take much memory.
+    """
+    last = encoder.blocks[-1]
+    found: list[Tensor] = []
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        with suppress(LookupError):
+            tokens = first_tensor(output)
+            if tokens.ndim == 3 and tokens.shape[:2] == (1, length):
+                found.append(tokens)
+        if module is last:
+            raise Reached(None)
+
+    looked_at = {module: None for block in (encoder.blocks[0], last) for module in block.modules()}
+    handles = [module.register_forward_hook(note) for module in looked_at]
+    try:
+        encoder.model.forward(views)
+    except Reached:
+        return found
+    finally:
+        for handle in handles:
+            handle.remove()
+    raise RuntimeError(f"{type(encoder.model).__name__} has not reached its last block")
+
+
+def _compared(tokens: Tensor, every: Tensor, kept: Tensor, prefix: int, most: float = 1e-5) -> str | None:
     index = kept.unsqueeze(-1).expand(-1, -1, every.shape[-1])
     expected = torch.cat((every[:, :prefix], every[:, prefix:].gather(1, index)), dim=1).float()
     if tokens.shape != expected.shape:
         return f"have the shape {tuple(tokens.shape)} instead of {tuple(expected.shape)}"
     largest = float((tokens.float() - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
     # Sums in another order differ by about 1e-6 through 24 blocks, in single precision.
-    if largest <= (1e-5 if every.dtype in (torch.float32, torch.float64) else 5e-2):
+    if largest <= (most if every.dtype in (torch.float32, torch.float64) else 5e-2):
         return None
     return f"differ from its own by up to {largest:.2g} of the largest"
 
 
 @contextmanager
-def _keeping(embed: CompressedPatchEmbed, kept: Tensor) -> Iterator[None]:
-    embed.trial, vars(embed)["training"] = kept, True
+def _keeping(embed: CompressedPatchEmbed, kept: Tensor, *, marked: bool = False) -> Iterator[None]:
+    embed.trial = Trial(kept, marked)
     try:
         yield
     finally:
-        embed.trial, vars(embed)["training"] = None, False
+        embed.trial = embed.selection = None
 
 
 @contextmanager
-def undisturbed(model: Any, embed: CompressedPatchEmbed | None = None) -> Iterator[None]:
-    """Run a model without a trace: in eval mode, without gradients, without hooks of others, random states put back."""
+def undisturbed(model: Any, embed: CompressedPatchEmbed | None = None, *, training: bool = False) -> Iterator[None]:
+    """Run a model without a trace: without gradients, without hooks of others, random states and modes put back."""
     modules = list(model.modules())
     modes = [(module, module.training) for module in modules]
     device = next(model.parameters()).device
@@ -179,12 +271,12 @@ def undisturbed(model: Any, embed: CompressedPatchEmbed | None = None) -> Iterat
     autocast = torch.autocast(device.type, enabled=False) if device.type != "meta" else nullcontext()
     try:
         for module in modules:
-            vars(module)["training"] = False
+            vars(module)["training"] = training
         with torch.no_grad(), torch.random.fork_rng(devices=devices), autocast, without_hooks(model):
             yield
     finally:
-        for module, training in modes:
-            vars(module)["training"] = training
+        for module, mode in modes:
+            vars(module)["training"] = mode
         if embed is not None and counted is not None:
             embed.embed.training = embed.training
             embed.tally.clear()  # a teacher's forwards count in eval mode, too

@@ -78,4 +78,7 @@ def _described(model: object) -> str:
     if isinstance(model, nn.DataParallel):
         return f"{kind}, which copies the model at every step: use DistributedDataParallel"
     inside = next((path for path, child in model.named_modules() if path and is_encoder(child)), None)
-    return kind if inside is None else f"{kind}, which has one at .{inside}: pass that"
+    if inside is not None:
+        return f"{kind}, which has one at .{inside}: pass that"
+    reason = next(filter(None, (one.why_not(model) for one in _special_first())), None)
+    return kind if reason is None else f"{kind}, which {reason}"

@@ -13,13 +13,12 @@ from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from seqcompress.compressors.patch_scaling import grid_size
 from seqcompress.compressors.selection import maps_patches
 from seqcompress.encoders.compression import Compression
 from seqcompress.encoders.encoder import Encoder, Size
 from seqcompress.encoders.hooks import join_at, leave
 from seqcompress.encoders.patch_embed import CompressedPatchEmbed, When
-from seqcompress.encoders.probe import tokens_at, tokens_behind
+from seqcompress.encoders.probe import tokens_at
 from seqcompress.encoders.registry import register
 from seqcompress.strategy import Strategy
 
@@ -87,17 +86,14 @@ class TimmVisionTransformer(Encoder):
                 "the model pads views that its patches do not divide (dynamic_img_pad=True), where compression "
                 "resizes them: create it with dynamic_img_pad=False"
             )
-        for strategy in strategies:
-            size = strategy.patch_size
-            if size is None or (size, size) == self.patch_size:
-                continue
-            grid_size(self.image_size, (size, size))
-            if not self.maps_patches:
-                kind = type(self.patch_embed).__name__
-                raise ValueError(
-                    f"patch_size must be None for a model whose patch embedding is a {kind}, "
-                    f"got {size}: only a plain PatchEmbed can be scaled"
-                )
+        super().check(strategies)
+
+    def check_scaling(self, size: int) -> None:
+        if not self.maps_patches:
+            raise ValueError(
+                f"patch_size must be None for a model whose patch embedding is a {type(self.patch_embed).__name__}, "
+                f"got {size}: only a plain PatchEmbed can be scaled"
+            )
 
     @property
     def patch_embed(self) -> Any:
@@ -153,8 +149,9 @@ class TimmVisionTransformer(Encoder):
     def first_tokens(self, views: Tensor) -> Tensor:
         return tokens_at(self.model, (self.model.norm_pre, self.model.blocks[0]), views)
 
-    def last_tokens(self, views: Tensor) -> Tensor:
-        return tokens_behind(self.model, self.model.blocks[-1], views)
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return list(self.model.blocks)
 
     def after_embedding(self, tokens: Tensor) -> Tensor:
         tokens = self.model.norm(self.model.blocks(self.model.norm_pre(tokens)))

@@ -197,7 +197,7 @@ class MeasuredEncoder:
 
     def check(self, strategies: Sequence[Strategy]) -> None:
         """Raise ValueError if a strategy cannot be measured on it now."""
-        if self.is_student and not self.encoder.patch_embed.training:
+        if self.is_student and not self.encoder.model.training:
             raise ValueError("model must be in train mode: in eval mode nothing is compressed; call model.train()")
         self.check_strategies(strategies)
 

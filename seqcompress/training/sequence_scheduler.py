@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from seqcompress.compression import Plan, check_plan, compressed_embeds_of, is_frozen, resolve_plan
-from seqcompress.encoders import CompressedPatchEmbed, Compression
+from seqcompress.compression import Plan, check_plan, compressed_embeds_of, resolve_plan
+from seqcompress.encoders import CompressedPatchEmbed, Compression, is_frozen
 from seqcompress.schedules import Constant, Schedule
 from seqcompress.strategy import Strategy
 from seqcompress.training.cost import FORWARD_AND_BACKWARD, ViewCosts, sequence_length

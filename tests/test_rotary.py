@@ -1,0 +1,244 @@
+"""ViTs whose blocks turn queries and keys by where a patch was: timm's Eva and Hugging Face's DINOv3."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torchvision
+from timm.layers import resample_patch_embed
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+
+import seqcompress
+from seqcompress import Budget, SequenceScheduler, Strategy, compress, num_tokens, relative_cost, restore, set_strategy
+from seqcompress.schedules import Stepwise
+
+SMALL: dict[str, Any] = {"depth": 2, "embed_dim": 48, "num_heads": 2, "num_classes": 0}
+EVAS: dict[str, tuple[str, dict[str, Any]]] = {
+    "DINOv3": ("vit_small_patch16_dinov3", {"img_size": 64}),
+    "EVA02": ("eva02_tiny_patch14_224", {"img_size": 56}),
+    "axial, absolute": ("vit_small_patch16_rope_ape_224", {"img_size": 64}),
+    "mixed": ("vit_small_patch16_rope_mixed_224", {"img_size": 64}),
+    "mixed, absolute": ("vit_small_patch16_rope_mixed_ape_224", {"img_size": 64}),
+    "PE": ("vit_pe_core_tiny_patch16_384", {"img_size": 64}),
+}
+
+
+def _eva(kind: str) -> nn.Module:
+    name, settings = EVAS[kind]
+    model: nn.Module = timm.create_model(name, **SMALL, **settings)
+    return _with_weights_that_matter(model)
+
+
+def _dinov3(**settings: Any) -> Any:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.DINOv3ViTConfig(
+        **{"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+           "intermediate_size": 64, "num_register_tokens": 4, "layerscale_value": 1.0, "pos_embed_rescale": None, **settings}
+    )  # fmt: skip
+    return _with_weights_that_matter(transformers.DINOv3ViTModel(config))
+
+
+def _with_weights_that_matter(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.1)
+    return model.train()
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    **{kind: lambda kind=kind: _eva(kind) for kind in EVAS},  # type: ignore[misc]
+    "Hugging Face": _dinov3,
+}
+
+
+@pytest.fixture(params=MODELS)
+def model(request: pytest.FixtureRequest) -> nn.Module:
+    return MODELS[request.param]()
+
+
+def _size(model: nn.Module) -> tuple[int, int]:
+    return seqcompress.encoders.find_encoder(model).image_size
+
+
+def _views(model: nn.Module, batch: int = 3) -> Tensor:
+    return torch.randn(batch, 3, *_size(model))
+
+
+def _features(model: nn.Module, views: Tensor) -> Tensor:
+    """What is pooled to the output of timm's models; the output of others."""
+    output = model(views)
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _embed(model: Any) -> Any:
+    return model.patch_embed if hasattr(model, "patch_embed") else model.embeddings.patch_embeddings
+
+
+def _features_of(plain: Any, views: Tensor, kept: Tensor) -> Tensor:
+    """Those of the plain model on the same patches."""
+    if hasattr(plain, "patch_embed"):
+        prefix = plain.num_prefix_tokens
+
+        def keep(tokens: Tensor) -> tuple[Tensor, Tensor]:
+            index = kept.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
+            return torch.cat((tokens[:, :prefix], tokens[:, prefix:].gather(1, index)), dim=1), kept
+
+        vars(plain)["patch_drop"] = keep  # the place that timm has for it
+        return _features(plain, views)
+    every, (cos, sin) = plain.embeddings(views), plain.rope_embeddings(views)
+    prefix = every.shape[1] - len(cos)
+    index = kept.unsqueeze(-1).expand(-1, -1, every.shape[-1])
+    tokens = torch.cat((every[:, :prefix], every[:, prefix:].gather(1, index)), dim=1)
+    rotations = (cos[kept].unsqueeze(1), sin[kept].unsqueeze(1))
+    features: Tensor = plain.norm(plain.model(tokens, position_embeddings=rotations).last_hidden_state)
+    return features
+
+
+def _with_larger_patches(plain: Any, patch: int) -> Any:
+    """The plain model cut in patches of another size, by the means of its own package."""
+    if hasattr(plain, "patch_embed"):
+        plain.set_input_size(patch_size=(patch, patch))
+        return plain
+    kernel = resample_patch_embed(plain.embeddings.patch_embeddings.weight, [patch, patch])
+    larger = _dinov3(patch_size=patch)
+    larger.load_state_dict({**plain.state_dict(), "embeddings.patch_embeddings.weight": kernel})
+    return larger
+
+
+@pytest.mark.parametrize("dropout", [0.5, 0.75])
+def test_features_of_kept_patches_are_those_of_the_plain_model_on_the_same_patches(
+    model: nn.Module, dropout: float
+) -> None:
+    plain, views = copy.deepcopy(model), _views(model)
+    features = _features(compress(model, Strategy(dropout)), views)
+    kept = _embed(model).selection.kept
+    assert kept.shape[1] + seqcompress.encoders.find_encoder(model).num_prefix_tokens == num_tokens(
+        model, Strategy(dropout), _size(model)
+    )
+    assert not torch.equal(kept[0], kept[1])
+    expected = _features_of(plain, views, kept)
+    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_features_of_larger_patches_are_those_of_a_model_with_such_patches(model: nn.Module) -> None:
+    views, own = _views(model), seqcompress.encoders.find_encoder(model).patch_size[0]
+    expected = _features(_with_larger_patches(copy.deepcopy(model), 2 * own).train(), views)
+    features = _features(compress(model, Strategy(0.0, 2 * own)), views)
+    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_the_base_strategy_and_evaluation_are_the_plain_model_and_restoring_leaves_nothing(model: nn.Module) -> None:
+    plain, views = copy.deepcopy(model), _views(model)
+    keys = list(model.state_dict())
+    compress(model, Strategy())
+    assert torch.equal(_features(model, views), _features(plain, views))
+    set_strategy(model, Strategy(0.5))
+    assert torch.equal(_features(model.eval(), views), _features(plain.eval(), views))
+    assert list(model.state_dict()) == keys
+    restore(model.train())
+    for module, before in zip(model.modules(), plain.modules(), strict=True):
+        assert type(module) is type(before)
+        assert vars(module).keys() == vars(before).keys()
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+    assert torch.equal(_features(model, views), _features(plain.train(), views))
+
+
+def test_two_forwards_before_a_checkpointed_backward_each_keep_their_own_rotations(model: Any) -> None:
+    one, other = _views(model), _views(model)
+    compress(model, Strategy(0.5))
+    twin = copy.deepcopy(model)
+    if hasattr(model, "patch_embed"):
+        twin.set_grad_checkpointing(True)
+    else:
+        twin.gradient_checkpointing_enable()
+    gradients = []
+    for trained in (model, twin):
+        torch.manual_seed(1)
+        (_features(trained, one) * _features(trained, other)).sum().backward()
+        gradients.append([p.grad for p in trained.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(gradients[1]) > 10
+    for mine, others in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, others)
+
+
+def test_a_scheduled_run_is_counted_and_measured(model: nn.Module) -> None:
+    own = seqcompress.encoders.find_encoder(model).patch_size[0]
+    compress(model, Stepwise({0.0: Strategy(0.5, 2 * own), 0.5: Strategy()}))
+    scheduler, budget = SequenceScheduler(model, total_steps=4), Budget(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3)
+    lengths = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        _features(model, _views(model)).square().mean().backward()
+        optimizer.step()
+        embed = _embed(model)
+        lengths.append(None if embed.selection is None else embed.selection.patches)
+        scheduler.step()
+    full = num_tokens(model, Strategy(), _size(model)) - seqcompress.encoders.find_encoder(model).num_prefix_tokens
+    assert lengths == [max(1, round(full / 8)), max(1, round(full / 8)), None, None]
+    cost = relative_cost(model, Strategy(0.5, 2 * own), _size(model))
+    assert budget.units == pytest.approx(3 * 3 * (2 + 2 * cost))
+    report = seqcompress.gradient_error(
+        model,
+        lambda views: _features(model, views).square().mean(),
+        [_views(model) for _ in range(4)],
+        [Strategy(0.5)],
+        cost="flops",
+    )
+    assert report[Strategy(0.5)].bias2 != 0
+
+
+def test_copies_are_independent_and_pickle(model: nn.Module) -> None:
+    views = _views(model)
+    compress(model, Strategy(0.5))
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert _embed(twin).encoder.model is twin
+        set_strategy(twin, Strategy(0.75))
+        torch.manual_seed(3)
+        mine = _features(model, views)
+        _features(twin, views)
+        torch.manual_seed(3)
+        assert torch.equal(mine, _features(model, views))
+        assert (_embed(model).selection.patches, _embed(twin).selection.patches) == (8, 4)
+
+
+def test_views_are_made_smaller_for_them(model: nn.Module) -> None:
+    side, own = _size(model)[0], seqcompress.encoders.find_encoder(model).patch_size[0]
+    compress(model, Strategy(0.0, 2 * own))
+    crop = torchvision.transforms.v2.Compose(
+        [torchvision.transforms.v2.RandomResizedCrop(side), torchvision.transforms.ToTensor()]
+    )
+    images = torchvision.datasets.FakeData(8, (3, 2 * side, 2 * side), transform=crop)
+    loader = seqcompress.scale_views(DataLoader(Subset(images, range(8)), batch_size=4), model)
+    views = next(iter(loader))[0]
+    assert views.shape[-1] == side // 2
+    _features(model, views)
+    assert _embed(model).selection.patches == (side // own // 2) ** 2
+
+
+def test_views_of_another_size_have_rotations_of_their_own() -> None:
+    model = _eva("DINOv3")
+    plain, views = copy.deepcopy(model), torch.randn(2, 3, 32, 96)
+    features = _features(compress(model, Strategy(0.5)), views)
+    kept = _embed(model).selection.kept
+    assert kept.shape == (2, 6)
+    torch.testing.assert_close(features, _features_of(plain, views, kept), rtol=1e-4, atol=1e-4)
+
+
+def test_a_fresh_rotary_model_whose_blocks_add_little_is_seen_through() -> None:
+    model = _dinov3(layerscale_value=1e-5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lambda" in name:
+                parameter.fill_(1e-5)
+    tokens = _features(compress(model, Strategy(0.25)), _views(model))
+    assert tokens.shape[1] == 5 + 12
