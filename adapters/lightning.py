@@ -327,7 +327,7 @@ class SequenceCompression:
 
     def _go_on(self, embeds: dict[str, CompressedPatchEmbed]) -> None:
         """Take up what a checkpoint says of its run: at its end, there is nothing left of a schedule."""
-        before = self._loaded.get("progress")
+        before, pace = self._loaded.get("progress"), 0.0 if self._length is None else self._length.pace()
         for group in _groups(embeds):
             drive = _Drive(0, group)
             if before is None or drive.is_constant or drive.is_others:
@@ -336,7 +336,9 @@ class SequenceCompression:
                 drive.finish()
                 continue
             drive.compression.finished = False
-            if drive.plan(before) != drive.plan.at_step(*self._place):
+            # A run that was broken off within a batch has not counted it.
+            is_elsewhere = abs(before - self._progress) > 1.5 * pace
+            if is_elsewhere and drive.plan(before) != drive.plan.at_step(*self._place):
                 self._tell(
                     f"{drive.name}: the checkpoint was at {before:.0%} of its run ({drive.plan(before)}), which is "
                     f"{self._progress:.0%} of this one: goes on at {drive.plan.at_step(*self._place)}"
