@@ -12,6 +12,7 @@ from torch import nn
 from seqcompress.encoders import CompressedPatchEmbed, Compression, Encoder, When, find_encoder, supported
 from seqcompress.encoders.probe import difference
 from seqcompress.json_files import is_file
+from seqcompress.messages import described
 from seqcompress.presets import DEFAULT, PRESETS, double_patch
 from seqcompress.schedules import Constant, Schedule
 from seqcompress.strategy import Strategy
@@ -266,12 +267,6 @@ def is_frozen(model: nn.Module) -> bool:
 
 def _shown(size: int | tuple[int, int]) -> str:
     return f"{size}" if isinstance(size, int) else f"{size[0]} x {size[1]} px"
-
-
-def described(value: object) -> str:
-    """A value as a message shows it: on one line, and never a whole module."""
-    shown = repr(value)
-    return shown if len(shown) <= 100 and "\n" not in shown else f"a {type(value).__name__}"
 
 
 def _check(encoder: Encoder, schedule: Schedule, name: str) -> None:

@@ -11,8 +11,9 @@ from typing import TypeVar, cast
 
 from torch import nn
 
-from seqcompress.compression import Plan, compress, described, is_frozen
+from seqcompress.compression import Plan, compress, is_frozen
 from seqcompress.encoders import find_encoder, is_encoder, supported
+from seqcompress.messages import described
 
 __all__ = ["accelerate"]
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from seqcompress.compression import described
 from seqcompress.encoders import Encoder
+from seqcompress.messages import described
 from seqcompress.strategy import Strategy
 from seqcompress.training.cost import sequence_length
 from seqcompress.training.random_states import RandomStates

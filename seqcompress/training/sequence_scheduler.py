@@ -133,6 +133,16 @@ class SequenceScheduler:
         """Whether the encoders are still compressed as they were when this scheduler was made."""
         return all(embed.compression is compression and embed.is_live for embed, compression in self._driven)
 
+    def follow(self, schedule: Schedule) -> None:
+        """Follow another schedule from here on; the steps that are done stay done.
+
+        Raises:
+            ValueError: the schedule does not suit the encoders.
+            RuntimeError: the encoders were restored or compressed anew. In each case, nothing has been changed.
+        """
+        check_plan(self._embeds, schedule)
+        self._apply(schedule, self._total_steps, self._last_step)
+
     def use(self, strategy: Strategy) -> None:
         """Put another strategy in force, until the next step.
 
@@ -142,9 +152,9 @@ class SequenceScheduler:
             RuntimeError: the encoders were restored or compressed anew.
         """
         check_plan(self._embeds, Constant(strategy))
-        self._put(strategy)
+        self._put_in_force(strategy)
 
-    def _put(self, strategy: Strategy) -> None:
+    def _put_in_force(self, strategy: Strategy) -> None:
         if not self.is_current:
             raise RuntimeError("the encoders were restored or compressed anew: make a new SequenceScheduler")
         for compression in self._compressions:
@@ -222,7 +232,7 @@ class SequenceScheduler:
         self._apply(schedule, total_steps, last_step)
 
     def _apply(self, schedule: Schedule, total_steps: int, last_step: int) -> None:
-        self._put(schedule.at_step(last_step, total_steps))
+        self._put_in_force(schedule.at_step(last_step, total_steps))
         self._schedule, self._total_steps, self._last_step = schedule, total_steps, last_step
         for model, compression in enumerate(self._compressions):
             compression.finished = last_step >= total_steps
