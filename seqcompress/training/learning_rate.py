@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -78,6 +79,18 @@ class PolynomialDecayLR(LRScheduler):
     def state_dict(self) -> dict[str, Any]:
         """As in every torch scheduler, without the function ``share``."""
         return {name: value for name, value in super().state_dict().items() if name != "_share"}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in every torch scheduler: goes on with the saved lengths and power, and says so if they are others."""
+        for name in ("total_steps", "warmup_steps", "power"):
+            own = getattr(self, name)
+            if name in state_dict and state_dict[name] != own:
+                warnings.warn(
+                    f"seqcompress: the learning rate goes on with the saved state's {name}={state_dict[name]!r}, not "
+                    f"with the scheduler's own {own!r}",
+                    stacklevel=2,
+                )
+        super().load_state_dict(state_dict)
 
     def _factor(self, step: int) -> float:
         if step < self.warmup_steps:
