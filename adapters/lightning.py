@@ -14,7 +14,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from seqcompress.schedules import Schedule
     from seqcompress.strategy import Strategy
     from seqcompress.training.budget import Budget
-    from seqcompress.training.rehearsal import Foresight, Memory
-    from seqcompress.training.sequence_scheduler import SequenceScheduler
 
 __all__ = ["SequenceCompression"]
 
@@ -62,8 +60,8 @@ class SequenceCompression:
 
     On a device with memory of its own, the second step is run at the schedule's most expensive strategy, as soon
     as the optimizer has its state: a run that will not fit stops there and not at three quarters. The log says what
-    the longest sequences need; if they do not fit, torch's error is raised as ever, and the log says, on CUDA
-    devices and by estimate from the first step, what they need and what would fit.
+    the longest sequences need. Whenever a step does not fit, torch's error is raised as ever, and every rank that it
+    meets logs the strategy and, on CUDA devices, the memory that was in use.
     """
 
     host = logging.getLogger(__name__)
@@ -96,7 +94,7 @@ class SequenceCompression:
         self._length: _Length | None = None
         self._budget: Budget | None = None
         self._readings: _Readings | None = None
-        self._foresight: Foresight | None = None  # until the rehearsal is over
+        self._rehearsal_is_due = False
         self._rehearsing: Strategy | None = None
         self._logged: bool | None = None  # whether the Trainer logs the latest step; None before the first one
         self._shown = float("-inf")  # when the progress bar got its numbers
@@ -170,17 +168,13 @@ class SequenceCompression:
         step = _steps_done(trainer, pl_module)
         for drive in self._drives:
             drive.follow(self._place, step, self._seed, self._progress, self._length.pace())
-        if self._foresight is not None:
-            if step > 0:
-                self._rehearsing = self._drives[0].most_expensive()
-                for drive in self._drives:
-                    drive.use(drive.most_expensive())
-            self._foresight.begin()
+        if self._rehearsal_is_due and step > 0:
+            from seqcompress.training.rehearsal import forget_peak
 
-    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
-        """Note what the step has needed so far."""
-        if self._foresight is not None:
-            self._foresight.note_backward()
+            self._rehearsal_is_due, self._rehearsing = False, self._drives[0].most_expensive()
+            for drive in self._drives:
+                drive.use(drive.most_expensive())
+            forget_peak(pl_module.device)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log what this step was run at, and what has been spent so far, if this step is one to be logged."""
@@ -191,8 +185,8 @@ class SequenceCompression:
         self._done = length.share(self._batches)
         readings.note()
         self._guarded("log a step", lambda: self._log(trainer, pl_module, readings))
-        if self._foresight is not None:
-            self._compare(self._foresight)
+        if self._rehearsing is not None:
+            self._end_rehearsal(pl_module.device, self._rehearsing)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Note how many batches the epoch really had."""
@@ -206,13 +200,19 @@ class SequenceCompression:
             self._guarded("log a step", lambda: self._publish(trainer, readings))
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Let go of the model, and say what would help if the longest sequences do not fit, or not even the first."""
-        if self._foresight is not None:
-            from seqcompress.training.rehearsal import is_out_of_memory
+        """Let go of the model, and say at which strategy a training step did not fit into memory."""
+        if self._drives and trainer.training:
+            from seqcompress.training.rehearsal import is_out_of_memory, shortage
 
             if is_out_of_memory(exception):
-                self._foresight.ran_out(self._rehearsing or self._drives[0].strategy)
-                self.host.error("seqcompress: %s", self._foresight.shortage())
+                drive = self._drives[0]
+                strategy = self._rehearsing or drive.strategy
+                self._guarded(
+                    "say what did not fit",
+                    lambda: self.host.error(
+                        "seqcompress: %s", shortage(strategy, drive.student, pl_module.device, exception)
+                    ),
+                )
         self._loaded = self._state()
         self._end_trials()
         self._forget()
@@ -286,7 +286,8 @@ class SequenceCompression:
             if drive.compression not in kept:
                 drive.release(self)
         self._places, self._drives = places, []
-        self._budget = self._readings = self._foresight = self._rehearsing = None
+        self._budget = self._readings = self._rehearsing = None
+        self._rehearsal_is_due = False
         if not embeds:
             return
         if self._length is None:
@@ -308,7 +309,7 @@ class SequenceCompression:
         self._budget = self._guarded("count the budget", lambda: self._budget_of(pl_module))
         self._readings = _Readings(list(embeds.values()), self._units_in_millions)
         if is_first and not self._loaded and self._drives:
-            self._foresight = self._foresight_on(pl_module.device)
+            self._rehearsal_is_due = self._has_own_memory(pl_module.device)
 
     def _adopt(self, embeds: dict[str, CompressedPatchEmbed]) -> None:
         """Let a copy that was put in an encoder's place take its part: Lightly's SMoG makes teachers of students so."""
@@ -326,7 +327,7 @@ class SequenceCompression:
 
     def _go_on(self, embeds: dict[str, CompressedPatchEmbed]) -> None:
         """Take up what a checkpoint says of its run: at its end, there is nothing left of a schedule."""
-        before = self._loaded.get("progress")
+        before, pace = self._loaded.get("progress"), 0.0 if self._length is None else self._length.pace()
         for group in _groups(embeds):
             drive = _Drive(0, group)
             if before is None or drive.is_constant or drive.is_others:
@@ -335,7 +336,9 @@ class SequenceCompression:
                 drive.finish()
                 continue
             drive.compression.finished = False
-            if drive.plan(before) != drive.plan.at_step(*self._place):
+            # A run that was broken off within a batch has not counted it.
+            is_elsewhere = abs(before - self._progress) > 1.5 * pace
+            if is_elsewhere and drive.plan(before) != drive.plan.at_step(*self._place):
                 self._tell(
                     f"{drive.name}: the checkpoint was at {before:.0%} of its run ({drive.plan(before)}), which is "
                     f"{self._progress:.0%} of this one: goes on at {drive.plan.at_step(*self._place)}"
@@ -380,28 +383,17 @@ class SequenceCompression:
         budget = self._budget
         return None if budget is None else self._guarded("count the budget", lambda: budget.millions * self._ranks)
 
-    def _foresight_on(self, device: Any) -> Foresight | None:
-        if device.type == "cpu":
-            return None
-        from seqcompress.training.rehearsal import DeviceMemory
+    def _has_own_memory(self, device: Any) -> bool:
+        return bool(device.type != "cpu")
 
-        return self._foresight_in(DeviceMemory.of(device))
+    def _end_rehearsal(self, device: Any, strategy: Strategy) -> None:
+        """Say what the step has needed that was run at the longest sequences."""
+        from seqcompress.training.rehearsal import measured
 
-    def _foresight_in(self, memory: Memory | None) -> Foresight:
-        from seqcompress.training.rehearsal import Foresight
-
-        return Foresight(cast("SequenceScheduler", self._drives[0]), memory)
-
-    def _compare(self, foresight: Foresight) -> None:
-        """After a step: what it needed, to foresee what the longest sequences will, or to say it once they have run."""
-        if self._rehearsing is None:
-            if len(self._drives) == 1:  # of encoders with several plans, nothing can be foreseen
-                foresight.fitted(self._drives[0].strategy)
-            return
-        self._tell(str(foresight.rehearsal(self._rehearsing)))
+        self._tell(str(measured(strategy, device)))
         for drive in self._drives:
             drive.use(drive.strategy)
-        self._foresight = self._rehearsing = None
+        self._rehearsing = None
 
     def _log(self, trainer: Any, pl_module: Any, readings: _Readings) -> None:
         self._logged = False
@@ -577,6 +569,11 @@ class _Drive:
         return place.rpartition(".")[0] or "the encoder"
 
     @property
+    def student(self) -> Any:
+        """The encoder that drops tokens; the only one, if it is a teacher's."""
+        return next((embed for embed in self.embeds if embed.drops_tokens), self.embeds[0]).encoder
+
+    @property
     def is_constant(self) -> bool:
         """Whether the plan is one strategy, which needs nobody to advance it."""
         return len(self.plan.strategies()) == 1
@@ -648,8 +645,7 @@ class _Drive:
         """The student's, in a view of the size it was built for."""
         from seqcompress.training.cost import sequence_length
 
-        embed = next((embed for embed in self.embeds if embed.drops_tokens), self.embeds[0])
-        return sequence_length(embed.encoder, strategy)
+        return sequence_length(self.student, strategy)
 
     def outlook(self, progress: float, share: float | None, names: list[str]) -> str:
         """One line: what will happen to the encoders of these names."""

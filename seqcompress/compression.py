@@ -12,6 +12,7 @@ from torch import nn
 from seqcompress.encoders import CompressedPatchEmbed, Compression, Encoder, When, find_encoder, is_frozen, supported
 from seqcompress.encoders.probe import difference
 from seqcompress.json_files import is_file
+from seqcompress.messages import described
 from seqcompress.presets import DEFAULT, PRESETS, double_patch
 from seqcompress.schedules import Constant, Schedule
 from seqcompress.strategy import Strategy
@@ -68,7 +69,7 @@ def compress(
         Strategy(token_dropout=0.5, patch_size=32)
     """
     if when not in get_args(When):
-        raise ValueError(f"when must be 'grad' or 'train', got {when!r}")
+        raise ValueError(f"when must be 'grad' or 'train', got {described(when)}")
     found = {"model": find_encoder(model)}
     if teacher is not None:
         found["teacher"] = find_encoder(teacher, "teacher")
@@ -78,7 +79,7 @@ def compress(
         encoder.look_again()
     if token_dropout is not None or patch_size is not None:
         if plan is not None:
-            raise ValueError(f"plan excludes token_dropout and patch_size, got plan={plan!r} as well")
+            raise ValueError(f"plan excludes token_dropout and patch_size, got plan={described(plan)} as well")
         plan = Strategy(0.0 if token_dropout is None else token_dropout, patch_size)
     schedule = resolve_plan(plan, found["model"])
     _check_roles(found)
@@ -144,7 +145,7 @@ def set_strategy(model: nn.Module, strategy: Strategy) -> None:
         ValueError: the model is not compressed, or the strategy does not suit it.
     """
     if not isinstance(strategy, Strategy):
-        raise TypeError(f"strategy must be a Strategy, got {strategy!r}")
+        raise TypeError(f"strategy must be a Strategy, got {described(strategy)}")
     embeds = embeds_of_one_compression(model)
     check_plan(embeds, Constant(strategy))
     compression = embeds[0].compression
@@ -172,7 +173,7 @@ def resolve_plan(plan: Plan | None, encoder: Encoder) -> Schedule:
     if isinstance(plan, str):
         raise ValueError(
             f"plan must be one of {', '.join(map(repr, PRESETS))}, a strategy such as 'drop 0.5, patch 32' or a "
-            f"schedule file, got {plan!r}"
+            f"schedule file, got {described(plan)}"
         )
     raise TypeError(
         f"plan must be a Strategy or its text, a Schedule, a preset's name or a schedule file, got {described(plan)}"
@@ -263,12 +264,6 @@ def _check_roles(found: Mapping[str, Encoder]) -> None:
 
 def _shown(size: int | tuple[int, int]) -> str:
     return f"{size}" if isinstance(size, int) else f"{size[0]} x {size[1]} px"
-
-
-def described(value: object) -> str:
-    """A value as a message shows it: on one line, and never a whole module."""
-    shown = repr(value)
-    return shown if len(shown) <= 100 and "\n" not in shown else f"a {type(value).__name__}"
 
 
 def _check(encoder: Encoder, schedule: Schedule, name: str) -> None:

@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from seqcompress.messages import described
+
 __all__ = [
     "FieldError",
     "check_names",
@@ -97,7 +99,7 @@ def read_json(source: str | os.PathLike[str], what: str) -> tuple[dict[str, Any]
         ValueError: the content is not a JSON object.
     """
     if not isinstance(source, (str, os.PathLike)):
-        raise TypeError(f"source must be JSON text or a path, got {source!r}")
+        raise TypeError(f"source must be JSON text or a path, got {described(source)}")
     if isinstance(source, str) and source.lstrip().startswith(("{", "[")):
         origin, text = what, source
     else:

@@ -11,8 +11,9 @@ from typing import TypeVar, cast
 
 from torch import nn
 
-from seqcompress.compression import Plan, compress, described
+from seqcompress.compression import Plan, compress
 from seqcompress.encoders import find_encoder, is_encoder, is_frozen, supported
+from seqcompress.messages import described
 
 __all__ = ["accelerate"]
 

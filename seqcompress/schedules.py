@@ -18,6 +18,7 @@ from functools import lru_cache
 from typing import Any, ClassVar
 
 from seqcompress.json_files import FieldError, check_names, read_json, take, take_version, write_json
+from seqcompress.messages import described
 from seqcompress.strategy import Strategy
 
 __all__ = ["Constant", "Cosine", "Linear", "Schedule", "Stepwise"]
@@ -194,7 +195,7 @@ class Stepwise(Schedule):
 
     def __init__(self, stages: Mapping[float, Strategy]) -> None:
         if not isinstance(stages, Mapping):
-            raise TypeError(f"stages must map progress to Strategy, got {stages!r}")
+            raise TypeError(f"stages must map progress to Strategy, got {described(stages)}")
         checked = {}
         for progress, strategy in stages.items():
             _check_strategy(strategy, f"stages[{progress!r}]")
@@ -224,12 +225,12 @@ class Stepwise(Schedule):
         check_names(fields, ("stages",))
         listed = fields["stages"]
         if not isinstance(listed, list) or not listed:
-            raise FieldError("stages", f"must be a list of stages, got {listed!r}")
+            raise FieldError("stages", f"must be a list of stages, got {described(listed)}")
         stages: dict[float, Strategy] = {}
         for index, stage in enumerate(listed):
             name = f"stages[{index}]"
             if not isinstance(stage, dict) or "progress" not in stage:
-                raise FieldError(name, f"must be an object with 'progress', got {stage!r}")
+                raise FieldError(name, f"must be an object with 'progress', got {described(stage)}")
             strategy = _strategy(name, {key: value for key, value in stage.items() if key != "progress"})
             try:
                 progress = _checked_progress(stage["progress"], "progress")
@@ -271,13 +272,13 @@ def _strategy_fields(fields: Mapping[str, Any], *names: str) -> dict[str, Strate
 
 def _check_strategy(value: Any, name: str) -> None:
     if not isinstance(value, Strategy):
-        raise TypeError(f"{name} must be a Strategy, got {value!r}")
+        raise TypeError(f"{name} must be a Strategy, got {described(value)}")
 
 
 def _checked_progress(value: Any, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number in [0, 1], got {value!r}")
+        raise TypeError(f"{name} must be a number in [0, 1], got {described(value)}")
     number: Any = value
     if not 0 <= number <= 1:
-        raise ValueError(f"{name} must be in [0, 1], got {value!r}")
+        raise ValueError(f"{name} must be in [0, 1], got {described(value)}")
     return float(number)

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from seqcompress.messages import described
+
 _DROPOUT = r"drop (?P<token_dropout>[0-9.e+-]+)"
 _PATCH = r"patch (?P<patch_size>[0-9]+)"
 _TEXT = re.compile(rf"base|{_DROPOUT}|{_PATCH}|{_DROPOUT.replace('token_dropout', 'both_dropout')}, "
@@ -62,10 +64,12 @@ class Strategy:
             ValueError: ``text`` is not a strategy's text, or names a value out of range.
         """
         if not isinstance(text, str):
-            raise TypeError(f"text must be a string such as 'drop 0.5, patch 32', got {text!r}")
+            raise TypeError(f"text must be a string such as 'drop 0.5, patch 32', got {described(text)}")
         match = _TEXT.fullmatch(" ".join(text.split()))
         if match is None:
-            raise ValueError(f"text must read 'base', 'drop 0.5', 'patch 32' or 'drop 0.5, patch 32', got {text!r}")
+            raise ValueError(
+                f"text must read 'base', 'drop 0.5', 'patch 32' or 'drop 0.5, patch 32', got {described(text)}"
+            )
         dropout = match["token_dropout"] or match["both_dropout"] or "0"
         size = match["patch_size"] or match["both_size"]
         try:
@@ -90,7 +94,7 @@ class Strategy:
             ValueError: a field is unknown or out of range.
         """
         if not isinstance(fields, Mapping):
-            raise TypeError(f"a strategy must be an object with token_dropout and patch_size, got {fields!r}")
+            raise TypeError(f"a strategy must be an object with token_dropout and patch_size, got {described(fields)}")
         unknown = sorted(str(name) for name in fields if name not in ("token_dropout", "patch_size"))
         if unknown:
             raise ValueError(f"unknown field {unknown[0]!r}: a strategy has token_dropout and patch_size")
@@ -99,21 +103,21 @@ class Strategy:
 
 def _checked_dropout(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"token_dropout must be a number in [0, 1), got {value!r}")
+        raise TypeError(f"token_dropout must be a number in [0, 1), got {described(value)}")
     number: Any = value
     # Checked before and after: a fraction may be below 1 and its nearest float not.
     if not 0 <= number < 1 or float(number) == 1.0:
-        raise ValueError(f"token_dropout must be in [0, 1), got {value!r}")
+        raise ValueError(f"token_dropout must be in [0, 1), got {described(value)}")
     return float(number) + 0.0  # turns -0.0 into 0.0
 
 
 def _checked_patch_size(value: Any) -> int:
     if isinstance(value, bool):
-        raise TypeError(f"patch_size must be a whole number of pixels or None, got {value!r}")
+        raise TypeError(f"patch_size must be a whole number of pixels or None, got {described(value)}")
     try:
         size = operator.index(value)
     except TypeError:
-        raise TypeError(f"patch_size must be a whole number of pixels or None, got {value!r}") from None
+        raise TypeError(f"patch_size must be a whole number of pixels or None, got {described(value)}") from None
     if size < 1:
-        raise ValueError(f"patch_size must be at least 1 pixel, got {value!r}")
+        raise ValueError(f"patch_size must be at least 1 pixel, got {described(value)}")
     return size

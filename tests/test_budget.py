@@ -158,3 +158,32 @@ def test_what_was_spent_stays_spent_when_the_image_size_changes(tiny_vit: Any) -
     vit(torch.randn(4, 3, 64, 64))
     larger = encoder_flops(find_encoder(vit), 65) / encoder_flops(find_encoder(vit), 17)
     assert budget.units == pytest.approx(12.0 * (1 + larger))
+
+
+def _teacher_in_eval_mode(tiny_vit: Any) -> tuple[Any, Any, Budget]:
+    student, teacher = tiny_vit(), tiny_vit()
+    compress(student, Strategy(0.75, 16), teacher=teacher)
+    budget = Budget([student, teacher])
+    return student.train(), teacher.eval(), budget
+
+
+def test_a_teacher_that_is_exported_in_eval_mode_is_the_plain_model_and_counts_nothing(tiny_vit: Any) -> None:
+    _, teacher, budget = _teacher_in_eval_mode(tiny_vit)
+    views = torch.randn(2, 3, 32, 32)
+    exported = torch.export.export(teacher, (views,)).module()
+    assert torch.equal(exported(views), tiny_vit().eval()(views))
+    assert budget.units == 0.0
+    teacher(views)
+    assert budget.units == 2.0
+
+
+def test_a_compiled_teacher_in_eval_mode_counts_while_its_student_trains(tiny_vit: Any) -> None:
+    student, teacher, budget = _teacher_in_eval_mode(tiny_vit)
+    torch.compiler.reset()
+    compiled, views = torch.compile(teacher, backend="eager"), torch.randn(2, 3, 32, 32)
+    counted = []
+    for trains in (True, False, True):
+        student.train(trains)
+        assert torch.equal(compiled(views), tiny_vit().eval()(views))
+        counted.append(budget.units)
+    assert counted == [2.0, 2.0, 4.0]

@@ -138,19 +138,36 @@ class TestErrors:
             function(model, Strategy(), 32)
 
 
-def test_other_lengths_follow_from_the_few_that_were_run(tiny_vit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    vit = find_encoder(tiny_vit())
-    runs, count = [], cost._flops_after_embedding
+class AllInOne(nn.Module):
+    """A linear layer and attention in one module, by the same operator."""
 
-    def counted(*arguments: Any) -> int:
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(1, 32, 32))
+
+    def forward(self, tokens: Any) -> Any:
+        mapped = torch.bmm(tokens, self.weight)
+        return torch.bmm(torch.bmm(mapped, mapped.transpose(1, 2)), mapped)
+
+
+@pytest.mark.parametrize(("block", "expected"), [(None, 2), (AllInOne, 2 + 5)], ids=["timm's", "all in one module"])
+def test_other_lengths_follow_from_the_few_that_were_run(
+    block: Any, expected: int, tiny_vit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = find_encoder(tiny_vit(num_classes=10))
+    if block is not None:
+        encoder.model.blocks = nn.Sequential(block())
+    runs, count = [], cost._flops_of_parts
+
+    def counted(*arguments: Any) -> Any:
         runs.append(arguments[-1])
         return count(*arguments)
 
-    monkeypatch.setattr(cost, "_flops_after_embedding", counted)
-    found = {tokens: cost.encoder_flops(vit, tokens) for tokens in (2, 9, 17, 40, 197, 1025)}
-    assert len(runs) == 5
-    patch = 2 * vit.patch_embed.proj.weight.numel()
-    assert found == {tokens: count(vit, tokens) + patch * (tokens - 1) for tokens in found}
+    monkeypatch.setattr(cost, "_flops_of_parts", counted)
+    found = {tokens: cost.encoder_flops(encoder, tokens) for tokens in (2, 9, 17, 40, 197, 1025)}
+    assert len(runs) == expected
+    patch = 2 * encoder.projection_size
+    assert found == {tokens: cost._flops_after_embedding(encoder, tokens) + patch * (tokens - 1) for tokens in found}
 
 
 def test_flops_that_jump_with_the_length_are_run_for_each_length(tiny_vit: Any) -> None:

@@ -76,3 +76,42 @@ def test_sharded_weights_become_those_of_averaged_gradients_whatever_is_a_unit(s
 
 def test_gradients_of_tokens_that_are_expanded_lie_as_ddp_expects_them(sharded: dict[str, Any]) -> None:
     assert sharded["told"] == {"drop": [], "both": []}
+
+
+LONELY = """
+import sys, time
+from datetime import timedelta
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import distributed as dist
+from seqcompress import SequenceScheduler, Strategy, compress
+
+torch.set_num_threads(1)
+rank, folder, backend = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+dist.init_process_group(
+    None if backend == "None" else backend, init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2,
+    timeout=timedelta(seconds=20),
+)
+vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2, num_classes=0)
+scheduler = SequenceScheduler(compress(vit, Strategy()), total_steps=10)
+begin = time.monotonic()
+if rank == 0:
+    scheduler.step(1)  # waits for nobody
+    time.sleep(22)
+else:
+    try:
+        scheduler.step()
+    except RuntimeError as error:
+        print(error)
+print(scheduler.last_step, 15 < time.monotonic() - begin < 40)
+"""
+
+
+@pytest.mark.parametrize("backend", ["gloo", None])
+def test_a_rank_that_is_left_alone_says_so_after_the_time_that_its_run_may_wait(
+    backend: str | None, tmp_path: Path, run_ranks: Callable[..., list[str]]
+) -> None:
+    printed = run_ranks(*([sys.executable, "-c", LONELY, rank, tmp_path, str(backend)] for rank in range(2)))
+    assert printed[0] == "1 True\n"
+    assert printed[1].startswith("rank 1 waited in vain for the others to agree on the next step: every rank must")
+    assert printed[1].endswith("\n0 True\n")

@@ -302,7 +302,7 @@ def test_files_of_an_earlier_command_that_cannot_be_read_are_named(
         (("missing.module:at",), "FUNCTION: there is no module missing.module"),
         (("code/training_of_command_test.py:missing",), "has no function missing"),
         (("code/training_of_command_test.py:constant",), "has no function constant"),
-        (("code/training_of_command_test.py:wrong",), "FUNCTION: must return a TrainingStep, got one of type str"),
+        (("code/training_of_command_test.py:wrong",), "FUNCTION: must return a TrainingStep, got '"),
         (("code/training_of_command_test.py:asleep",), "model must be in train mode"),
         (("code/training_of_command_test.py:unsupported",), "model must be a "),
         (("--patch-size", "32"), "strategies: patch 32 does not suit the model: "),

@@ -409,9 +409,9 @@ def test_the_schedule_is_a_plan_that_compress_takes(
     ("reports", "error", "message"),
     [
         ({}, ValueError, "at least one stage"),
-        ([], TypeError, "reports must map progress to GradientErrorReport, got one of type list"),
+        ([], TypeError, r"reports must map progress to GradientErrorReport, got \[\]"),
         (_report({BASE: 1.0}), TypeError, r"such as \{0\.0: report\}, got one report alone"),
-        ({0.0: "report"}, TypeError, "reports must map progress to .*, got one of type str at 0.0"),
+        ({0.0: "report"}, TypeError, "reports must map progress to .*, got 'report' at 0.0"),
         ({1.5: _report({BASE: 1.0})}, ValueError, r"progress must be in \[0, 1\], got 1\.5"),
         (
             {0.0: _report({BASE: 1.0}), 0.5: _report({BASE: 1.0}, own_patch_size=16)},

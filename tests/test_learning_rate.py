@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -81,6 +82,18 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(share: Any) -> None:
     other.load_state_dict(optimizer_state)
     resumed.load_state_dict(state)
     assert begin + _rates(resumed, 6) == pytest.approx(uninterrupted)
+
+
+@pytest.mark.parametrize("own", [{"total_steps": 20}, {"warmup_steps": 1}, {"power": 1.0}])
+def test_going_on_with_a_state_of_another_length_is_told(own: Any) -> None:
+    state = PolynomialDecayLR(_optimizer(), 10).state_dict()
+    (name, value), *_ = own.items()
+    other = PolynomialDecayLR(_optimizer(), **{"total_steps": 10, **own})
+    with pytest.warns(UserWarning, match=rf"saved state's {name}=[\d.]+, not with the scheduler's own {value}"):
+        other.load_state_dict(state)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        PolynomialDecayLR(_optimizer(), 10).load_state_dict(state)
 
 
 @pytest.mark.parametrize(

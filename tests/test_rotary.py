@@ -40,7 +40,8 @@ def _dinov3(**settings: Any) -> Any:
     transformers = pytest.importorskip("transformers")
     config = transformers.DINOv3ViTConfig(
         **{"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-           "intermediate_size": 64, "num_register_tokens": 4, "layerscale_value": 1.0, "pos_embed_rescale": None, **settings}
+           "intermediate_size": 64, "num_register_tokens": 4, "layerscale_value": 1.0, "pos_embed_rescale": None,
+           **settings}
     )  # fmt: skip
     return _with_weights_that_matter(transformers.DINOv3ViTModel(config))
 

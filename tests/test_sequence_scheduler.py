@@ -20,6 +20,7 @@ from seqcompress import (
     compress,
     get_strategy,
     relative_cost,
+    restore,
     set_strategy,
 )
 
@@ -256,6 +257,20 @@ def test_a_bad_number_of_steps_is_named_with_its_value(value: Any, kind: type[Ex
         SequenceScheduler(vit, total_steps=value)
     assert repr(value) in str(raised.value)
     assert get_strategy(vit) == Strategy(0.25)
+
+
+def test_another_schedule_is_followed_from_here_on_and_one_that_does_not_suit_changes_nothing(tiny_vit: Any) -> None:
+    vit = compress(tiny_vit(), STAGES)
+    scheduler = SequenceScheduler(vit, total_steps=8)
+    scheduler.step(3)
+    with pytest.raises(ValueError, match="patch_size"):
+        scheduler.follow(Constant(Strategy(0.0, 64)))
+    assert (scheduler.schedule, scheduler.strategy) == (STAGES, STAGES.at_step(3, 8))
+    scheduler.follow(Stepwise({0.0: Strategy(), 0.25: Strategy(0.75)}))
+    assert (scheduler.last_step, get_strategy(vit)) == (3, Strategy(0.75))
+    restore(vit)
+    with pytest.raises(RuntimeError, match="make a new SequenceScheduler"):
+        scheduler.follow(STAGES)
 
 
 @pytest.mark.parametrize(("value", "kind"), [(-1, ValueError), (0.5, TypeError), ("1", TypeError), (True, ValueError)])

@@ -9,6 +9,7 @@ from torch import nn
 
 from seqcompress.encoders.encoder import Encoder
 from seqcompress.encoders.patch_embed import CompressedPatchEmbed
+from seqcompress.messages import described
 
 __all__ = ["find_encoder", "is_encoder", "register", "register_wrapper", "supported"]
 
@@ -52,7 +53,7 @@ def find_encoder(model: object, name: str = "model") -> Encoder:
     """
     found = _find(model) if isinstance(model, nn.Module) else None
     if found is None:
-        raise TypeError(f"{name} must be a supported ViT, got {_described(model)}. Supported: {supported()}.")
+        raise TypeError(f"{name} must be a supported ViT, got {_kind_of(model)}. Supported: {supported()}.")
     return found
 
 
@@ -71,9 +72,9 @@ def _special_first() -> list[type[Encoder]]:
     return sorted(_kinds, key=lambda kind: kind.general)
 
 
-def _described(model: object) -> str:
+def _kind_of(model: object) -> str:
     if not isinstance(model, nn.Module):
-        return repr(model)
+        return described(model)
     kind = f"{type(model).__module__}.{type(model).__qualname__}"
     if isinstance(model, nn.DataParallel):
         return f"{kind}, which copies the model at every step: use DistributedDataParallel"

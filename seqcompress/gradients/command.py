@@ -22,6 +22,7 @@ from seqcompress.gradients.report import CostKind, GradientErrorReport, canonica
 from seqcompress.gradients.schedule_search import best_schedule, explain_schedule, plot_schedule
 from seqcompress.gradients.training_step import TrainingStep
 from seqcompress.json_files import FieldError, read_json, take, take_version, write_json, write_text
+from seqcompress.messages import described
 from seqcompress.strategy import Strategy
 from seqcompress.training.random_states import RandomStates
 
@@ -223,7 +224,7 @@ def _measured(
     torch.manual_seed(arguments.seed)  # a CUDA device that is not in use yet, too
     training = function(stage.checkpoint)
     if not isinstance(training, TrainingStep):
-        raise _UsageError(f"argument FUNCTION: must return a TrainingStep, got one of type {type(training).__name__}")
+        raise _UsageError(f"argument FUNCTION: must return a TrainingStep, got {described(training)}")
     _check_grid(training, strategies)
     report = gradient_error(
         training.model,
@@ -361,7 +362,7 @@ def _read_stages(path: Path) -> dict[str, Any]:
         take_version(fields, "seqcompress_analysis", _VERSION)
         stages = take(fields, "stages")
         if not isinstance(stages, dict):
-            raise FieldError("stages", f"must be an object, got {stages!r}")
+            raise FieldError("stages", f"must be an object, got {described(stages)}")
         for name, record in stages.items():
             seconds = record.get("seconds") if isinstance(record, dict) else None
             if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds < 1e12:

@@ -28,6 +28,7 @@ from seqcompress.encoders import CompressedPatchEmbed, Compression, Encoder, Whe
 from seqcompress.gradients.report import CostKind, GradientErrorReport, canonical
 from seqcompress.gradients.state import Generators, Snapshot
 from seqcompress.gradients.statistics import GradientMoments, interquartile_mean, jackknife
+from seqcompress.messages import described
 from seqcompress.schedules import Constant
 from seqcompress.strategy import Strategy
 from seqcompress.training.cost import Flops
@@ -119,17 +120,19 @@ def gradient_error(
     """
     for name, function in (("step", step), ("after_backward", after_backward)):
         if not callable(function) and (name == "step" or function is not None):
-            raise TypeError(f"{name} must be a function, got {shown(function)}")
+            raise TypeError(f"{name} must be a function, got {described(function)}")
     if cost not in get_args(CostKind):
-        raise ValueError(f"cost must be 'measured' or 'flops', got {cost!r}")
+        raise ValueError(f"cost must be 'measured' or 'flops', got {described(cost)}")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be a whole number, got {described(seed)}")
     if sketch is not None and (isinstance(sketch, bool) or not isinstance(sketch, int)):
-        raise TypeError(f"sketch must be a whole number or None, got {sketch!r}")
+        raise TypeError(f"sketch must be a whole number or None, got {described(sketch)}")
     if sketch is not None and sketch < 2:
-        raise ValueError(f"sketch must be at least 2, got {sketch!r}")
+        raise ValueError(f"sketch must be at least 2, got {described(sketch)}")
     wanted = checked_strategies(strategies)
     encoders = measured_encoders(model, teacher)
     if not isinstance(batches, Iterable):
-        raise TypeError(f"batches must be an iterable, got {shown(batches)}")
+        raise TypeError(f"batches must be an iterable, got {described(batches)}")
     own_patch_size = own_patch_size_of(encoders)
     others = list(dict.fromkeys(canonical(strategy, own_patch_size) for strategy in wanted))
     others = [strategy for strategy in others if strategy != _BASE]
@@ -139,7 +142,7 @@ def gradient_error(
     if not parameters:
         raise ValueError("model must have parameters that require grad, got none")
     bar = _progress_bar(batches, progress)
-    roots = [model, teacher, *listed(protect)]
+    roots = [model, teacher, *objects_in(protect)]
 
     moments = GradientMoments(
         sum(parameter.numel() for parameter in parameters),
@@ -539,7 +542,7 @@ def _check_reproduced(first: float, second: float) -> None:
 
 def _check_loss(loss: object, where: str) -> None:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
-        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else shown(loss)
+        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else described(loss)
         raise ValueError(f"{where} must return a scalar loss, got {got}")
     if not loss.requires_grad:
         raise ValueError(f"{where} must return a loss that can be differentiated, got one without a graph")
@@ -619,11 +622,11 @@ def _progress_bar(batches: Iterable[Any], wanted: bool | None) -> Callable[[Iter
 def checked_strategies(strategies: Iterable[Strategy]) -> list[Strategy]:
     """A list of them, for sure."""
     if isinstance(strategies, Strategy) or not isinstance(strategies, Iterable):
-        raise TypeError(f"strategies must be several of them, such as a list, got {shown(strategies)}")
+        raise TypeError(f"strategies must be several of them, such as a list, got {described(strategies)}")
     checked = list(strategies)
     for strategy in checked:
         if not isinstance(strategy, Strategy):
-            raise TypeError(f"strategies must be of type Strategy, got {shown(strategy)}")
+            raise TypeError(f"strategies must be of type Strategy, got {described(strategy)}")
     return checked
 
 
@@ -633,16 +636,7 @@ def own_patch_size_of(encoders: Sequence[MeasuredEncoder]) -> int | None:
     return sides.pop() if len(sides) == 1 else None
 
 
-def shown(value: object) -> str:
-    """A value for a message: what is short as it is, anything else by its type."""
-    if value is None or isinstance(value, (bool, int, float, str, Strategy)):
-        text = repr(value)
-        if len(text) <= 80:
-            return text
-    return f"one of type {type(value).__name__}"
-
-
-def listed(protect: object) -> list[object]:
+def objects_in(protect: object) -> list[object]:
     """The objects that ``protect=`` names."""
     return list(protect) if isinstance(protect, (list, tuple)) else [protect]
 

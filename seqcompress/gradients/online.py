@@ -22,15 +22,15 @@ from seqcompress.gradients.measurement import (
     SKETCH_SIZE,
     MeasuredEncoder,
     checked_strategies,
-    listed,
     measured_encoders,
+    objects_in,
     own_patch_size_of,
     running,
     seed_of,
-    shown,
 )
 from seqcompress.gradients.report import GradientErrorReport, canonical
 from seqcompress.gradients.statistics import Sketch, interquartile_mean, jackknife, norm2_of_mean, variance
+from seqcompress.messages import described
 from seqcompress.presets import double_patch
 from seqcompress.schedules import Schedule, Stepwise
 from seqcompress.strategy import Strategy
@@ -159,7 +159,7 @@ class OnlineScheduler:
     ) -> None:
         embeds = compressed_embeds_of(model_or_models)
         if not callable(step):
-            raise TypeError(f"step must be a function, got {shown(step)}")
+            raise TypeError(f"step must be a function, got {described(step)}")
         compute_share = _checked_share(compute_share)
         models = [model_or_models] if isinstance(model_or_models, nn.Module) else list(model_or_models)
         parameters = [value for value in nn.ModuleList(models).parameters() if value.requires_grad]
@@ -186,7 +186,7 @@ class OnlineScheduler:
         self._ladder = tuple(_by_cost(ladder, encoders, flops))
         self._compute_share = compute_share
         self._loss = step
-        self._roots = [*models, *(measured.encoder.model for measured in encoders), *listed(protect)]
+        self._roots = [*models, *(measured.encoder.model for measured in encoders), *objects_in(protect)]
         self._parameters = parameters
         self._encoders = encoders
         self._own_patch_size = own
@@ -228,11 +228,6 @@ class OnlineScheduler:
     def strategy(self) -> Strategy:
         """The strategy in force."""
         return self._sequence.strategy
-
-    @property
-    def is_current(self) -> bool:
-        """Whether the encoders are still compressed as they were when this scheduler was made."""
-        return self._sequence.is_current
 
     def use(self, strategy: Strategy) -> None:
         """Put another strategy in force until the next step; see [SequenceScheduler][seqcompress.SequenceScheduler]."""
@@ -331,7 +326,7 @@ class OnlineScheduler:
                 wrong, and nothing has been changed.
         """
         if not isinstance(state, Mapping):
-            raise ValueError(f"state must be an OnlineScheduler's state_dict(), got {shown(state)}")
+            raise ValueError(f"state must be an OnlineScheduler's state_dict(), got {described(state)}")
         try:
             ladder = tuple(map(Strategy.parse, _read_list(state["ladder"], "ladder")))
             for encoder in self._encoders:
@@ -426,7 +421,7 @@ class OnlineScheduler:
         self._events = []
         moves = {made.step / self.total_steps: made.after for made in self._decisions if made.after != made.before}
         found = Stepwise({0.0: self.schedule(0.0), **moves})
-        self._sequence._apply(found, self.total_steps, self.last_step)
+        self._sequence.follow(found)
         if self._ranks.own == 0:
             _logger.info("%s", decision)
 
@@ -516,35 +511,30 @@ def _under(
 
 def _checked_share(share: Any) -> float:
     if isinstance(share, bool) or not isinstance(share, (int, float)):
-        raise TypeError(f"compute_share must be a number in (0, 1], got {shown(share)}")
+        raise TypeError(f"compute_share must be a number in (0, 1], got {described(share)}")
     if not 0 < share <= 1:
-        raise ValueError(f"compute_share must be in (0, 1], got {_short(share)}")
+        raise ValueError(f"compute_share must be in (0, 1], got {described(share)}")
     return float(share)
 
 
 def _checked_flops(value: Any, name: str, above: float = -1.0) -> float:
     """More than all machines will ever do is nonsense, and would overflow when it is added up or divided."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not max(above, 0) <= value <= 1e40:
-        raise ValueError(f"{name} must be a number from 0 to 1e40, got {_short(value)}")
+        raise ValueError(f"{name} must be a number from 0 to 1e40, got {described(value)}")
     if value <= above:
-        raise ValueError(f"{name} must be above {above:g}, got {_short(value)}")
+        raise ValueError(f"{name} must be above {above:g}, got {described(value)}")
     return float(value)
 
 
 def _checked_steps(value: Any, name: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**64:
-        raise ValueError(f"{name} must be a whole number of at least 0, got {_short(value)}")
+        raise ValueError(f"{name} must be a whole number of at least 0, got {described(value)}")
     return value
-
-
-def _short(value: object) -> str:
-    """A number of hundreds of digits has no place in a message, and str() of one of thousands is an error."""
-    return "a number of very many digits" if isinstance(value, int) and abs(value) >= 10**40 else shown(value)
 
 
 def _read_list(text: Any, name: str) -> list[Any]:
     if not isinstance(text, str):
-        raise TypeError(f"{name} must be JSON text, got {shown(text)}")
+        raise TypeError(f"{name} must be JSON text, got {described(text)}")
     try:
         content = json.loads(text)
     except (ValueError, RecursionError):
@@ -560,7 +550,7 @@ def _read_decision(fields: Mapping[str, Any], last_step: int) -> OnlineDecision:
         raise ValueError(f"decisions' step must be at most last_step, got {step} after {last_step}")
     share = fields["share"]
     if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1e40:
-        raise ValueError(f"decisions' share must be a number of at least 0, got {_short(share)}")
+        raise ValueError(f"decisions' share must be a number of at least 0, got {described(share)}")
     return OnlineDecision(
         step=step,
         before=Strategy.parse(fields["before"]),
@@ -572,7 +562,7 @@ def _read_decision(fields: Mapping[str, Any], last_step: int) -> OnlineDecision:
 
 def _read_sketches(sketches: Any, shape: tuple[int, ...]) -> Tensor:
     if not isinstance(sketches, Tensor) or sketches.shape != torch.Size(shape) or not sketches.is_floating_point():
-        got = f"shape {tuple(sketches.shape)}" if isinstance(sketches, Tensor) else shown(sketches)
+        got = f"shape {tuple(sketches.shape)}" if isinstance(sketches, Tensor) else described(sketches)
         raise ValueError(f"sketches must be a tensor of shape {shape}, got {got}")
     if not bool(sketches.isfinite().all()):
         raise ValueError("sketches must be finite, got infinite values or NaN")
@@ -586,7 +576,7 @@ def _read_events(fields: list[Any], sketches: Tensor) -> list[_Event]:
     for entry, rows in zip(fields, sketches, strict=False):
         strategies, flops = list(map(Strategy.parse, entry["sketches"])), entry["flops"]
         if not isinstance(flops, list) or len(flops) != len(strategies) or len(strategies) > len(rows):
-            raise ValueError(f"events' flops must be one number a strategy, got {shown(flops)}")
+            raise ValueError(f"events' flops must be one number a strategy, got {described(flops)}")
         numbers = [_checked_flops(value, "events' flops", above=0.0) for value in flops]
         events.append(
             _Event(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from seqcompress.gradients.statistics import LEVEL, Estimate, Interval
 from seqcompress.json_files import FieldError, check_names, read_json, replacing, take, take_version, write_json
+from seqcompress.messages import described
 from seqcompress.strategy import Strategy
 
 if TYPE_CHECKING:
@@ -323,7 +324,7 @@ def _report(fields: dict[str, Any]) -> GradientErrorReport:
     for index, entry in enumerate(listed):
         place = f"strategies[{index}]"
         if not isinstance(entry, dict):
-            raise FieldError(place, f"must be an object, got {_shown(entry)}")
+            raise FieldError(place, f"must be an object, got {described(entry)}")
         rest = dict(entry)
         try:
             estimated = {name: take(rest, name) for name in _ESTIMATED}
@@ -354,21 +355,13 @@ def _report(fields: dict[str, Any]) -> GradientErrorReport:
 def _checked(fields: Mapping[str, Any], name: str, kind: Any, suits: Any, expected: str) -> Any:
     value = fields[name]
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool) or not suits(value):
-        raise FieldError(name, f"must be {expected}, got {_shown(value)}")
+        raise FieldError(name, f"must be {expected}, got {described(value)}")
     return value
-
-
-def _shown(value: object) -> str:
-    """For a message: no lists of thousands, and no number of hundreds of digits, which str() may refuse."""
-    if isinstance(value, int) and abs(value) > _LARGEST:
-        return "a number of very many digits"
-    short = value is None or isinstance(value, (bool, int, float)) or (isinstance(value, str) and len(value) <= 40)
-    return repr(value) if short else f"one of type {type(value).__name__}"
 
 
 def _estimate(fields: Any, name: str, batches: int) -> Estimate:
     if not isinstance(fields, dict):
-        raise FieldError(name, f"must be an object with 'value' and 'leave_one_out', got {_shown(fields)}")
+        raise FieldError(name, f"must be an object with 'value' and 'leave_one_out', got {described(fields)}")
     try:
         check_names(fields, ("value", "leave_one_out"))
     except FieldError as error:
@@ -377,11 +370,13 @@ def _estimate(fields: Any, name: str, batches: int) -> Estimate:
     rows = fields["leave_one_out"]
     per_row = batches if batches > 2 else 0
     if not isinstance(rows, list) or len(rows) > 2 or bool(rows) != bool(per_row):
-        raise FieldError(f"{name}.leave_one_out", f"must be one or two rows for {batches} batches, got {_shown(rows)}")
+        raise FieldError(
+            f"{name}.leave_one_out", f"must be one or two rows for {batches} batches, got {described(rows)}"
+        )
     read = []
     for row in rows:
         if not isinstance(row, list) or len(row) != per_row:
-            raise FieldError(f"{name}.leave_one_out", f"must be rows of {per_row} numbers, got {_shown(row)}")
+            raise FieldError(f"{name}.leave_one_out", f"must be rows of {per_row} numbers, got {described(row)}")
         read.append(_numbers(row, f"{name}.leave_one_out"))
     return Estimate(value, tuple(read))
 
@@ -389,5 +384,5 @@ def _estimate(fields: Any, name: str, batches: int) -> Estimate:
 def _numbers(values: Iterable[Any], name: str) -> tuple[float, ...]:
     for value in values:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _LARGEST:
-            raise FieldError(name, f"must be finite numbers of at most {_LARGEST:g}, got {_shown(value)}")
+            raise FieldError(name, f"must be finite numbers of at most {_LARGEST:g}, got {described(value)}")
     return tuple(map(float, values))

@@ -10,6 +10,7 @@ from itertools import pairwise
 from statistics import fmean
 
 from seqcompress.gradients.report import GradientErrorReport, StrategyError
+from seqcompress.messages import described
 from seqcompress.schedules import Stepwise
 from seqcompress.strategy import Strategy
 
@@ -144,11 +145,11 @@ def _sorted(reports: Reports) -> list[tuple[float, GradientErrorReport]]:
     if isinstance(reports, GradientErrorReport):
         raise TypeError("reports must map progress to GradientErrorReport, such as {0.0: report}, got one report alone")
     if not isinstance(reports, Mapping):
-        raise TypeError(f"reports must map progress to GradientErrorReport, got one of type {type(reports).__name__}")
+        raise TypeError(f"reports must map progress to GradientErrorReport, got {described(reports)}")
     for progress, report in reports.items():
         if not isinstance(report, GradientErrorReport):
-            kind = type(report).__name__
-            raise TypeError(f"reports must map progress to GradientErrorReport, got one of type {kind} at {progress}")
+            got = f"{described(report)} at {progress}"
+            raise TypeError(f"reports must map progress to GradientErrorReport, got {got}")
     if not reports:
         raise ValueError("reports must have at least one stage, got none")
     Stepwise({0.0: Strategy(), **dict.fromkeys(reports, Strategy())})  # checks every progress

@@ -10,6 +10,7 @@ from torch import nn
 
 from seqcompress.compression import compressed_embeds_of
 from seqcompress.encoders import Forward
+from seqcompress.messages import described
 from seqcompress.strategy import Strategy
 from seqcompress.training.cost import Flops, sequence_length
 
@@ -76,7 +77,9 @@ class Budget:
         """
         units = state.get("units") if isinstance(state, Mapping) else None
         if isinstance(units, bool) or not isinstance(units, (int, float)) or not 0 <= units <= sys.float_info.max:
-            raise ValueError(f"state must be a Budget's: 'units' must be a number of at least 0, got {state!r}")
+            raise ValueError(
+                f"state must be a Budget's: 'units' must be a number of at least 0, got {described(state)}"
+            )
         self.reset()
         self._earlier = float(units)
 

@@ -7,6 +7,7 @@ import operator
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from seqcompress.compressors.token_dropout import num_kept
 from seqcompress.encoders import Encoder, Forward, find_encoder
 from seqcompress.encoders.hooks import without_hooks
+from seqcompress.messages import described
 from seqcompress.strategy import Strategy
 
 __all__ = [
@@ -55,7 +57,7 @@ def num_tokens(model: nn.Module, strategy: Strategy, image_size: int | tuple[int
     """
     encoder = find_encoder(model)
     if not isinstance(strategy, Strategy):
-        raise TypeError(f"strategy must be a Strategy, got {strategy!r}")
+        raise TypeError(f"strategy must be a Strategy, got {described(strategy)}")
     return sequence_length(encoder, strategy, _checked_size(image_size))
 
 
@@ -86,10 +88,10 @@ def relative_cost(model: nn.Module, strategy: Strategy, image_size: int | tuple[
 def encoder_flops(encoder: Encoder, tokens: int) -> int:
     """FLOPs of one view's forward with ``tokens`` tokens: embedding, blocks, pooling and head.
 
-    Counted by torch's FLOP counter on runs without data (meta device), so it holds for any kind of block. A few lengths
-    are run, once for each encoder: if what they take grows with the length as matrix products and attention do, that
-    gives all other lengths, else each is run. Left out: resampling for patch scaling, below 1 % of the rest, and a
-    convolutional stem before the embedding.
+    Counted by torch's FLOP counter on runs without data (meta device), so it holds for any kind of block. Two lengths
+    are run, or five, once for each encoder: if what they take grows with the length as matrix products and attention
+    do, that gives all other lengths, else each is run. Left out: resampling for patch scaling, below 1 % of the rest,
+    and a convolutional stem before the embedding.
     """
     return flops_by_tokens(encoder)(tokens)
 
@@ -187,17 +189,35 @@ def _flops_of(known: _FlopsByTokens, encoder: Encoder, tokens: int) -> int:
     if known.is_quadratic is None:
         first = encoder.num_prefix_tokens + 1
         try:
-            one, two, three = (_flops_after_embedding(encoder, first + more) for more in range(3))
-            known.growth = (first, one, two - one, three - 2 * two + one)
-            known.is_quadratic = all(
-                _flops_after_embedding(encoder, length) == _extrapolated(known.growth, length)
-                for length in (first + 7, first + 61)
-            )
+            known.growth = _growth_of_parts(encoder, first)
+            known.is_quadratic = known.growth is not None
+            if known.growth is None:
+                one, two, three = (_flops_after_embedding(encoder, first + more) for more in range(3))
+                known.growth = (first, one, two - one, three - 2 * two + one)
+                known.is_quadratic = all(
+                    _flops_after_embedding(encoder, length) == _extrapolated(known.growth, length)
+                    for length in (first + 7, first + 61)
+                )
         except Exception:  # too few tokens, or too many, for this one
             known.is_quadratic = False
     if known.is_quadratic and known.growth is not None:
         return _extrapolated(known.growth, tokens)
     return _flops_after_embedding(encoder, tokens)
+
+
+def _growth_of_parts(encoder: Encoder, first: int) -> tuple[int, int, int, int] | None:
+    """What two lengths show, if each operator of each module grows with a power of the length; else None."""
+    short, long = first + 1, first + 61
+    few, many = (_flops_of_parts(encoder, length) for length in (short, long))
+    factors = [0, 0, 0]
+    for part in few.keys() | many.keys():
+        power = next((power for power in range(3) if few[part] * long**power == many[part] * short**power), None)
+        if power is None or few[part] % short**power:
+            return None
+        factors[power] += few[part] // short**power
+    lengths = range(first, first + 3)
+    one, two, three = (sum(factor * each**power for power, factor in enumerate(factors)) for each in lengths)
+    return (first, one, two - one, three - 2 * two + one)
 
 
 def _extrapolated(growth: tuple[int, int, int, int], tokens: int) -> int:
@@ -207,6 +227,12 @@ def _extrapolated(growth: tuple[int, int, int, int], tokens: int) -> int:
 
 
 def _flops_after_embedding(encoder: Encoder, tokens: int) -> int:
+    return sum(_flops_of_parts(encoder, tokens).values())
+
+
+def _flops_of_parts(encoder: Encoder, tokens: int) -> Counter[tuple[str, Any]]:
+    """Those of each operator in each module, without what belongs to the modules within."""
+
     class AfterEmbedding(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -233,11 +259,23 @@ def _flops_after_embedding(encoder: Encoder, tokens: int) -> int:
         counter,
     ):
         torch.func.functional_call(module, weights, (blank,))
-    return int(counter.get_total_flops())
+    counts = counter.get_flop_counts()
+    everything = counts.pop("Global", {})
+    parts: Counter[tuple[str, Any]] = Counter()
+    for kind, flops in everything.items():
+        parts["", kind] += flops
+    for name, flops_of in counts.items():
+        around = name.rpartition(".")[0]
+        while around and around not in counts:
+            around = around.rpartition(".")[0]
+        for kind, flops in flops_of.items():
+            parts[name, kind] += flops
+            parts[around, kind] -= flops
+    return parts
 
 
 def _checked_size(image_size: int | tuple[int, int]) -> tuple[int, int]:
-    problem = f"image_size must be one or two whole numbers of pixels, at least 1, got {image_size!r}"
+    problem = f"image_size must be one or two whole numbers of pixels, at least 1, got {described(image_size)}"
     try:
         height, width = image_size if isinstance(image_size, (tuple, list)) else (image_size, image_size)
         size = (operator.index(height), operator.index(width))

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+
+from seqcompress.messages import described
 
 __all__ = ["PolynomialDecayLR"]
 
@@ -57,13 +60,13 @@ class PolynomialDecayLR(LRScheduler):
     ) -> None:
         total_steps, warmup_steps = _whole(total_steps, "total_steps"), _whole(warmup_steps, "warmup_steps")
         if total_steps < 1:
-            raise ValueError(f"total_steps must be a whole number of at least 1, got {total_steps!r}")
+            raise ValueError(f"total_steps must be a whole number of at least 1, got {described(total_steps)}")
         if not 0 <= warmup_steps < total_steps:
-            raise ValueError(f"warmup_steps must be a whole number in [0, total_steps), got {warmup_steps!r}")
+            raise ValueError(f"warmup_steps must be a whole number in [0, total_steps), got {described(warmup_steps)}")
         if isinstance(power, bool) or not isinstance(power, numbers.Real) or not 0 < power < math.inf:
-            raise ValueError(f"power must be a finite number above 0, got {power!r}")
+            raise ValueError(f"power must be a finite number above 0, got {described(power)}")
         if share is not None and not callable(share):
-            raise ValueError(f"share must be a function of the number of steps, got {share!r}")
+            raise ValueError(f"share must be a function of the number of steps, got {described(share)}")
         self.total_steps: int = total_steps
         self.warmup_steps: int = warmup_steps
         self.power: float = float(power)
@@ -78,6 +81,18 @@ class PolynomialDecayLR(LRScheduler):
     def state_dict(self) -> dict[str, Any]:
         """As in every torch scheduler, without the function ``share``."""
         return {name: value for name, value in super().state_dict().items() if name != "_share"}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in every torch scheduler: goes on with the saved lengths and power, and says so if they are others."""
+        for name in ("total_steps", "warmup_steps", "power"):
+            own = getattr(self, name)
+            if name in state_dict and state_dict[name] != own:
+                warnings.warn(
+                    f"seqcompress: the learning rate goes on with the saved state's {name}={state_dict[name]!r}, not "
+                    f"with the scheduler's own {own!r}",
+                    stacklevel=2,
+                )
+        super().load_state_dict(state_dict)
 
     def _factor(self, step: int) -> float:
         if step < self.warmup_steps:
@@ -95,4 +110,4 @@ def _whole(value: Any, name: str) -> int:
             raise TypeError
         return operator.index(value)
     except TypeError:
-        raise ValueError(f"{name} must be a whole number, got {value!r}") from None
+        raise ValueError(f"{name} must be a whole number, got {described(value)}") from None

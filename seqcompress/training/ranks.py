@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ class Ranks:
     """The processes that train together; one alone, where there is no process group.
 
     A group of its own is made where the default one takes no tensors on the CPU, at the first thing that is agreed on,
-    and anew when the default one has been replaced. A copy makes its own.
+    and anew when the default one has been replaced. It waits as long as torch lets such a group wait, 30 minutes: how
+    long the default one waits, torch does not tell. A copy makes its own.
     """
 
     def __init__(self) -> None:
@@ -33,36 +35,42 @@ class Ranks:
         return dist.get_rank() if self.are_several else 0
 
     def agreed(self, number: int) -> int:
-        """Rank 0's number. Collective."""
+        """Rank 0's number. Collective.
+
+        Raises:
+            RuntimeError: the others did not come, as for ``mean``.
+        """
         if not self.are_several:
             return number
         agreed = torch.tensor([number], device="cpu")
-        dist.broadcast(agreed, src=0, group=self._on_the_cpu())
+        self._together(lambda group: dist.broadcast(agreed, src=0, group=group))
         return int(agreed.item())
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean of all ranks' tensors, which are on the CPU and may be overwritten. Collective."""
         if not self.are_several:
             return values
-        dist.all_reduce(values, group=self._on_the_cpu())
+        self._together(lambda group: dist.all_reduce(values, group=group))
         return values / dist.get_world_size()
 
-    def _on_the_cpu(self) -> Any:
+    def _together(self, do: Callable[[Any], object]) -> None:
         if self._world is not dist.group.WORLD:  # none yet, or that one was destroyed since
             self._world, self._group = dist.group.WORLD, _group_on_the_cpu()
-        return self._group
+        try:
+            do(self._group)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"rank {self.own} waited in vain for the others to agree on the next step: every rank must make the "
+                "scheduler and call its step() as often (or pass it the number of the step, which waits for nobody), "
+                "and where one is busy alone for long, all must be told to wait as long: "
+                f"init_process_group('cpu:gloo,cuda:nccl', timeout=...). torch says: {error}"
+            ) from error
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_world": None, "_group": None}  # a process group cannot be copied
 
 
 def _group_on_the_cpu() -> Any:
-    """The default process group if it takes tensors on the CPU, else one beside it that waits as long."""
-    world: Any = dist.group.WORLD
-    if "gloo" in dist.get_backend() or "mpi" in dist.get_backend():
-        return world
-    try:
-        timeout = world._get_backend(torch.device("cuda")).options._timeout  # there is no public way to read it
-    except (AttributeError, RuntimeError):
-        timeout = None
-    return dist.new_group(backend="gloo", timeout=timeout)
+    """The default process group if it takes tensors on the CPU, else one beside it."""
+    takes_them = "cpu:" in dist.get_backend_config()
+    return dist.group.WORLD if takes_them else dist.new_group(backend="gloo")

@@ -14,6 +14,7 @@ from torch import nn
 
 from seqcompress.compression import Plan, check_plan, compressed_embeds_of, resolve_plan
 from seqcompress.encoders import CompressedPatchEmbed, Compression, is_frozen
+from seqcompress.messages import described
 from seqcompress.schedules import Constant, Schedule
 from seqcompress.strategy import Strategy
 from seqcompress.training.cost import FORWARD_AND_BACKWARD, ViewCosts, sequence_length
@@ -133,6 +134,16 @@ class SequenceScheduler:
         """Whether the encoders are still compressed as they were when this scheduler was made."""
         return all(embed.compression is compression and embed.is_live for embed, compression in self._driven)
 
+    def follow(self, schedule: Schedule) -> None:
+        """Follow another schedule from here on; the steps that are done stay done.
+
+        Raises:
+            ValueError: the schedule does not suit the encoders.
+            RuntimeError: the encoders were restored or compressed anew. In each case, nothing has been changed.
+        """
+        check_plan(self._embeds, schedule)
+        self._apply(schedule, self._total_steps, self._last_step)
+
     def use(self, strategy: Strategy) -> None:
         """Put another strategy in force, until the next step.
 
@@ -142,9 +153,9 @@ class SequenceScheduler:
             RuntimeError: the encoders were restored or compressed anew.
         """
         check_plan(self._embeds, Constant(strategy))
-        self._put(strategy)
+        self._put_in_force(strategy)
 
-    def _put(self, strategy: Strategy) -> None:
+    def _put_in_force(self, strategy: Strategy) -> None:
         if not self.is_current:
             raise RuntimeError("the encoders were restored or compressed anew: make a new SequenceScheduler")
         for compression in self._compressions:
@@ -200,13 +211,13 @@ class SequenceScheduler:
                 names the field, and nothing has been changed.
         """
         if not isinstance(state, Mapping):
-            raise ValueError(f"state must be a SequenceScheduler's state_dict(), got {state!r}")
+            raise ValueError(f"state must be a SequenceScheduler's state_dict(), got {described(state)}")
         for name in ("schedule", "total_steps", "last_step", "seed"):
             if name not in state:
-                raise ValueError(f"state must have the field {name!r}, got {sorted(state)}")
+                raise ValueError(f"state must have the field {name!r}, got {described(sorted(state))}")
         try:
             if not isinstance(state["schedule"], str):
-                raise TypeError(f"schedule must be a schedule's JSON text, got {state['schedule']!r}")
+                raise TypeError(f"schedule must be a schedule's JSON text, got {described(state['schedule'])}")
             schedule = Schedule.from_json(state["schedule"])
             total_steps = _checked_count(state["total_steps"], "total_steps", at_least=1)
             last_step = _checked_count(state["last_step"], "last_step", at_least=0)
@@ -222,7 +233,7 @@ class SequenceScheduler:
         self._apply(schedule, total_steps, last_step)
 
     def _apply(self, schedule: Schedule, total_steps: int, last_step: int) -> None:
-        self._put(schedule.at_step(last_step, total_steps))
+        self._put_in_force(schedule.at_step(last_step, total_steps))
         self._schedule, self._total_steps, self._last_step = schedule, total_steps, last_step
         for model, compression in enumerate(self._compressions):
             compression.finished = last_step >= total_steps
@@ -266,7 +277,7 @@ def _checked_count(value: Any, name: str, *, at_least: int) -> int:
     try:
         count = operator.index(value)
     except TypeError:
-        raise TypeError(f"{name} must be a whole number, got {value!r}") from None
+        raise TypeError(f"{name} must be a whole number, got {described(value)}") from None
     if isinstance(value, bool) or count < at_least:
-        raise ValueError(f"{name} must be a whole number of at least {at_least}, got {value!r}")
+        raise ValueError(f"{name} must be a whole number of at least {at_least}, got {described(value)}")
     return count

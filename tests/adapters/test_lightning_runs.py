@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -329,6 +331,61 @@ def test_a_run_that_ends_after_a_time_reaches_full_length_in_it(make_pair: Build
     assert module.tokens[-1] == 17  # how many steps there are before depends on what else the machine does
 
 
+RANK_WITH_A_TIME_LIMIT = """
+import sys, time
+import torch
+import {package} as pl
+from timm.models.vision_transformer import VisionTransformer
+from torch.utils.data import DataLoader, TensorDataset
+from seqcompress import Stepwise, Strategy, compress, relative_cost
+
+torch.set_num_threads(1)
+
+class Alone(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2, num_classes=0)
+        self.tokens = []
+        self.vit.blocks[0].register_forward_pre_hook(lambda block, args: self.tokens.append(args[0].shape[1]))
+
+    def training_step(self, batch, batch_idx):
+        if self.global_rank:
+            time.sleep(0.05)  # the slower one, whose clock is behind as well
+        return self.vit(batch[0]).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.vit.parameters(), lr=1e-3)
+
+class Late(pl.Callback):
+    def on_train_start(self, trainer, module):
+        if trainer.global_rank:
+            time.sleep(3)  # the clock starts after this
+
+module = Alone()
+compress(module.vit, Stepwise({{0.0: Strategy(0.75), 0.3: Strategy(0.5), 0.6: Strategy()}}))
+relative_cost(module.vit, Strategy(), 32)  # takes a moment the first time
+trainer = pl.Trainer(
+    strategy="ddp", accelerator="cpu", devices=2, max_epochs=-1, max_time=dict(seconds=8), logger=False,
+    enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[Late()],
+)
+trainer.fit(module, DataLoader(TensorDataset(torch.ones(32, 3, 32, 32)), batch_size=4))
+torch.save(module.tokens, f"{{sys.argv[1]}}/rank{{trainer.global_rank}}.pt")
+"""
+
+
+@pytest.mark.parametrize("package", ["lightning.pytorch"])
+def test_ranks_follow_one_clock_through_a_run_that_ends_after_a_time(
+    package: str, tmp_path: Path, run_ranks: Callable[..., list[str]]
+) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(RANK_WITH_A_TIME_LIMIT.format(package=package))
+    run_ranks([sys.executable, script, tmp_path], env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=tmp_path)
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
+    assert first == second == sorted(first)  # how many steps there are depends on what else the machine does
+    assert first[-1] == 17
+    assert len(set(first)) > 1
+
+
 @pytest.mark.parametrize("limits", [{"max_epochs": -1}, {"max_epochs": 1}], ids=["no limit", "no length"])
 def test_a_constant_strategy_needs_no_length(make_pair: Build, make_trainer: Build, limits: dict[str, int]) -> None:
     module, trainer = accelerate(make_pair(), Strategy(0.5)), make_trainer(**limits)
@@ -381,6 +438,46 @@ def test_a_longer_run_goes_on_from_its_place_in_the_new_length_and_says_so(
         "seqcompress: backbone: the checkpoint was at 75% of its run (base), which is 38% of this one: goes on at drop "
         "0.75"
     ) in told
+
+
+@pytest.mark.parametrize(("stop", "accumulated"), [(7, 1), (1, 3)], ids=["last step", "accumulated"])
+def test_a_run_that_goes_on_where_it_stopped_is_not_told_to_be_elsewhere(
+    make_pair: Build, make_trainer: Build, told: list[str], tmp_path: Path, stop: int, accumulated: int
+) -> None:
+    tokens = []
+    for resumes in (False, True):
+        module = accelerate(make_pair(), RELAXING)
+        trainer = make_trainer(max_epochs=2, accumulate_grad_batches=accumulated)
+
+        def save(*_: Any, trainer: Any = trainer) -> None:
+            if trainer.global_step == stop and not (tmp_path / "stopped.ckpt").exists():
+                trainer.save_checkpoint(tmp_path / "stopped.ckpt")
+
+        module.on_train_batch_start = save
+        trainer.fit(module, batches(4), ckpt_path=str(tmp_path / "stopped.ckpt") if resumes else None)
+        tokens.append(module.tokens)
+    assert tokens[1] == tokens[0][-len(tokens[1]) :]
+    assert 0 < len(tokens[1]) < 8
+    assert not [line for line in told if "the checkpoint was at" in line]
+
+
+def test_a_run_that_was_broken_off_by_another_hook_is_not_told_to_be_elsewhere(
+    pl: Any, make_pair: Build, make_trainer: Build, told: list[str], tmp_path: Path
+) -> None:
+    class Stopping(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:  # before ours has counted the batch
+            if trainer.global_step == 5:
+                raise KeyError("batch")
+
+        def on_exception(self, trainer: Any, *_: Any) -> None:
+            trainer.save_checkpoint(tmp_path / "broken.ckpt")
+
+    with pytest.raises(KeyError):
+        make_trainer(callbacks=[Stopping()]).fit(accelerate(make_pair(), RELAXING), batches(4))
+    module = accelerate(make_pair(), RELAXING)
+    make_trainer().fit(module, batches(4), ckpt_path=str(tmp_path / "broken.ckpt"))
+    assert module.tokens == TOKENS_OF_8_STEPS[5:]
+    assert not [line for line in told if "the checkpoint was at" in line]
 
 
 def test_a_checkpoint_of_the_end_has_nothing_left_of_its_schedule(
