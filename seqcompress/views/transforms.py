@@ -97,6 +97,8 @@ _KNOWN: dict[tuple[str, str], dict[str, Scaling]] = {
     ("kornia", "CenterCrop"): {"size": _sides, "flags.size": _sides},
     ("kornia", "Resize"): {"flags.size": _sides, "_param_generator.output_size": _sides},
     ("kornia", "RandomGaussianBlur"): {"flags.kernel_size": _odd, "_param_generator.sigma": _length},
+    # Its alpha is a part of the view, of noise that gets weaker with the width of its blur.
+    ("kornia", "RandomElasticTransform"): {"flags.kernel_size": _odd, "flags.sigma": _length, "flags.alpha": _length},
 }
 _RESIZES = ("Resize", "RandomResizedCrop", "RandomResizedCropAndInterpolation")
 _WINDOWS = ("RandomCrop", "CenterCrop")
@@ -354,7 +356,7 @@ def _check_unknown(held: object) -> None:
     of_network = _package(kind) in ("torch", "timm") or ".random_generator" in kind.__module__  # kornia's have both
     if not callable(held) or of_network:
         return
-    settings = [name for name in vars(held) if _IN_PIXELS.match(name)]
+    settings = [name for name in (*vars(held), *(getattr(held, "flags", None) or ())) if _IN_PIXELS.match(name)]
     if settings or "blur" in kind.__name__.lower():
         what = f" with {settings[0]} in pixels" if settings else ""
         raise ValueError(
