@@ -218,8 +218,8 @@ class FollowingCollate:
             self._wrong[5] = 1
             _, height, width, *got, _ = self._wrong.tolist()
             _say(
-                f"views of {px(got)} came out of the loader where {px((height, width))} were asked for: something that is "
-                "not known decides their size. The loader goes on with full views."
+                f"views of {px(got)} came out of the loader where {px((height, width))} were asked for: something that "
+                "is not known decides their size. The loader goes on with full views."
             )
 
     def sizes(self) -> set[Size]:
