@@ -118,8 +118,7 @@ def scale_views(loader: Maker, model: nn.Module) -> Maker:
 
 
 def _check_types(loader: object, model: object) -> None:
-    swapped = isinstance(model, DataLoader) or (isinstance(loader, nn.Module) and is_compressed(loader))
-    if swapped and isinstance(loader, nn.Module):
+    if isinstance(loader, nn.Module) and (isinstance(model, DataLoader) or is_compressed(loader)):
         raise TypeError(
             f"loader must come first and model second: scale_views(loader, model), got a {type(loader).__name__} and a "
             f"{type(model).__name__}"
@@ -153,7 +152,39 @@ def _say(what: str) -> None:
     warnings.warn(f"seqcompress: scale_views: {what}", stacklevel=3)
 
 
-class FollowingCollate:
+class _Following:
+    """What is known of the views of a loader or module, and how they are compared with what was asked for."""
+
+    def __init__(self, views: ScaledViews, full: set[Size], channels: set[int]) -> None:
+        self.views, self.full, self.channels = views, full, channels
+        self._made_for: int | None = None
+
+    def follow(self) -> None:
+        """Have the next views made for the patch size that is asked for."""
+
+    def sizes(self) -> set[Size]:
+        """Sizes of the full views."""
+        return self.full
+
+    def _expect(self, full: set[Size]) -> None:
+        if full != self.full:
+            before, self.full = self.full, full
+            self.views.replace(before, full)
+
+    def _sizes_of(self, made: Any) -> list[Size]:
+        shapes = [tensor.shape[-3:] for tensor in _tensors(made) if tensor.ndim >= 3]
+        return [(height, width) for channels, height, width in shapes if channels in self.channels]
+
+    def _problem(self, found: list[Size]) -> tuple[Size, Size] | None:
+        """What was asked for and what came out, if views do not have the sizes that they should."""
+        asked = {scaled_size(size, self._made_for, self.views.base) for size in self.full}
+        wrong = [size for size in found if size in self.full - asked]
+        if not found or (not wrong and not asked.isdisjoint(found)):
+            return None
+        return min(asked), (wrong or found)[0]
+
+
+class FollowingCollate(_Following):
     """Collates as before, looks at what came out, and for which patch size the next batch is to be made.
 
     Looked for between batches only, so that all views of a batch have the same size. A worker changes its own copy of
@@ -169,9 +200,9 @@ class FollowingCollate:
         full: set[Size],
         channels: set[int],
     ) -> None:
-        self.collate, self.workers, self.views, self.full, self.channels = collate, workers, views, full, channels
+        super().__init__(views, full, channels)
+        self.collate, self.workers = collate, workers
         self._dataset: Callable[[], Any] = _nothing
-        self._made_for: int | None = None
         # For all workers: whether a batch came out wrong, the size it should have had and its own, and if that was told
         self._wrong = torch.zeros(6, dtype=torch.int64).share_memory_()
 
@@ -232,18 +263,9 @@ class FollowingCollate:
                 return set()
         return self.full
 
-    def _expect(self, full: set[Size]) -> None:
-        if full != self.full:
-            before, self.full = self.full, full
-            self.views.replace(before, full)
-
-    def _sizes_of(self, sample: Any) -> list[Size]:
-        shapes = [tensor.shape[-3:] for tensor in _tensors(sample) if tensor.ndim >= 3]
-        return [(height, width) for channels, height, width in shapes if channels in self.channels]
-
     def _look_at(self, found: list[Size]) -> bool:
         """Whether these are the sizes that were asked for; if not, views are full from now on."""
-        problem = _problem(found, self.full, self._made_for, self.views.base) if found else None
+        problem = self._problem(found)
         if problem is not None and not self._changed_by_owner():
             (height, width), (got_height, got_width) = problem
             self._wrong[1:5] = torch.tensor([height, width, got_height, got_width])
@@ -304,16 +326,14 @@ def _release(dataset: Callable[[], Any]) -> None:
                 follower.follow()
 
 
-class FollowingModule:
+class FollowingModule(_Following):
     """Has a module of transforms make what the strategy of the moment needs; between calls it is as its owner made it.
 
-    Called after the module's forward; ``before`` is called before it.
+    Called after the module's forward; ``before`` is called before it, where the strategy is looked for.
     """
 
     def __init__(self, module: nn.Module, views: ScaledViews, full: set[Size], channels: set[int]) -> None:
-        self.views, self.full, self.channels = views, full, channels
-        self._module = weakref.ref(module)
-        self._made_for: int | None = None
+        super().__init__(views, full, channels)
         self._wrong = False
         # What raises on its way must not leave the transforms scaled.
         self._handles = [
@@ -331,9 +351,7 @@ class FollowingModule:
             self._wrong = True
             _say(f"{error}. The module goes on with full views.")
             return
-        if transforms.full != self.full:
-            before, self.full = self.full, transforms.full
-            self.views.replace(before, self.full)
+        self._expect(transforms.full)
         self._made_for = self.views.wanted_now()
         if self._made_for is not None:
             self.views.note(self._made_for)
@@ -341,14 +359,7 @@ class FollowingModule:
 
     def __call__(self, module: nn.Module, args: Any, made: Any) -> None:
         put_back(module)
-        found = [
-            (tensor.shape[-2], tensor.shape[-1])
-            for tensor in _tensors(made)
-            if tensor.ndim >= 3 and tensor.shape[-3] in self.channels
-        ]
-        if self._wrong or not found:
-            return
-        problem = _problem(found, self.full, self._made_for, self.views.base)
+        problem = None if self._wrong else self._problem(self._sizes_of(made))
         if problem is not None:
             self._wrong = True
             _say(
@@ -356,28 +367,12 @@ class FollowingModule:
                 "It goes on with full views."
             )
 
-    def follow(self) -> None:
-        """Looked for at every call."""
-
-    def sizes(self) -> set[Size]:
-        """Sizes of the full views."""
-        return self.full
-
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FollowingModule:
         return self  # copies of the module follow the same model
-
-
-def _problem(found: list[Size], full: set[Size], patch_size: int | None, base: Size) -> tuple[Size, Size] | None:
-    """What was asked for and what came out, if views do not have the sizes that they should."""
-    asked = {scaled_size(size, patch_size, base) for size in full}
-    wrong = [size for size in found if size in full - asked]
-    if any(size in asked for size in found) and not wrong:
-        return None
-    return min(asked), (wrong or found)[0]
 
 
 def _steps_ahead(loader: DataLoader[Any]) -> int:
