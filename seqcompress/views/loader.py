@@ -41,9 +41,9 @@ def scale_views(loader: Maker, model: nn.Module) -> Maker:
 
     Args:
         loader: must not have started its workers yet. Its data set must be a map-style one whose samples are, or hold,
-            views as tensors (C, H, W), made by transforms of torchvision (v1 or v2), Lightly, solo-learn or timm. Or a
-            module of kornia's or torchvision's (v2) transforms that is called on batches (B, C, H, W) in the training
-            process: it then follows the strategy at every call.
+            views as tensors (C, H, W), made by transforms of torchvision (v1 or v2), Lightly, solo-learn or timm;
+            Accelerate or timm may have wrapped it. Or a module of kornia's or torchvision's (v2) transforms that is
+            called on batches (B, C, H, W) in the training process: it then follows the strategy at every call.
         model: a compressed encoder, or a module that holds encoders which were compressed together. A teacher must be
             among them: compressed with ``teacher=``, or found by ``accelerate``.
 
@@ -412,4 +412,6 @@ def _resized(sample: Any, size: Size, channels: set[int]) -> Any:
         sample = copy.copy(sample)
         sample.update(named)
         return sample
-    return dataclasses.replace(sample, **named) if named and dataclasses.is_dataclass(sample) else sample
+    if named and dataclasses.is_dataclass(sample) and not isinstance(sample, type):
+        return dataclasses.replace(sample, **named)
+    return sample

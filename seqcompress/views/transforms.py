@@ -16,6 +16,7 @@ from fractions import Fraction
 from pathlib import Path
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -333,16 +334,21 @@ def _reads_with_pil(loader: Any) -> bool:
 
 
 def _rules(held: object) -> Mapping[str, Scaling] | None:
-    known_as = _known_as(type(held))
+    known_as = _known_as(held)
     if known_as is None or (known_as[1] in _FOLDERS and not _reads_anew(held)):
         return None if known_as is None else {}
     return _KNOWN[known_as]
 
 
-@functools.lru_cache
-def _known_as(kind: type) -> tuple[str, str] | None:
-    names = ((_package(base), base.__name__) for base in kind.__mro__)
-    return next((name for name in names if name in _KNOWN), None)
+def _known_as(held: object) -> tuple[str, str] | None:
+    kind = type(held)
+    if kind not in _known_kinds:
+        names = ((_package(base), base.__name__) for base in kind.__mro__)
+        _known_kinds[kind] = next((name for name in names if name in _KNOWN), None)
+    return _known_kinds[kind]
+
+
+_known_kinds: WeakKeyDictionary[type, tuple[str, str] | None] = WeakKeyDictionary()
 
 
 def _reads_anew(folder: object) -> bool:
@@ -355,7 +361,7 @@ def _package(named: object) -> str:
 
 
 def _is(held: object, *names: str) -> bool:
-    known_as = _known_as(type(held))
+    known_as = _known_as(held)
     return known_as is not None and known_as[1] in names
 
 
@@ -403,12 +409,8 @@ def _pipelines(dataset: object) -> list[list[Any]]:
 
 
 def _is_pipeline(held: object) -> bool:
-    return _is_named_pipeline(type(held)) and isinstance(_steps(held), Iterable)
-
-
-@functools.lru_cache
-def _is_named_pipeline(kind: type) -> bool:
-    return any(base.__name__ in _PIPELINES for base in kind.__mro__)
+    named = any(kind.__name__ in _PIPELINES for kind in type(held).__mro__)
+    return named and isinstance(_steps(held), Iterable)
 
 
 def _steps(pipeline: Any) -> Iterable[Any]:
