@@ -14,6 +14,7 @@ import copy
 import random
 import statistics
 import tempfile
+import time
 from collections.abc import Callable
 from functools import partial
 from itertools import count
@@ -38,6 +39,7 @@ from seqcompress.views.transforms import ScaledTransforms
 BASE = (16, 16)
 PATCH_SIZES = (28, 32, 56)
 WHOLE = ", files decoded whole"
+BATCH = 64  # images, for what is done once a batch
 SOLO_LEARN = "scripts/pretrain/imagenet-100/augmentations"
 
 
@@ -103,6 +105,17 @@ def steps_of(dataset: ImageFolder) -> dict[str, Callable[[], object]]:
     return steps
 
 
+def following(dataset: ImageFolder, repeats: int = 50) -> float:
+    """CPU seconds that a worker spends between two batches: it reads the pipeline's settings and sets them."""
+    scaled = ImageFolder(dataset.root, transform=copy.deepcopy(dataset.transform))
+    times = []
+    for _ in range(repeats):
+        start = time.process_time()
+        ScaledTransforms(scaled, BASE).apply(32)
+        times.append(time.process_time() - start)
+    return statistics.median(times)
+
+
 def _next_views(dataset: ImageFolder, number: Any) -> object:
     return dataset[next(number) % len(dataset)]
 
@@ -157,6 +170,7 @@ def report(described: dict[str, str], repeats: int, rows: list[dict[str, Any]], 
             "views an image": str(row["views_per_image"]),
             "full size: views/s": f"{row['full_views_per_second']:.0f}",
             **{name: _times(Ratio(**found)) for name, found in row["speedup"].items()},
+            "between batches": f"{1000 * row['seconds_between_batches']:.1f} ms, {100 * _share(row):.1f} %",
         }
         for row in rows
     ]
@@ -166,7 +180,8 @@ def report(described: dict[str, str], repeats: int, rows: list[dict[str, Any]], 
 Written by `benchmarks/views.py`. JPEG files of {SIZE[0]} x {SIZE[1]} px, read, decoded, augmented and made tensors;
 times of one run, in which all variants took turns in random order: medians of {repeats} repeats of their ratios, in
 brackets 95 % intervals of the median. Views per second at full size are for orientation: they hold for this machine at
-that hour.
+that hour. Between two batches a worker reads the pipeline's settings and sets them anew; the share is that of the time
+for a batch of {BATCH} images at patch 32.
 {", ".join(f"{key} {value}" for key, value in described.items())}.
 
 ## How many times as many views per second as at full size
@@ -226,6 +241,7 @@ def main() -> None:
                     "views_per_image": made,
                     "full_views_per_second": made / statistics.median(full),
                     "speedup": speedup,
+                    "seconds_between_batches": following(datasets[name]),
                 }
             )
     described = environment(device)
@@ -234,6 +250,12 @@ def main() -> None:
     setup = {"file_size": SIZE, "images": options.images, "repeats": options.repeats}
     write_report(output, text, {"environment": described, "setup": setup, "views": rows, "differences": apart})
     print(text)
+
+
+def _share(row: dict[str, Any]) -> float:
+    """Of the time between batches in that of a batch at patch 32."""
+    views_per_second = row["full_views_per_second"] * row["speedup"]["patch 32"]["median"]
+    return float(row["seconds_between_batches"] * views_per_second / (BATCH * row["views_per_image"]))
 
 
 def _times(found: Ratio) -> str:

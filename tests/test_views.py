@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import gc
 import io
@@ -29,7 +30,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from sklearn.datasets import load_sample_image
 from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, default_collate
 from torchvision.datasets import FakeData, ImageFolder
 from torchvision.datasets.folder import pil_loader
 
@@ -592,7 +593,7 @@ def test_what_cannot_be_scaled_is_refused_and_nothing_changes(tiny_vit: Any) -> 
         (
             Photos(crop_to(32)),
             TypeError,
-            r"loader must be a torch.utils.data.DataLoader or a module of transforms, got a .*Photos",
+            r"loader must be, or hold, a torch.utils.data.DataLoader, or be a module of transforms, got a .*Photos",
         ),
         (DataLoader(_Endless()), TypeError, r"loader must have a map-style data set, got the iterable _Endless"),
         (
@@ -990,3 +991,229 @@ def test_a_module_whose_size_its_owner_changes_is_scaled_from_there(tiny_vit: An
     with pytest.raises(TypeError):
         crop(batch, no_such_argument=1)
     assert crop.size == (64, 64)
+
+
+@pytest.mark.parametrize("ahead", ["after", "before"])
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("dispatch", [False, True])
+def test_views_that_accelerate_fetches_ahead_are_never_too_small_in_either_order(
+    ahead: str, workers: int, dispatch: bool, tiny_vit: Any
+) -> None:
+    from accelerate import Accelerator
+    from accelerate.utils import DataLoaderConfiguration
+
+    vit = compress(tiny_vit(), RELAXING)
+    accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(dispatch_batches=dispatch))
+    settings = {"num_workers": workers, "persistent_workers": True} if workers else {}
+    loader = loader_of(crop_to(32), **settings)
+    if ahead == "before":
+        loader = accelerator.prepare(scale_views(loader, vit))
+    else:
+        loader = scale_views(accelerator.prepare(loader), vit)
+    scheduler, made = SequenceScheduler(vit, total_steps=32), []
+    for _ in range(2):  # 16 batches each: views grow where workers wait for the next epoch
+        for views, _ in loader:
+            made.append(views.shape[-1])
+            scheduler.step()
+    assert 16 in made[:16]
+    assert set(made[16:]) == {32}
+
+
+@pytest.mark.parametrize("ahead", ["after", "before"])
+@pytest.mark.parametrize(("workers", "accumulated"), [(0, 1), (2, 1), (0, 4)])
+def test_views_of_hugging_faces_trainer_follow(
+    ahead: str, workers: int, accumulated: int, tiny_vit: Any, tmp_path: Path
+) -> None:
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    vit = compress(tiny_vit(num_classes=10), RELAXING)
+    images = FakeData(96, (3, 48, 48), num_classes=10, transform=crop_to(32))
+    made: list[tuple[int, int]] = []
+
+    class Classifier(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.vit = vit
+
+        def forward(self, views: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            made.append((views.shape[-1], scheduler.strategy.patch_size or 8))
+            return {"loss": F.cross_entropy(self.vit(views), labels)}
+
+    class Scaled(Trainer):
+        def get_train_dataloader(self) -> Any:
+            if ahead == "after":
+                return scale_views(super().get_train_dataloader(), vit)
+            loader = DataLoader(images, batch_size=4, num_workers=workers, collate_fn=_for_trainer)
+            return self.accelerator.prepare(scale_views(loader, vit))
+
+    class Step(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            scheduler.step()
+
+    scheduler = SequenceScheduler(vit, total_steps=24 // accumulated)
+    arguments = TrainingArguments(
+        str(tmp_path),
+        per_device_train_batch_size=4,
+        num_train_epochs=1,
+        dataloader_num_workers=workers,
+        gradient_accumulation_steps=accumulated,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    Scaled(Classifier(), arguments, _for_trainer, images, callbacks=[Step()]).train()
+    assert len(made) == 24
+    assert (16, 16) in made
+    assert (16, 8) not in made
+
+
+def _for_trainer(batch: list[Any]) -> dict[str, Tensor]:
+    return {
+        "views": torch.stack([view for view, _ in batch]),
+        "labels": torch.tensor([int(label) for _, label in batch]),
+    }
+
+
+def test_a_stateful_loader_that_accelerate_has_started_is_refused_with_what_helps(tiny_vit: Any) -> None:
+    pytest.importorskip("torchdata.stateful_dataloader")
+    from accelerate import Accelerator
+    from accelerate.utils import DataLoaderConfiguration
+
+    vit = compress(tiny_vit(), SCALED)
+    accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(use_stateful_dataloader=True))
+    prepared = accelerator.prepare(loader_of(crop_to(32)))
+    with pytest.raises(ValueError, match=r"Accelerate starts a StatefulDataLoader in prepare.*scale_views before that"):
+        scale_views(prepared, vit)
+    prepared = accelerator.prepare(scale_views(loader_of(crop_to(32)), vit))
+    assert {views.shape[-1] for views, _ in prepared} == {16}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_timms_prefetching_loader_follows(workers: int, tiny_vit: Any) -> None:
+    vit = compress(tiny_vit(), RELAXING)
+    images = FakeData(64, (3, 96, 96))
+    loader = timm.data.create_loader(
+        images, 32, 4, is_training=True, num_workers=workers, device=torch.device("cpu"), persistent_workers=workers > 0
+    )
+    assert scale_views(loader, vit) is loader
+    scheduler, made = SequenceScheduler(vit, total_steps=32), []
+    for _ in range(2):
+        for views, _ in loader:
+            made.append(views.shape[-1])
+            scheduler.step()
+    assert made[workers : 8 + workers] == [16] * 8
+    assert set(made[16:]) == {32}
+
+
+@dataclasses.dataclass
+class _View:
+    image: Any
+    number: int
+
+
+class _Wrapped(Photos):
+    """Samples in a container of its own, and some that could not be read."""
+
+    def __init__(self, container: Any, transform: Any = None) -> None:
+        super().__init__(transform or crop_to(32))
+        self.container = container
+
+    def __getitem__(self, index: int) -> Any:
+        broken = index % 4 == 1 or 16 <= index < 20
+        return None if self.container is None and broken else (self.container or tuple)(super().__getitem__(index))
+
+
+def _in_a_dataclass(sample: Any) -> _View:
+    return _View(*sample)
+
+
+def _in_a_mapping(sample: Any) -> Any:
+    from transformers import BatchFeature
+
+    return BatchFeature({"image": sample[0], "number": sample[1]})
+
+
+def _collated(batch: list[Any]) -> Any:
+    if isinstance(batch[0], _View):
+        return _View(torch.stack([sample.image for sample in batch]), len(batch))
+    batch = [sample for sample in batch if sample is not None]
+    return default_collate(batch) if batch else None
+
+
+def _image(batch: Any) -> Any:
+    return batch[0] if isinstance(batch, (list, tuple)) else batch.image if isinstance(batch, _View) else batch["image"]
+
+
+@pytest.mark.parametrize("container", [None, _in_a_dataclass, _in_a_mapping])
+def test_views_in_containers_and_batches_without_any_are_no_reason_to_stop(container: Any, tiny_vit: Any) -> None:
+    loader = DataLoader(_Wrapped(container), batch_size=4, collate_fn=_collated)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made = list(scale_views(loader, compress(tiny_vit(), SCALED)))
+    assert [None if batch is None else _image(batch).shape[-1] for batch in made] == [
+        None if container is None and number == 4 else 16 for number in range(16)
+    ]
+
+
+@pytest.mark.parametrize("container", [_in_a_dataclass, _in_a_mapping])
+def test_a_batch_in_containers_of_which_only_some_views_are_scaled_is_not_lost(container: Any, tiny_vit: Any) -> None:
+    mixed = v1.RandomChoice([crop_to(32), _UnknownCrop()])
+    loader = DataLoader(_Wrapped(container, mixed), batch_size=8, collate_fn=_collated)
+    scale_views(loader, compress(tiny_vit(), SCALED))
+    with pytest.warns(UserWarning, match="32 x 32 px came out of the loader where 16 x 16 px were asked for"):
+        assert [_image(batch).shape for batch in loader] == [(8, 3, 32, 32)] * 8
+
+
+def test_a_copy_of_a_loader_follows_the_same_model(tiny_vit: Any) -> None:
+    vit = compress(tiny_vit(), SCALED)
+    loader = scale_views(loader_of(crop_to(32), images=8), vit)
+    next(iter(loader))
+    loaders = [loader, copy.deepcopy(loader)]
+    assert loaders[0].dataset is not loaders[1].dataset
+
+    def made() -> list[set[int]]:
+        return [{views.shape[-1] for views, _ in each} for each in loaders]
+
+    assert made() == [{16}, {16}]
+    set_strategy(vit, Strategy())
+    assert made() == [{32}, {32}]
+    set_strategy(vit, SCALED)
+    assert made() == [{16}, {16}]
+    restore(vit)
+    assert made() == [{32}, {32}]
+
+
+@pytest.mark.parametrize("patch_size", [16, 32])
+def test_kornias_elastic_distortions_keep_their_share_of_the_view(patch_size: int, tiny_vit: Any) -> None:
+    import kornia.augmentation as K
+
+    vit = compress(tiny_vit(img_size=128), Strategy(patch_size=patch_size))
+    elastic = K.RandomElasticTransform((31, 31), (5.0, 5.0), (1.0, 1.0), p=1.0)
+    transform = torch.nn.Sequential(K.Resize((128, 128)), elastic)
+    columns = torch.linspace(0, 1, 128).expand(20, 3, 128, 128)
+
+    def distortion() -> Tensor:
+        """Root mean square shift of a pixel, in parts of the view, and how it changes over a 32nd of the view."""
+        side = (shifted := transform(columns)).shape[-1]
+        shift = shifted - F.interpolate(columns, (side, side), mode="bilinear", antialias=True)
+        shift = shift[..., side // 8 : -side // 8, side // 8 : -side // 8]  # away from the border, where values end
+        change = shift[..., side // 32 :] - shift[..., : -side // 32]
+        return torch.stack([values.square().mean().sqrt() for values in (shift, change)])
+
+    full = distortion()
+    scale_views(transform, vit)
+    assert transform(columns).shape[-1] == 128 * 8 // patch_size
+    torch.testing.assert_close(distortion(), full, rtol=0.15, atol=0)
+
+
+def test_what_kornia_measures_in_pixels_and_is_not_known_is_refused(tiny_vit: Any) -> None:
+    import kornia.augmentation as K
+
+    class Smooth(K.IntensityAugmentationBase2D):
+        def __init__(self) -> None:
+            super().__init__(p=1.0)
+            self.flags = {"kernel_size": (9, 9)}
+
+    with pytest.raises(ValueError, match="Smooth with kernel_size in pixels, which is not known"):
+        scale_views(torch.nn.Sequential(K.RandomResizedCrop((32, 32)), Smooth()), compress(tiny_vit(), SCALED))

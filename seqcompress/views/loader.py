@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from seqcompress.compression import embeds_of_one_compression, is_compressed
 from seqcompress.encoders import Compression
-from seqcompress.views.scaled_views import ScaledViews, Size, scaled_size
+from seqcompress.views.scaled_views import ScaledViews, Size, px, scaled_size
 from seqcompress.views.transforms import ScaledTransforms, put_back
 
 __all__ = ["scale_views"]
@@ -40,9 +41,9 @@ def scale_views(loader: Maker, model: nn.Module) -> Maker:
 
     Args:
         loader: must not have started its workers yet. Its data set must be a map-style one whose samples are, or hold,
-            views as tensors (C, H, W), made by transforms of torchvision (v1 or v2), Lightly, solo-learn or timm. Or a
-            module of kornia's or torchvision's (v2) transforms that is called on batches (B, C, H, W) in the training
-            process: it then follows the strategy at every call.
+            views as tensors (C, H, W), made by transforms of torchvision (v1 or v2), Lightly, solo-learn or timm;
+            Accelerate or timm may have wrapped it. Or a module of kornia's or torchvision's (v2) transforms that is
+            called on batches (B, C, H, W) in the training process: it then follows the strategy at every call.
         model: a compressed encoder, or a module that holds encoders which were compressed together. A teacher must be
             among them: compressed with ``teacher=``, or found by ``accelerate``.
 
@@ -105,9 +106,10 @@ def scale_views(loader: Maker, model: nn.Module) -> Maker:
     elif inner is not None:
         followed = inner.collate_fn
         collate = followed.collate if isinstance(followed, FollowingCollate) else followed
-        follower = FollowingCollate(collate, inner, views, full, channels)
+        follower = FollowingCollate(collate, inner.num_workers, views, full, channels)
+        follower.attach(inner.dataset)
         inner.collate_fn = follower
-        lookahead = _steps_ahead(inner) + (inner is not loader)  # Accelerate's fetch one batch more
+        lookahead = _steps_ahead(inner)
     views.add(follower, full, lookahead)
     if compression.views is None:
         compression.views = views
@@ -116,8 +118,7 @@ def scale_views(loader: Maker, model: nn.Module) -> Maker:
 
 
 def _check_types(loader: object, model: object) -> None:
-    swapped = isinstance(model, DataLoader) or (isinstance(loader, nn.Module) and is_compressed(loader))
-    if swapped and isinstance(loader, nn.Module):
+    if isinstance(loader, nn.Module) and (isinstance(model, DataLoader) or is_compressed(loader)):
         raise TypeError(
             f"loader must come first and model second: scale_views(loader, model), got a {type(loader).__name__} and a "
             f"{type(model).__name__}"
@@ -126,31 +127,64 @@ def _check_types(loader: object, model: object) -> None:
         raise TypeError(f"model must be a torch.nn.Module, got a {type(model).__name__}")
     if isinstance(loader, nn.Module):
         return
-    if not isinstance(loader, DataLoader):
-        raise TypeError(
-            "loader must be a torch.utils.data.DataLoader or a module of transforms, got a "
-            f"{type(loader).__module__}.{type(loader).__name__}"
-        )
     inner = _inner(loader)
     if inner is None:
-        raise TypeError(f"loader must hold a torch.utils.data.DataLoader, got a {type(loader).__name__} around another")
+        raise TypeError(
+            "loader must be, or hold, a torch.utils.data.DataLoader, or be a module of transforms, got a "
+            f"{type(loader).__module__}.{type(loader).__name__}"
+        )
     if isinstance(inner.dataset, IterableDataset):
         raise TypeError(f"loader must have a map-style data set, got the iterable {type(inner.dataset).__name__}")
     if getattr(inner, "_iterator", None) is not None:
-        raise ValueError("loader must not have started its persistent workers, got one that has: make a new one")
+        raise ValueError(
+            "loader must not have started its persistent workers, nor loading, got one that has: make a new one. "
+            "Accelerate starts a StatefulDataLoader in prepare(): call scale_views before that"
+        )
 
 
 def _inner(loader: object) -> DataLoader[Any] | None:
-    """The loader that makes the batches: Accelerate's are loaders by type, around another."""
-    inner = getattr(loader, "base_dataloader", loader)
-    return inner if isinstance(inner, DataLoader) else None
+    """The loader that makes the batches: Accelerate's and timm's are wrapped around it."""
+    inner = getattr(loader, "base_dataloader", getattr(loader, "loader", None))
+    return next((held for held in (inner, loader) if isinstance(held, DataLoader)), None)
 
 
 def _say(what: str) -> None:
     warnings.warn(f"seqcompress: scale_views: {what}", stacklevel=3)
 
 
-class FollowingCollate:
+class _Following:
+    """What is known of the views of a loader or module, and how they are compared with what was asked for."""
+
+    def __init__(self, views: ScaledViews, full: set[Size], channels: set[int]) -> None:
+        self.views, self.full, self.channels = views, full, channels
+        self._made_for: int | None = None
+
+    def follow(self) -> None:
+        """Have the next views made for the patch size that is asked for."""
+
+    def sizes(self) -> set[Size]:
+        """Sizes of the full views."""
+        return self.full
+
+    def _expect(self, full: set[Size]) -> None:
+        if full != self.full:
+            before, self.full = self.full, full
+            self.views.replace(before, full)
+
+    def _sizes_of(self, made: Any) -> list[Size]:
+        shapes = [tensor.shape[-3:] for tensor in _tensors(made) if tensor.ndim >= 3]
+        return [(height, width) for channels, height, width in shapes if channels in self.channels]
+
+    def _problem(self, found: list[Size]) -> tuple[Size, Size] | None:
+        """What was asked for and what came out, if views do not have the sizes that they should."""
+        asked = {scaled_size(size, self._made_for, self.views.base) for size in self.full}
+        wrong = [size for size in found if size in self.full - asked]
+        if not found or (not wrong and not asked.isdisjoint(found)):
+            return None
+        return min(asked), (wrong or found)[0]
+
+
+class FollowingCollate(_Following):
     """Collates as before, looks at what came out, and for which patch size the next batch is to be made.
 
     Looked for between batches only, so that all views of a batch have the same size. A worker changes its own copy of
@@ -161,17 +195,20 @@ class FollowingCollate:
     def __init__(
         self,
         collate: Callable[[list[Any]], Any],
-        loader: DataLoader[Any],
+        workers: int,
         views: ScaledViews,
         full: set[Size],
         channels: set[int],
     ) -> None:
-        self.collate, self.views, self.full, self.channels = collate, views, full, channels
-        self.workers = loader.num_workers
-        self._dataset: Callable[[], Any] = weakref.ref(loader.dataset)
-        self._made_for: int | None = None
+        super().__init__(views, full, channels)
+        self.collate, self.workers = collate, workers
+        self._dataset: Callable[[], Any] = _nothing
         # For all workers: whether a batch came out wrong, the size it should have had and its own, and if that was told
         self._wrong = torch.zeros(6, dtype=torch.int64).share_memory_()
+
+    def attach(self, dataset: Any) -> None:
+        """Follow for this data set, as long as it lives, where it is this process that asks it for samples."""
+        self._dataset = weakref.ref(dataset)
         if not self.workers:
             _here.add(self)
             weakref.finalize(self, _release, self._dataset)
@@ -180,9 +217,7 @@ class FollowingCollate:
         batch = self._mended(batch)
         collated = self.collate(batch)
         if not self._wrong[0]:
-            found = self._sizes_of(collated) or self._sizes_of(batch)
-            if found or self._made_for is not None:
-                self._look_at(found)
+            self._look_at(self._sizes_of(collated) or self._sizes_of(batch))
         self.follow()
         return collated
 
@@ -212,10 +247,10 @@ class FollowingCollate:
                 self._wrong[5] = 1
         if self._wrong[0] and not self._wrong[5] and (worker is None or worker.id == 0):
             self._wrong[5] = 1
-            _, height, width, got_height, got_width, _ = self._wrong.tolist()
+            _, height, width, *got, _ = self._wrong.tolist()
             _say(
-                f"views of {got_height} x {got_width} px came out of the loader where {height} x {width} px were asked "
-                "for: something that is not known decides their size. The loader goes on with full views."
+                f"views of {px(got)} came out of the loader where {px((height, width))} were asked for: something that "
+                "is not known decides their size. The loader goes on with full views."
             )
 
     def sizes(self) -> set[Size]:
@@ -228,18 +263,9 @@ class FollowingCollate:
                 return set()
         return self.full
 
-    def _expect(self, full: set[Size]) -> None:
-        if full != self.full:
-            before, self.full = self.full, full
-            self.views.replace(before, full)
-
-    def _sizes_of(self, sample: Any) -> list[Size]:
-        shapes = [tensor.shape[-3:] for tensor in _tensors(sample) if tensor.ndim >= 3]
-        return [(height, width) for channels, height, width in shapes if channels in self.channels]
-
     def _look_at(self, found: list[Size]) -> bool:
         """Whether these are the sizes that were asked for; if not, views are full from now on."""
-        problem = _problem(found, self.full, self._made_for, self.views.base)
+        problem = self._problem(found)
         if problem is not None and not self._changed_by_owner():
             (height, width), (got_height, got_width) = problem
             self._wrong[1:5] = torch.tensor([height, width, got_height, got_width])
@@ -265,6 +291,17 @@ class FollowingCollate:
         (full,) = self.full
         return [_resized(sample, full, self.channels) for sample in batch]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> FollowingCollate:
+        """For a copy of the loader, which follows the same model with its own copy of the data set."""
+        collate = copy.deepcopy(self.collate, memo)
+        other = FollowingCollate(collate, self.workers, self.views, set(self.full), self.channels)
+        other._made_for = self._made_for
+        dataset = self._dataset()
+        if dataset is not None:
+            other.attach(copy.deepcopy(dataset, memo))
+        self.views.join(other)
+        return other
+
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_dataset": None}
 
@@ -289,16 +326,14 @@ def _release(dataset: Callable[[], Any]) -> None:
                 follower.follow()
 
 
-class FollowingModule:
+class FollowingModule(_Following):
     """Has a module of transforms make what the strategy of the moment needs; between calls it is as its owner made it.
 
-    Called after the module's forward; ``before`` is called before it.
+    Called after the module's forward; ``before`` is called before it, where the strategy is looked for.
     """
 
     def __init__(self, module: nn.Module, views: ScaledViews, full: set[Size], channels: set[int]) -> None:
-        self.views, self.full, self.channels = views, full, channels
-        self._module = weakref.ref(module)
-        self._made_for: int | None = None
+        super().__init__(views, full, channels)
         self._wrong = False
         # What raises on its way must not leave the transforms scaled.
         self._handles = [
@@ -316,9 +351,7 @@ class FollowingModule:
             self._wrong = True
             _say(f"{error}. The module goes on with full views.")
             return
-        if transforms.full != self.full:
-            before, self.full = self.full, transforms.full
-            self.views.replace(before, self.full)
+        self._expect(transforms.full)
         self._made_for = self.views.wanted_now()
         if self._made_for is not None:
             self.views.note(self._made_for)
@@ -326,27 +359,13 @@ class FollowingModule:
 
     def __call__(self, module: nn.Module, args: Any, made: Any) -> None:
         put_back(module)
-        found = [
-            (tensor.shape[-2], tensor.shape[-1])
-            for tensor in _tensors(made)
-            if tensor.ndim >= 3 and tensor.shape[-3] in self.channels
-        ]
-        if self._wrong or not found:
-            return
-        problem = _problem(found, self.full, self._made_for, self.views.base)
+        problem = None if self._wrong else self._problem(self._sizes_of(made))
         if problem is not None:
             self._wrong = True
             _say(
-                f"views of {problem[1]} px came out of the module where {problem[0]} px were asked for. "
+                f"views of {px(problem[1])} came out of the module where {px(problem[0])} were asked for. "
                 "It goes on with full views."
             )
-
-    def follow(self) -> None:
-        """Looked for at every call."""
-
-    def sizes(self) -> set[Size]:
-        """Sizes of the full views."""
-        return self.full
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -356,28 +375,28 @@ class FollowingModule:
         return self  # copies of the module follow the same model
 
 
-def _problem(found: list[Size], full: set[Size], patch_size: int | None, base: Size) -> tuple[Size, Size] | None:
-    """What was asked for and what came out, if views do not have the sizes that they should."""
-    asked = {scaled_size(size, patch_size, base) for size in full}
-    wrong = [size for size in found if size in full - asked]
-    if any(size in asked for size in found) and not wrong:
-        return None
-    return min(asked), next(iter(wrong or found), (0, 0))
-
-
 def _steps_ahead(loader: DataLoader[Any]) -> int:
     """Steps from the moment at which a worker looks for the size of its next batch until that batch is used."""
-    # One round of the workers more than are under way: from one epoch to the next, a worker may wait for its turn.
+    # One round of the workers more than are under way: from one epoch to the next, a worker may wait for its turn. And
+    # one batch that wrappers, Accelerate's and timm's, fetch before they hand out the one before it.
     return 1 + loader.num_workers * (2 + (loader.prefetch_factor or 0))
 
 
 def _tensors(sample: Any) -> Iterator[Tensor]:
     if isinstance(sample, Tensor):
         yield sample
-        return
-    items: Iterable[Any] = sample.values() if isinstance(sample, dict) else sample
-    if isinstance(sample, (dict, list, tuple)):
-        yield from (tensor for item in items for tensor in _tensors(item))
+    elif isinstance(sample, (list, tuple)):
+        yield from (tensor for item in sample for tensor in _tensors(item))
+    else:
+        yield from (tensor for item in _named(sample).values() for tensor in _tensors(item))
+
+
+def _named(sample: Any) -> dict[Any, Any]:
+    """What a mapping holds, such as Hugging Face's, or a dataclass; else nothing."""
+    if isinstance(sample, Mapping):
+        return dict(sample)
+    fields = dataclasses.fields(sample) if dataclasses.is_dataclass(sample) and not isinstance(sample, type) else ()
+    return {field.name: getattr(sample, field.name) for field in fields}
 
 
 def _resized(sample: Any, size: Size, channels: set[int]) -> Any:
@@ -386,8 +405,13 @@ def _resized(sample: Any, size: Size, channels: set[int]) -> Any:
             return sample
         resized = F.interpolate(sample[None].float(), size, mode="bilinear", antialias=True)[0]
         return resized.to(sample.dtype)
-    if isinstance(sample, dict):
-        return {name: _resized(item, size, channels) for name, item in sample.items()}
-    if type(sample) in (list, tuple):
-        return type(sample)(_resized(item, size, channels) for item in sample)
+    if isinstance(sample, (list, tuple)):
+        return getattr(sample, "_make", type(sample))([_resized(item, size, channels) for item in sample])
+    named = {name: _resized(item, size, channels) for name, item in _named(sample).items()}
+    if isinstance(sample, MutableMapping):
+        sample = copy.copy(sample)
+        sample.update(named)
+        return sample
+    if named and dataclasses.is_dataclass(sample) and not isinstance(sample, type):
+        return dataclasses.replace(sample, **named)
     return sample

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 from weakref import WeakSet
 
@@ -75,11 +75,15 @@ class ScaledViews:
             lookahead: steps between the making of a view and its use.
         """
         if follower is not None:
-            self._followers.add(follower)
+            self.join(follower)
         self._full.update(full)
         self._stopped = False
         self.lookahead = max(self.lookahead, lookahead)
         self._make(int(self.shared) or None if self._last is None else self._suitable(self._last))
+
+    def join(self, follower: Follower) -> None:
+        """Tell this one of changes, too, as long as it lives."""
+        self._followers.add(follower)
 
     def full_size(self, view: Size) -> Size:
         """Size of the full view that a view stands for: its own, unless a smaller one was asked for."""
@@ -87,7 +91,7 @@ class ScaledViews:
             self._look_again()
             if view not in self._asked_for and view not in self._full:
                 self.stop(
-                    f"views of {_px(view)} reach the encoder, which no loader was asked for: if they are cropped or "
+                    f"views of {px(view)} reach the encoder, which no loader was asked for: if they are cropped or "
                     "resized once more on their way, put that into the data set, or give that module to scale_views"
                 )
         return self._asked_for.get(view, view)
@@ -127,7 +131,7 @@ class ScaledViews:
                 return str(error)
             other = view if size == view else size if size in known else made.get(size, self._asked_for.get(size))
             if other not in (None, view):
-                return f"views of {_px(view)} made for patch_size {patch_size} would look like those of {_px(other)}"
+                return f"views of {px(view)} made for patch_size {patch_size} would look like those of {px(other)}"
             made[size] = view
         return None
 
@@ -180,5 +184,6 @@ class ScaledViews:
         self.shared = self.shared.cpu().share_memory_()  # a file keeps the number only, on whatever device
 
 
-def _px(size: Size | None) -> str:
+def px(size: Sequence[int] | None) -> str:
+    """A size for people."""
     return "?" if size is None else f"{size[0]} x {size[1]} px"

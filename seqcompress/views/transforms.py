@@ -16,6 +16,7 @@ from fractions import Fraction
 from pathlib import Path
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -97,6 +98,8 @@ _KNOWN: dict[tuple[str, str], dict[str, Scaling]] = {
     ("kornia", "CenterCrop"): {"size": _sides, "flags.size": _sides},
     ("kornia", "Resize"): {"flags.size": _sides, "_param_generator.output_size": _sides},
     ("kornia", "RandomGaussianBlur"): {"flags.kernel_size": _odd, "_param_generator.sigma": _length},
+    # Its alpha is a part of the view, of noise that gets weaker with the width of its blur.
+    ("kornia", "RandomElasticTransform"): {"flags.kernel_size": _odd, "flags.sigma": _length, "flags.alpha": _length},
 }
 _RESIZES = ("Resize", "RandomResizedCrop", "RandomResizedCropAndInterpolation")
 _WINDOWS = ("RandomCrop", "CenterCrop")
@@ -106,6 +109,8 @@ _IN_PIXELS = re.compile(r"kernel_size|ksize|radius|sigma")
 _FULL = "_seqcompress_full"
 """Attribute of all that is scaled: its settings' values for full views, and those that were put in their place."""
 _PLAIN = (dict, list, tuple, OrderedDict)
+_VALUES = frozenset({int, float, bool, str, bytes, complex, type(None)})
+_CLOSED = (type, ModuleType, FunctionType, BuiltinFunctionType, torch.Tensor)
 _LONGEST_LIST = 256  # of transforms; longer ones are lists of samples
 
 
@@ -140,8 +145,9 @@ class ScaledTransforms:
         self.base = base
         self.full: set[Size] = set()
         self._settings: list[tuple[Any, str, Any, Scaling, Size | None]] = []
-        views = _views_of_pipelines(root)
-        for held in _with_settings(root):
+        held_by_root, pipelines = [*objects_in(root)], _pipelines(root)
+        views = _views_of_pipelines(pipelines)
+        for held in filter(_has_settings, held_by_root):
             rules = _rules(held)
             if rules is None:
                 _check_unknown(held)
@@ -161,12 +167,12 @@ class ScaledTransforms:
             name in vars(held).get(_FULL, {}) and _same(_get(held, name), vars(held)[_FULL][name][1])
             for held, name, *_ in self._settings
         )
-        _check_order(root)
+        _check_order(pipelines, held_by_root)
         if not self.full:
             raise ValueError(_no_crop(root))
-        for held in objects_in(root):
+        for held in held_by_root:
             for part in held if isinstance(held, (list, tuple)) and len(held) > 0 and _holds_datasets(held) else ():
-                if not any(_is(step, *_RESIZES, *_WINDOWS) for step in _with_settings(part)):
+                if not any(_is(step, *_RESIZES, *_WINDOWS) for step in objects_in(part)):
                     raise ValueError(f"{_no_crop(part)}; every part of the data set must have one")
 
     def apply(self, patch_size: int | None) -> None:
@@ -192,7 +198,7 @@ class ScaledTransforms:
 
 def put_back(root: object) -> None:
     """Make full views again, whatever else has become of the transforms."""
-    for held in _with_settings(root):
+    for held in filter(_has_settings, objects_in(root)):
         for name in vars(held).get(_FULL, {}):
             if _has(held, name):
                 _set(held, name, _full_value(held, name))
@@ -268,11 +274,11 @@ def objects_in(root: object, is_closed: Callable[[object], bool] = lambda held: 
     waiting = [root]
     while waiting:
         held = waiting.pop()
-        if id(held) in seen:
+        if type(held) in _VALUES or id(held) in seen:
             continue
         seen.add(id(held))
         inside: list[Any] = []
-        if isinstance(held, (type, ModuleType, FunctionType, BuiltinFunctionType, torch.Tensor)):
+        if isinstance(held, _CLOSED):
             continue
         if isinstance(held, MethodType):
             inside = [held.__self__]
@@ -306,8 +312,8 @@ def _no_crop(root: object) -> str:
     )
 
 
-def _with_settings(root: object, *is_closed: Callable[[object], bool]) -> Iterator[Any]:
-    return (held for held in objects_in(root, *is_closed) if not isinstance(held, (dict, list, tuple)))
+def _has_settings(held: object) -> bool:
+    return not isinstance(held, (dict, list, tuple))
 
 
 def _holds_datasets(held: Any) -> bool:
@@ -328,11 +334,21 @@ def _reads_with_pil(loader: Any) -> bool:
 
 
 def _rules(held: object) -> Mapping[str, Scaling] | None:
-    rules = (_KNOWN.get((_package(kind), kind.__name__)) for kind in type(held).__mro__)
-    found = next((found for found in rules if found is not None), None)
-    if found is not None and _is(held, *_FOLDERS) and not _reads_anew(held):
-        return {}
-    return found
+    known_as = _known_as(held)
+    if known_as is None or (known_as[1] in _FOLDERS and not _reads_anew(held)):
+        return None if known_as is None else {}
+    return _KNOWN[known_as]
+
+
+def _known_as(held: object) -> tuple[str, str] | None:
+    kind = type(held)
+    if kind not in _known_kinds:
+        names = ((_package(base), base.__name__) for base in kind.__mro__)
+        _known_kinds[kind] = next((name for name in names if name in _KNOWN), None)
+    return _known_kinds[kind]
+
+
+_known_kinds: WeakKeyDictionary[type, tuple[str, str] | None] = WeakKeyDictionary()
 
 
 def _reads_anew(folder: object) -> bool:
@@ -345,7 +361,8 @@ def _package(named: object) -> str:
 
 
 def _is(held: object, *names: str) -> bool:
-    return any((_package(kind), kind.__name__) in _KNOWN and kind.__name__ in names for kind in type(held).__mro__)
+    known_as = _known_as(held)
+    return known_as is not None and known_as[1] in names
 
 
 def _check_unknown(held: object) -> None:
@@ -354,7 +371,7 @@ def _check_unknown(held: object) -> None:
     of_network = _package(kind) in ("torch", "timm") or ".random_generator" in kind.__module__  # kornia's have both
     if not callable(held) or of_network:
         return
-    settings = [name for name in vars(held) if _IN_PIXELS.match(name)]
+    settings = [name for name in (*vars(held), *(getattr(held, "flags", None) or ())) if _IN_PIXELS.match(name)]
     if settings or "blur" in kind.__name__.lower():
         what = f" with {settings[0]} in pixels" if settings else ""
         raise ValueError(
@@ -377,8 +394,9 @@ def _pipelines(dataset: object) -> list[list[Any]]:
             for inner in _steps(step):
                 yield from unfold(inner)
             return
-        yield from (held for held in _with_settings(step, _is_pipeline) if not _is_pipeline(held))
-        pipelines = _pipelines_in(step) if id(step) not in opened else []
+        inside = [*objects_in(step, _is_pipeline)]
+        yield from (held for held in inside if _has_settings(held) and not _is_pipeline(held))
+        pipelines = [held for held in inside if _is_pipeline(held)] if id(step) not in opened else []
         opened.add(id(step))
         if len(pipelines) == 1:
             yield from unfold(pipelines[0])
@@ -386,17 +404,13 @@ def _pipelines(dataset: object) -> list[list[Any]]:
             holders.append(step)
 
     for holder in holders:
-        found += [list(unfold(pipeline)) for pipeline in _pipelines_in(holder)]
+        found += [list(unfold(held)) for held in objects_in(holder, _is_pipeline) if _is_pipeline(held)]
     return found
 
 
-def _pipelines_in(holder: object) -> list[Any]:
-    return [held for held in objects_in(holder, _is_pipeline) if _is_pipeline(held)]
-
-
 def _is_pipeline(held: object) -> bool:
-    names = {kind.__name__ for kind in type(held).__mro__}
-    return not names.isdisjoint(_PIPELINES) and isinstance(_steps(held), Iterable)
+    named = any(kind.__name__ in _PIPELINES for kind in type(held).__mro__)
+    return named and isinstance(_steps(held), Iterable)
 
 
 def _steps(pipeline: Any) -> Iterable[Any]:
@@ -414,10 +428,10 @@ def _size_of(held: object) -> Size | None:
     return None if size is None or _is(held, "Resize") else (size, size)
 
 
-def _views_of_pipelines(dataset: object) -> dict[int, Size | None]:
+def _views_of_pipelines(pipelines: list[list[Any]]) -> dict[int, Size | None]:
     """For every step of a pipeline, the size of the full views that leave it: the last crop's."""
     views: dict[int, Size | None] = {}
-    for steps in _pipelines(dataset):
+    for steps in pipelines:
         sizing = [step for step in steps if _is(step, *_RESIZES, *_WINDOWS)]
         if sizing:
             view = _size_of(sizing[-1])
@@ -425,10 +439,10 @@ def _views_of_pipelines(dataset: object) -> dict[int, Size | None]:
     return views
 
 
-def _check_order(dataset: object) -> None:
+def _check_order(pipelines: list[list[Any]], held_by_root: list[Any]) -> None:
     """Raise ValueError unless what is measured in pixels of a view comes after what gives the view its size."""
     sized: set[int] = set()  # whatever comes after a resize
-    for steps in _pipelines(dataset):
+    for steps in pipelines:
         resizing = next((number for number, step in enumerate(steps) if _is(step, *_RESIZES)), None)
         if resizing is None:
             continue
@@ -439,7 +453,7 @@ def _check_order(dataset: object) -> None:
                 "the image, not of the view, and so cannot be scaled; put it behind"
             )
         sized.update(id(step) for step in steps[resizing + 1 :])
-    for held in _with_settings(dataset):
+    for held in held_by_root:
         if _is(held, *_WINDOWS) and id(held) not in sized:
             raise ValueError(
                 f"loader has a {type(held).__name__} of the image as it is: a smaller one would show less of it. Put a "
