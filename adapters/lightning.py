@@ -512,7 +512,8 @@ class _Length:
                 steps = math.ceil(self._batches_an_epoch / each)
                 done = min(steps, batches // each)
             places.append((trainer.current_epoch * steps + done, epochs * steps))
-        return max(places, key=lambda place: place[0] / place[1])
+        # The nearest to its end; of equal ones, the shortest.
+        return max(places, key=lambda place: (place[0] / place[1], -place[1]))
 
     def share_of_time(self) -> float:
         """Share of the time that has passed, the same on every rank; 0 without a limit."""
