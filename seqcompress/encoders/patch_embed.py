@@ -340,14 +340,14 @@ class CompressedPatchEmbed(nn.Module):
         few = 2 if len(tokens) > 1 and distributed.is_available() and distributed.is_initialized() else 1
         blanks = len(tokens) if self.blank_per_view else few
         own_grid = self.encoder.blank_grid(selection.view)
-        blank = self.encoder.blank(tokens, blanks, own_grid)
         # Masks for a batch do fit where there is a blank for each view. Looked for once for each size of views, since
         # looking waits for the device.
         if self.trial is None:
             marked = blanks == len(tokens) > 1 and selection.view not in self._looked_at and _has_values(tokens)
         else:
-            blanks = max(2, blanks) if self.trial.marked else blanks
             marked = self.trial.marked
+            blanks = max(2, blanks) if marked else blanks
+        blank = self.encoder.blank(tokens, blanks, own_grid)
         if marked:
             blank[1] = 1
         self._pending = _Pending(tokens, selection, own_grid, blanks, marked)

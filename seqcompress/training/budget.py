@@ -27,7 +27,8 @@ class Budget:
     checkpointing.
 
     Args:
-        model_or_models: compressed encoders, or modules that contain them. To count a plain run, use
+        model_or_models: compressed encoders, or modules that contain them; a student's teacher counts too, and the
+            other way round. To count a plain run, use
             ``compress(model, Strategy())``, which never changes anything.
 
     Raises:
@@ -44,7 +45,8 @@ class Budget:
     """
 
     def __init__(self, model_or_models: nn.Module | Sequence[nn.Module]) -> None:
-        self._embeds = compressed_embeds_of(model_or_models)
+        embeds = compressed_embeds_of(model_or_models)
+        self._embeds = list(dict.fromkeys(partner for embed in embeds for partner in (embed, *embed.partners())))
         self._flops = Flops(embed.encoder for embed in self._embeds)
         self._units = [self._unit(number) for number in range(len(self._embeds))]
         self._prices: dict[tuple[int, Forward], float] = {}
