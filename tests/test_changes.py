@@ -406,6 +406,53 @@ def test_what_is_almost_a_vit_is_refused_with_what_it_lacks(change: Any, words: 
         compress(vit, Strategy(0.5))
 
 
+class _OwnState(PatchEmbed):
+    """Saves, loads and moves something of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(32, 8, 3, 32)
+        self.seen, self.moved = 3, 0
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.seen)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.seen = int(state)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.moved += 1
+        return super()._apply(fn, recurse)
+
+
+def test_what_an_embedding_saves_and_does_beside_its_parameters_stays(tiny_vit: Any) -> None:
+    vit, plain = tiny_vit(), tiny_vit()
+    vit.patch_embed, plain.patch_embed = _OwnState(), _OwnState()
+    plain.patch_embed.seen = 5
+    compress(vit, Strategy(0.5))
+    assert vit.state_dict().keys() == plain.state_dict().keys()
+    vit.load_state_dict(plain.state_dict())
+    assert vit.double().patch_embed.proj.weight.dtype == torch.float64
+    embed = restore(vit).patch_embed
+    assert (type(embed), embed.seen, embed.moved) == (_OwnState, 5, 1)
+
+
+def test_a_trace_in_train_mode_is_refused(tiny_vit: Any) -> None:
+    vit = compress(tiny_vit().train(), Strategy(0.5))
+    with pytest.raises(RuntimeError, match="cannot be traced in train mode"):
+        torch.jit.trace(vit, VIEWS)
+
+
+def test_conditions_of_a_batch_are_answered_with_what_is_wrong() -> None:
+    class Conditioned(VisionTransformer):
+        def forward(self, x: Tensor, condition: Tensor) -> Tensor:  # type: ignore[override]
+            return self.blocks(self._pos_embed(self.patch_embed(x)) + condition[:, None])  # type: ignore[no-any-return]
+
+    vit = compress(Conditioned(**SMALL).train(), Strategy(0.5))
+    vit.pos_drop._forward_pre_hooks.clear()  # met behind the condition only
+    with pytest.raises(RuntimeError, match=r"1 blank view.* got those of 4: whatever depends on the views or on the"):
+        vit(VIEWS, torch.randn(4, 32))
+
+
 # What is told
 
 

@@ -1217,3 +1217,21 @@ def test_what_kornia_measures_in_pixels_and_is_not_known_is_refused(tiny_vit: An
 
     with pytest.raises(ValueError, match="Smooth with kernel_size in pixels, which is not known"):
         scale_views(torch.nn.Sequential(K.RandomResizedCrop((32, 32)), Smooth()), compress(tiny_vit(), SCALED))
+
+
+def test_full_views_that_keep_coming_where_small_ones_are_made_stop_the_scaling(tiny_vit: Any) -> None:
+    vit = compress(tiny_vit().train(), Strategy(0.0, 16))
+    images = FakeData(800, (3, 64, 64), transform=v1.Compose([v1.RandomResizedCrop(32), v1.ToTensor()]))
+    loader = scale_views(DataLoader(images, batch_size=4), vit)
+    again = v1.RandomResizedCrop(32)  # what users do on the device, to the same size
+    sizes = []
+
+    def train() -> None:
+        for views, _ in loader:
+            sizes.append(views.shape[-1])
+            vit(again(views))
+
+    with pytest.warns(UserWarning, match="views of 32 x 32 px keep coming where smaller ones are asked for") as told:
+        train()
+    assert len([one for one in told if "keep coming" in str(one.message)]) == 1
+    assert (sizes[0], sizes[-1]) == (16, 32)

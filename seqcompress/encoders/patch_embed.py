@@ -195,6 +195,18 @@ class CompressedPatchEmbed(nn.Module):
         super().train(mode)
         return self
 
+    # The embedding may save, load and move more than its parameters and buffers.
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.embed._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.embed._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> CompressedPatchEmbed:
+        self.embed._apply(*args, **kwargs)
+        return self
+
     def extra_repr(self) -> str:
         return f"strategy={self.strategy}, when={self.when}, teacher={not self.drops_tokens}"
 
@@ -260,6 +272,10 @@ class CompressedPatchEmbed(nn.Module):
         if isinstance(views, torch.fx.Proxy):
             raise RuntimeError("a compressed encoder cannot be traced by torch.fx: restore(model) first")
         if self.is_training:
+            if torch._C._get_tracing_state():
+                raise RuntimeError(
+                    "a compressed encoder cannot be traced in train mode: eval() or restore(model) first"
+                )
             return self._forward_in_training(views)
         if not self.drops_tokens and not _is_exporting():
             self._count_in_eval(views)
@@ -363,6 +379,12 @@ class CompressedPatchEmbed(nn.Module):
                 raise RuntimeError(_changed(blank, f"the {joined} tokens that were kept"))
             return blank
         prefix, grid = self.encoder.num_prefix_tokens, pending.own_grid
+        if blank.shape[0] != pending.blanks and blank.shape[1] == prefix + grid[0] * grid[1]:
+            raise RuntimeError(
+                f"a compressed encoder expected tokens of {pending.blanks} blank view(s) between its patch embedding "
+                f"and its first block, got those of {len(blank)}: whatever depends on the views or on the batch there "
+                "(conditions, masks) cannot be combined with compression"
+            )
         if blank.shape[0] != pending.blanks or blank.shape[1] != prefix + grid[0] * grid[1]:
             raise RuntimeError(_changed(blank, f"{prefix} prefix tokens and {grid[0] * grid[1]} positions"))
         before, positions = blank.split((prefix, grid[0] * grid[1]), dim=1)

@@ -121,6 +121,11 @@ def gradient_error(
     for name, function in (("step", step), ("after_backward", after_backward)):
         if not callable(function) and (name == "step" or function is not None):
             raise TypeError(f"{name} must be a function, got {described(function)}")
+    if any(getattr(module, "static_graph", False) for module in model.modules()):
+        raise ValueError(
+            "model must not be a DistributedDataParallel with static_graph=True: gradient error runs other graphs than "
+            "training; measure with one without it"
+        )
     if cost not in get_args(CostKind):
         raise ValueError(f"cost must be 'measured' or 'flops', got {described(cost)}")
     if isinstance(seed, bool) or not isinstance(seed, int):

@@ -42,6 +42,9 @@ def scaled_size(size: Size, patch_size: int | None, base: Size) -> Size:
     return grid[0] * base[0], grid[1] * base[1]
 
 
+_VIEWS_A_STEP = 50  # more than the forwards of any step, those of all views through student and teacher
+
+
 class ScaledViews:
     """The agreement between encoders and the loaders that make views for them.
 
@@ -65,6 +68,7 @@ class ScaledViews:
         self._last: int | None = None
         self._stopped = False
         self._now = Strategy()
+        self._full_in_a_row = 0
 
     def add(self, follower: Follower | None, full: Iterable[Size], lookahead: int) -> None:
         """Expect views of these sizes.
@@ -94,7 +98,21 @@ class ScaledViews:
                     f"views of {px(view)} reach the encoder, which no loader was asked for: if they are cropped or "
                     "resized once more on their way, put that into the data set, or give that module to scale_views"
                 )
+        if not self._stopped and self._is_larger_than_asked_for(view):
+            self.stop(
+                f"views of {px(view)} keep coming where smaller ones are asked for: if they are cropped or resized to "
+                "that size once more on their way, put that into the data set, or give that module to scale_views"
+            )
         return self._asked_for.get(view, view)
+
+    def _is_larger_than_asked_for(self, view: Size) -> bool:
+        """Whether none but full views have come for longer than those take that are under way."""
+        wanted = int(self.shared)
+        if not wanted or scaled_size(view, wanted, self.base) == view:
+            self._full_in_a_row = 0
+            return False
+        self._full_in_a_row += 1
+        return self._full_in_a_row > _VIEWS_A_STEP * (self.lookahead + 2)
 
     def replace(self, before: set[Size], now: set[Size]) -> None:
         """The owner of a data set has given its crops other sizes."""
