@@ -272,10 +272,6 @@ class CompressedPatchEmbed(nn.Module):
         if isinstance(views, torch.fx.Proxy):
             raise RuntimeError("a compressed encoder cannot be traced by torch.fx: restore(model) first")
         if self.is_training:
-            if torch._C._get_tracing_state():
-                raise RuntimeError(
-                    "a compressed encoder cannot be traced in train mode: eval() or restore(model) first"
-                )
             return self._forward_in_training(views)
         if not self.drops_tokens and not _is_exporting():
             self._count_in_eval(views)
@@ -325,6 +321,8 @@ class CompressedPatchEmbed(nn.Module):
     # the time goes, are compiled once for each length, or once for all lengths.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _forward_in_training(self, views: Tensor) -> Tensor:
+        if torch._C._get_tracing_state():
+            raise RuntimeError("a compressed encoder cannot be traced in train mode: eval() or restore(model) first")
         if self._pending is not None and self.trial is None:
             self._warn(
                 "lost patches",
@@ -372,9 +370,8 @@ class CompressedPatchEmbed(nn.Module):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _join_in_training(self, blank: Tensor, is_last: bool) -> Tensor:
         pending, self._pending = self._pending, None
-        self._joining = not is_last
         if pending is None:
-            joined = self._joined
+            joined, self._joined, self._joining = self._joined, None, False
             if joined is not None and blank.shape[1] != joined:
                 raise RuntimeError(_changed(blank, f"the {joined} tokens that were kept"))
             return blank
@@ -396,7 +393,7 @@ class CompressedPatchEmbed(nn.Module):
         if prefix:
             before = before if self.blank_per_view else before[:1].expand(len(tokens), -1, -1)
             tokens = torch.cat((before, tokens), dim=1)
-        self._joined = tokens.shape[1]
+        self._joined, self._joining = (None, False) if is_last else (tokens.shape[1], True)
         return tokens
 
     def _look_at_mark(self, positions: Tensor) -> None:
