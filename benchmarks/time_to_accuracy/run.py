@@ -75,7 +75,8 @@ class Settings:
         precision: float32 or bfloat16 (autocast).
         seed: of weights, order and views.
         judged_on: "test", or "held-out" for training images that are not trained on, which settings are tuned on.
-        judged_images: number of images that are judged on, or None for all.
+        judged_images: number of images that are judged on, or None for all (of held-out ones, a fifth as many as are
+            trained on).
     """
 
     dataset: str = "cifar10"
@@ -383,13 +384,16 @@ def run(
 def _data(settings: Settings, data: Path, cache: Path) -> tuple[Images, Images, Images]:
     """Images to train on, training images held out for the curve, and images to judge on at the end."""
     held_out = max(1, settings.images // 5)
-    everything = load_images(data / "train", settings.image_size, _at_most(data, settings.images + held_out), cache)
+    tuned_on = settings.judged_images or held_out if settings.judged_on == "held-out" else 0
+    number = _at_most(data, settings.images + max(held_out, tuned_on))
+    everything = load_images(data / "train", settings.image_size, number, cache)
     train = everything.part(0, settings.images)
-    held_out_images = everything.part(settings.images, len(everything))
+    held_out_images = everything.part(settings.images, settings.images + held_out)
     if settings.judged_on == "held-out":
-        if not len(held_out_images):
-            raise ValueError(f"images must leave some to be held out, got {settings.images}")
-        return train, held_out_images, held_out_images
+        left = len(everything) - settings.images
+        if left < (settings.judged_images or 1):
+            raise ValueError(f"images must leave {settings.judged_images or 'some'} to be held out, leave {left}")
+        return train, held_out_images, everything.part(settings.images, settings.images + tuned_on)
     folder = next((data / name for name in ("test", "val") if (data / name).is_dir()), None)
     if folder is None:
         raise ValueError(f"data must be a folder with 'train' and 'test' or 'val', got {data}")
