@@ -70,10 +70,11 @@ def _without_times(path: Path) -> dict[str, Any]:
     return report
 
 
+@pytest.mark.parametrize("views", ["full", "scaled"])
 def test_a_run_that_is_stopped_again_and_again_ends_as_one_that_is_not(
-    evidence: SimpleNamespace, small: Any, data: Path, tmp_path: Path
+    evidence: SimpleNamespace, small: Any, data: Path, tmp_path: Path, views: str
 ) -> None:
-    short, run = replace(small, budget=0.0004), evidence.run.run
+    short, run = replace(small, budget=0.0004, views=views), evidence.run.run
     whole = run(short, data, tmp_path / "whole", tmp_path / "a", device="cpu")
     stops = 0
     while (pieces := run(short, data, tmp_path / "pieces", tmp_path / "b", device="cpu", minutes=0)) is None:
@@ -106,6 +107,29 @@ def test_an_image_of_a_plain_run_costs_three_units_a_student_view_and_one_a_teac
         training = evidence.run.Training(settings, pixels, torch.device("cpu"))
         training.step()
         assert training.budget.units / settings.batch == expected
+
+
+@pytest.mark.parametrize("method", ["moco", "dino"])
+def test_views_are_as_much_smaller_as_patches_are_larger_and_cost_the_same_units(
+    evidence: SimpleNamespace, small: Any, data: Path, tmp_path: Path, method: str
+) -> None:
+    pixels = evidence.images.load_images(data / "train", 32, 40, tmp_path)
+    full = {"moco": {32}, "dino": {32, 12}}[method]
+    small_ones = {"moco": {16}, "dino": {16, 8}}[method]  # 12 px are three patches, and of the larger ones two
+    spent = {}
+    for views in ("full", "scaled"):
+        settings = replace(small, method=method, views=views, plan="0: patch 8; 0.5: base", image_size=32)
+        training = evidence.run.Training(settings, pixels, torch.device("cpu"))
+        sizes = []
+        training.views.register_forward_hook(lambda *call, sizes=sizes: sizes.append({v.shape[-1] for v in call[2]}))
+        while training.steps_done < training.total_steps:
+            training.step()
+        half = training.total_steps // 2
+        assert sizes[half + 1 :] == [full] * (training.total_steps - half - 1)
+        assert sizes[: half - 1] == [full if views == "full" else small_ones] * (half - 1)
+        spent[views] = training.budget.units
+        computed = training.computed_units(training.sequence_scheduler.schedule, training.total_steps)
+    assert spent["scaled"] == spent["full"] == pytest.approx(computed)
 
 
 def test_colour_can_be_told_from_the_features_of_a_trained_encoder(
@@ -142,7 +166,7 @@ def test_a_crop_shows_the_share_of_the_image_that_was_asked_for(evidence: Simple
     across = torch.arange(32, dtype=torch.float32).expand(3, 32, 32)
     both = torch.stack([across, across.transpose(1, 2)]).mul(8).to(torch.uint8).repeat_interleave(500, dim=0)
     draws = evidence.images._Draws(1000, torch.device("cpu"), torch.Generator().manual_seed(0))
-    crops = evidence.images._crop(both, 32, (0.3, 0.5), draws) * 255 / 8  # in pixels of the image
+    crops = evidence.images._crop(both, (32, 32), (0.3, 0.5), draws) * 255 / 8  # in pixels of the image
     width = (crops[:500, 0, 16, -9] - crops[:500, 0, 16, 8]).abs() * 32 / 15
     height = (crops[500:, 0, -9, 16] - crops[500:, 0, 8, 16]).abs() * 32 / 15
     assert math.sqrt(0.3 * 3 / 4) * 32 - 0.01 <= width.min() < 17
@@ -221,6 +245,29 @@ def test_curves_without_a_common_accuracy_are_told_instead_of_a_ratio(evidence: 
     assert knn.endswith("(plain 11.0 to 12.0, default 31.0 to 32.0).")
 
 
+def test_scaled_views_are_another_curve_and_runs_from_before_had_full_ones(
+    evidence: SimpleNamespace, tmp_path: Path
+) -> None:
+    kinds = [
+        ("none", {}),
+        ("none", {"views": "full"}),
+        ("default", {"views": "full"}),
+        ("default", {"views": "scaled"}),
+    ]
+    for number, (plan, views) in enumerate(kinds):
+        for units in (1e5, 2e5):
+            run = _run(plan, number, units, 0.1 * math.log(units))
+            run["settings"].update(views)
+            (tmp_path / f"{number}_{units:g}_seed.json").write_text(json.dumps(run))
+    runs = evidence.report.load(tmp_path)
+    (curves,) = evidence.report.comparisons(runs).values()
+    assert {plan: sorted(seeds) for plan, seeds in curves.items()} == {
+        "none": [0, 1], "default": [2], "default, scaled views": [3]
+    }  # fmt: skip
+    table = evidence.report.runs_table(runs).splitlines()[2:]
+    assert len(table) == 6  # plain runs of both kinds share a row for each length
+
+
 def test_runs_with_another_learning_rate_are_not_compared(evidence: SimpleNamespace) -> None:
     runs = [_run(plan, 0, units, 0.1 * math.log(units)) for plan in ("none", "default") for units in (1e5, 2e5)]
     assert len(evidence.report.summary(runs)) == 2
@@ -274,14 +321,14 @@ def test_a_suite_knows_what_is_done_and_what_is_missing(
     for row in rows[:2]:
         (tmp_path / f"{row.name}.json").write_text("{}")
     assert evidence.suite.main([*command, "--list"]) == 0
-    told = ["   done", "   done", "missing"]
+    told = ["   done", "   done", "missing", "missing", "missing"]
     assert capsys.readouterr().out.splitlines() == [
-        "3 runs, 1 missing", *(f"{state} {row.name}" for state, row in zip(told, rows, strict=True))
+        "5 runs, 3 missing", *(f"{state} {row.name}" for state, row in zip(told, rows, strict=True))
     ]  # fmt: skip
     for row in rows[2:]:
         (tmp_path / f"{row.name}.json").write_text("{}")
     assert evidence.suite.main(command) == 0
-    assert capsys.readouterr().out.splitlines() == ["3 runs, 0 missing", "0 of 0 done"]
+    assert capsys.readouterr().out.splitlines() == ["5 runs, 0 missing", "0 of 0 done"]
 
 
 @pytest.mark.parametrize(("suite", "word"), [("cpu", "dino_default_0.2M"), ("gpu", "moco_default_0.75M_seed0")])
@@ -292,10 +339,26 @@ def test_a_suite_is_tried_at_a_size_of_seconds(data: Path, suite: str, word: str
     assert done.stdout.splitlines()[-1] == "1 of 1 done"
 
 
+def test_a_checkpoint_from_before_a_setting_was_there_is_gone_on_from(
+    evidence: SimpleNamespace, small: Any, data: Path, tmp_path: Path
+) -> None:
+    pixels = evidence.images.load_images(data / "train", 16, 40, tmp_path)
+    first, second = (evidence.run.Training(small, pixels, torch.device("cpu")) for _ in range(2))
+    first.step()
+    state = first.state_dict()
+    del state["settings"]["views"]
+    second.load_state_dict(state)
+    assert second.steps_done == 1
+    state["settings"]["lr"] = 2e-3
+    with pytest.raises(ValueError, match="checkpoint is of a run with other settings"):
+        second.load_state_dict(state)
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
         ({"method": "byol"}, "method must be one of moco, simclr, dino, got 'byol'"),
+        ({"views": "small"}, "views must be full or scaled, got 'small'"),
         ({"budget": -1.0}, "budget must be a number of millions of units above 0, got -1.0"),
         ({"batch": 50}, "batch must be at least 2 and at most as many as images, got 50"),
         ({"plan": "0: drop 2"}, "plan must read like '0: drop 0.5, patch 8; 0.9: base', got '0: drop 2'"),

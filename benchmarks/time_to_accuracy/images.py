@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
@@ -76,24 +77,22 @@ def load_images(folder: Path, size: int, number: int, cache: Path) -> Images:
     return Images(pixels, labels)
 
 
-@dataclass(frozen=True)
-class View:
-    """How one view of every image is made.
+class View(v2.RandomResizedCrop):
+    """How one view of every image is made; a crop by its class, so that ``scale_views`` knows its size.
 
-    Attributes:
+    Args:
         size: of the view, in pixels.
         scale: least and greatest share of the image's area that is cropped.
         blur: probability of a Gaussian blur.
         solarize: probability that bright pixels are inverted.
     """
 
-    size: int
-    scale: tuple[float, float]
-    blur: float = 0.0
-    solarize: float = 0.0
+    def __init__(self, size: int, scale: tuple[float, float], blur: float = 0.0, solarize: float = 0.0) -> None:
+        super().__init__(size, scale)
+        self.blur, self.solarize = blur, solarize
 
-    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Views (B, 3, size, size), normalized, of images (B, 3, H, W) of bytes, on the images' device."""
+    def forward(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Views (B, 3, height, width), normalized, of images (B, 3, H, W) of bytes, on the images' device."""
         draws = _Draws(len(images), images.device, generator)
         views = _crop(images, self.size, self.scale, draws)
         views = _recolour(views, draws)
@@ -103,6 +102,19 @@ class View:
             inverted = draws.chance(self.solarize)[:, None, None, None] & (views > 0.5)
             views = torch.where(inverted, 1 - views, views)
         return _normalized(views)
+
+
+class Views(nn.Module):
+    """All views of a batch of images, those of one size after the other."""
+
+    def __init__(self, views: Iterable[View]) -> None:
+        super().__init__()
+        self.views = nn.ModuleList(views)
+        self.sizes = [view.size[0] for view in self.views]  # full ones, in pixels, whatever scale_views does
+
+    def forward(self, images: Tensor, generator: torch.Generator) -> list[Tensor]:
+        """A list of views (B, 3, height, width) of images (B, 3, H, W) of bytes."""
+        return [view(images, generator) for view in self.views]
 
 
 def as_input(images: Tensor) -> Tensor:
@@ -124,7 +136,7 @@ class _Draws:
         return self.between(0, 1) < probability
 
 
-def _crop(images: Tensor, size: int, scale: tuple[float, float], draws: _Draws) -> Tensor:
+def _crop(images: Tensor, size: Sequence[int], scale: tuple[float, float], draws: _Draws) -> Tensor:
     """A random resized crop, its sides in a ratio between 3/4 and 4/3, flipped half of the time."""
     root = draws.between(*scale).sqrt()
     stretch = torch.exp(draws.between(math.log(3 / 4), math.log(4 / 3)) / 2)
@@ -133,7 +145,7 @@ def _crop(images: Tensor, size: int, scale: tuple[float, float], draws: _Draws) 
     flipped = torch.where(draws.chance(0.5), -width, width)
     zero = torch.zeros_like(width)
     places = torch.stack([flipped, zero, across, zero, height, down], dim=1).view(-1, 2, 3)
-    grid = F.affine_grid(places, [len(images), 3, size, size], align_corners=False)
+    grid = F.affine_grid(places, [len(images), 3, *size], align_corners=False)
     return F.grid_sample(images.float() / 255, grid, padding_mode="border", align_corners=False)
 
 

@@ -27,8 +27,9 @@ METRICS = {"knn": "k-NN", "linear": "linear probe"}
 METHODS = {"moco": "MoCo-v3", "simclr": "SimCLR", "dino": "DINO"}
 PAPER = {"moco": "4x", "simclr": "3.3x", "dino": "2.5x"}  # ImageNet-1k, as the abstract says
 
-# What may differ between runs of one comparison: their length, plan and seed. All else is the same.
-_FREE = ("budget", "plan", "seed")
+# What may differ between runs of one comparison: their length, plan (with its views) and seed. All else is the same.
+_FREE = ("budget", "plan", "views", "seed")
+_SINCE = {"views": "full"}  # settings that the first runs had not yet, and what they were for them
 Key = tuple[Any, ...]
 
 
@@ -60,6 +61,8 @@ class Speedup:
 def load(folder: Path) -> list[dict[str, Any]]:
     """All runs in a folder, those with the smallest budget first."""
     runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*_seed*.json"))]
+    for run in runs:
+        run["settings"] = {**run["settings"], **_SINCE, **run["settings"]}
     return sorted(runs, key=lambda run: run["settings"]["budget"])
 
 
@@ -71,7 +74,7 @@ def comparisons(runs: Iterable[dict[str, Any]]) -> dict[Key, dict[str, dict[int,
         same = tuple(sorted((name, value) for name, value in settings.items() if name not in _FREE))
         curves = found.setdefault((*same, ("hardware", run["hardware"]), ("threads", run["threads"])), {})
         point = Point(run["units"], _seconds(run), run["accuracy"])
-        curves.setdefault(settings["plan"], {}).setdefault(settings["seed"], []).append(point)
+        curves.setdefault(_plan_of(settings), {}).setdefault(settings["seed"], []).append(point)
     return found
 
 
@@ -184,7 +187,7 @@ def runs_table(runs: Sequence[dict[str, Any]]) -> str:
             settings["dataset"],
             encoder(settings),
             METHODS[settings["method"]],
-            _plan(settings["plan"]),
+            _plan(_plan_of(settings)),
             f"{of[0]['units'] / 1e6:.3g} M",
             f"{of[0]['epochs']:.3g}",
             str(of[0]["steps"]),
@@ -294,6 +297,11 @@ def _seconds(run: dict[str, Any]) -> float:
 def _place(run: dict[str, Any]) -> tuple[str, int, str]:
     settings = run["settings"]
     return settings["dataset"], list(METHODS).index(settings["method"]), encoder(settings)
+
+
+def _plan_of(settings: dict[str, Any]) -> str:
+    """The plan, and whether views are made smaller with it (they are full where nothing is said)."""
+    return settings["plan"] + (", scaled views" if settings.get("views", "full") == "scaled" else "")
 
 
 def _plan(text: str) -> str:

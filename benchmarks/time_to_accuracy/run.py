@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from images import Images, as_input, load_images
+from images import Images, Views, as_input, load_images
 from lightly.utils.scheduler import CosineWarmupScheduler, cosine_schedule
 from methods import METHODS, Method, Sizes
 from sklearn.linear_model import LogisticRegression
@@ -74,6 +74,7 @@ class Settings:
         prototypes: of DINO's head.
         precision: float32 or bfloat16 (autocast).
         seed: of weights, order and views.
+        views: "full", or "scaled" for views that are made smaller where patches are larger.
         judged_on: "test", or "held-out" for training images that are not trained on, which settings are tuned on.
         judged_images: number of images that are judged on, or None for all (of held-out ones, a fifth as many as are
             trained on).
@@ -100,6 +101,7 @@ class Settings:
     prototypes: int = 1024
     precision: str = "float32"
     seed: int = 0
+    views: str = "full"
     judged_on: str = "test"
     judged_images: int | None = None
 
@@ -107,6 +109,7 @@ class Settings:
         _check(self.method in METHODS, "method", self.method, f"one of {', '.join(METHODS)}")
         _check(self.precision in ("float32", "bfloat16"), "precision", self.precision, "float32 or bfloat16")
         _check(self.judged_on in ("test", "held-out"), "judged_on", self.judged_on, "test or held-out")
+        _check(self.views in ("full", "scaled"), "views", self.views, "full or scaled")
         _check(0 < self.budget < math.inf, "budget", self.budget, "a number of millions of units above 0")
         _check(1 < self.batch <= self.images, "batch", self.batch, "at least 2 and at most as many as images")
         _check(0 <= self.warmup < 1, "warmup", self.warmup, "a share in [0, 1)")
@@ -162,14 +165,16 @@ class Training:
         flops = {}  # of one view, counted before anything is compressed
         sizes = Sizes(settings.hidden, settings.out, settings.prototypes)
         method: Method = METHODS[settings.method](encoder, sizes)
-        self.recipe = method.views(settings.image_size, settings.crop)
-        for size in {view.size for view in self.recipe}:
+        self.views = Views(method.views(settings.image_size, settings.crop))
+        for size in set(self.views.sizes):
             flops[size] = _flops(encoder, size)
         self.method = method.to(device).train()
-        self.views_cost = [3 * flops[view.size] / flops[settings.image_size] for view in self.recipe]
+        self.views_cost = [3 * flops[size] / flops[settings.image_size] for size in self.views.sizes]
 
-        # The user's line, and what follows the schedule.
+        # The user's lines, and what follows the schedule.
         seqcompress.compress(method.backbone, parse_plan(settings.plan), teacher=method.backbone_momentum)
+        if settings.views == "scaled":
+            seqcompress.scale_views(self.views, method)
         encoders = [method.backbone, *([] if method.backbone_momentum is None else [method.backbone_momentum])]
         self.total_steps = self._steps_for_budget()
         self.sequence_scheduler = SequenceScheduler(encoders, total_steps=self.total_steps)
@@ -210,8 +215,8 @@ class Training:
         for strategy, count in counts.items():
             teacher = seqcompress.relative_cost(backbone, strategy.without_dropout(), size)
             spent = self.method.teacher_views * teacher
-            for view, cost in zip(self.recipe, self.views_cost, strict=True):
-                spent += cost * seqcompress.relative_cost(backbone, strategy, view.size)
+            for view, cost in zip(self.views.sizes, self.views_cost, strict=True):
+                spent += cost * seqcompress.relative_cost(backbone, strategy, view)
             units += count * self.settings.batch * spent
         return units
 
@@ -254,7 +259,7 @@ class Training:
         chosen = self._order[1][batch * self.settings.batch :][: self.settings.batch]
         pixels = self.images.pixels[chosen.to(self.images.pixels.device)]
         generator = torch.Generator(self.device).manual_seed(1_000_003 * self.settings.seed + self.steps_done)
-        return [view(pixels, generator) for view in self.recipe]
+        return self.views(pixels, generator)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on."""
@@ -272,7 +277,7 @@ class Training:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint of the same run."""
-        if state["settings"] != dataclasses.asdict(self.settings):
+        if Settings(**state["settings"]) != self.settings:
             raise ValueError("checkpoint is of a run with other settings")
         self.method.load_state_dict(state["method"])
         self.optimizer.load_state_dict(state["optimizer"])

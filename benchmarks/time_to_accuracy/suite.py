@@ -63,7 +63,13 @@ def cpu() -> Iterator[Settings]:
     plans = ["default", *_for_patch(CIFAR, (*PLANS, *PEERS))]
     for plan, budget in (("none", 0.1), ("default", 0.05), ("default", 0.1), ("none", 0.05), ("default", 0.025)):
         yield replace(CIFAR, plan=plan, budget=budget)
+    yield replace(CIFAR, budget=0.2)
+    # Two short lengths of each plan are enough for their curves to overlap, so each method gets a ratio soon.
+    for first in (replace(CIFAR, method="simclr"), replace(CIFAR, method="dino"), replace(CIFAR, seed=1)):
+        for plan, budget in (("none", 0.1), ("default", 0.05), ("none", 0.05), ("default", 0.025)):
+            yield replace(first, plan=plan, budget=budget)
     yield from _lengths(CIFAR, ("none", "default"), (0.2, 0.4))
+    yield replace(CIFAR, plan="default", budget=0.2, views="scaled")
     yield replace(CIFAR, plan=HALVES.format(2 * CIFAR.patch_size), budget=0.2)
     yield from _lengths(CIFAR, ("none", "default"), (0.8, 1.6))
     for method in ("simclr", "dino"):
@@ -81,6 +87,7 @@ def gpu() -> Iterator[Settings]:
     """Imagenette, 9,469 photographs of 224 px, ViT-S/16, bfloat16. The yardstick's 200 epochs are 15.2 M."""
     for plan, budget in (("none", 3.0), ("default", 1.5), ("default", 1.0), ("default", 0.75)):
         yield replace(IMAGENETTE, plan=plan, budget=budget)
+    yield replace(IMAGENETTE, plan="default", budget=1.0, views="scaled")
     yield from _lengths(IMAGENETTE, ("none", "default"), (1.5, 3.0, 6.0))
     for method in ("simclr", "dino"):
         yield from _lengths(replace(IMAGENETTE, method=method), ("none", "default"), (0.75, 1.5, 3.0))
