@@ -21,9 +21,11 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
+from seqcompress import Strategy, gradient_error
+
 FOLDER = Path(__file__).parent.parent / "benchmarks" / "time_to_accuracy"
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
-NAMES = ("images", "methods", "report", "run", "suite")
+NAMES = ("branches", "images", "methods", "report", "run", "suite")
 
 
 @pytest.fixture(scope="module")
@@ -375,3 +377,98 @@ def test_a_setting_that_is_added_later_leaves_earlier_runs_their_names(evidence:
     )
     assert extended.name == small.name
     assert replace(extended, new=2).name != small.name
+
+
+def test_moments_of_gradients_are_those_of_gradient_error(
+    evidence: SimpleNamespace, small: Any, data: Path, tmp_path: Path
+) -> None:
+    pixels = evidence.images.load_images(data / "train", 16, 40, tmp_path)
+    training = evidence.run.Training(replace(small, plan="default"), pixels, torch.device("cpu"))
+    for _ in range(3):
+        training.step()
+    point = evidence.branches.Point.of(training.state_dict(), pixels)
+    strategy = Strategy(patch_size=8)
+    measured = point.measure(strategy, 4, 0, pixels, torch.device("cpu"))
+
+    plain = replace(point.settings, plan="none", seed=500)
+    again = evidence.branches.training_from(point.state, plain, pixels, torch.device("cpu"))
+    report = gradient_error(
+        again.method, lambda step: again.method.loss(again.batch(step), 0.0), range(4), [strategy], cost="flops"
+    )
+    moments = measured[""]
+    assert moments["bias2"] == pytest.approx(report[strategy].bias2, rel=1e-4)
+    assert moments["variance"] == pytest.approx(report[strategy].variance, rel=1e-4)
+    assert moments["plain_norm2"] == pytest.approx(report.base_norm2, rel=1e-4)
+    twice = moments["norm2"] + moments["plain_norm2"] - moments["bias2"]
+    assert 2 * moments["inner"] == pytest.approx(twice, rel=1e-4)
+    found = evidence.branches.criteria(moments, 0.5)
+    expected = -(report[strategy].bias2 + 0.5 * report[strategy].variance) / report.base_norm2
+    assert found["CA-MSE"] == pytest.approx(expected, rel=1e-4)
+
+    for held in point.state["optimizer"][
+        "state"
+    ].values():  # where the root of the second moment is 2, all is a quarter
+        held["exp_avg_sq"].fill_(4 * (1 - 0.95**3))
+    quarter = point.measure(strategy, 4, 0, pixels, torch.device("cpu"))[" over AdamW's"]
+    assert quarter["norm2"] == pytest.approx(moments["norm2"] / 4, rel=1e-4)
+    assert quarter["variance"] == pytest.approx(moments["variance"] / 4, rel=1e-4)
+
+
+def test_a_gradient_that_is_only_longer_is_no_error_where_any_length_will_do(evidence: SimpleNamespace) -> None:
+    torch.manual_seed(0)
+    sums = evidence.branches.Sums()
+    for plain in torch.randn(400, 5) * 0.1 + torch.tensor([1.0, 0, 0, 0, 0]):
+        sums.add(3 * plain, plain)
+    found = evidence.branches.criteria(sums.moments(), 1.0)
+    assert found["CA-MSE"] == pytest.approx(-(4 + 9 * 0.05), rel=0.1)
+    assert found["CA-MSE, any length"] == pytest.approx(1 / 1.05 - 1, rel=0.1)
+    assert found["rate"] == pytest.approx(1 / 1.05, rel=0.05)
+
+
+def test_an_order_that_is_foretold_has_a_rank_correlation_of_one(evidence: SimpleNamespace) -> None:
+    reached = {name: [value - 0.1, value + 0.1] for name, value in zip("abcdef", range(6), strict=True)}
+    criterion = dict(zip("abcdef", (1, 2, 4, 8, 16, 32), strict=True))
+    assert evidence.branches.correlations(criterion, reached, 200) == pytest.approx((1.0, 1.0, 1.0))
+    swapped = {**criterion, "a": 64}
+    value, low, high = evidence.branches.correlations(swapped, reached, 200)
+    assert value == pytest.approx(1 - 6 * (5**2 + 5) / (6 * 35))
+    assert low < value < high
+
+
+def test_branches_go_on_from_a_checkpoint_and_are_not_done_twice(
+    evidence: SimpleNamespace, small: Any, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evidence.run.run(small, data, tmp_path, tmp_path, device="cpu", until=0.5) is None
+    checkpoint = tmp_path / f"{small.name}.pt"
+    state = torch.load(checkpoint, weights_only=True)
+    command = [str(checkpoint), "--data", str(data), "--branch", "0.0006", "--batches", "3", "--adapt", "2"]
+    command += ["--strategies", "base", "drop 0.5", "patch 8", "--output", str(tmp_path), "--device", "cpu"]
+    command += ["--checkpoints", str(tmp_path)]
+    assert evidence.branches.main([*command, "--seeds", "1"]) == 0
+    (path,) = (tmp_path / "branches").glob("*.json")
+    first = json.loads(path.read_text())
+    assert first["progress"] == pytest.approx(0.5, abs=0.05)
+    assert first["cost"] == {
+        "base": 1.0,
+        "drop 0.5": pytest.approx(0.63, abs=0.05),
+        "patch 8": pytest.approx(0.3, abs=0.1),
+    }
+    for branch in first["branches"].values():
+        assert branch["0"]["units"] == pytest.approx(600, rel=0.1)
+    capsys.readouterr()
+    assert evidence.branches.main([*command, "--seeds", "2"]) == 0
+    done = [line for line in capsys.readouterr().out.splitlines() if "seed" in line]
+    assert [line.partition(":")[0] for line in done] == ["base, seed 1", "drop 0.5, seed 1", "patch 8, seed 1"]
+    second = json.loads(path.read_text())
+    assert second["moments"] == first["moments"]
+    assert len(second["correlation"]) == 1 + 2 * 2 * 3
+    point = evidence.branches.Point.of(state, evidence.images.load_images(data / "train", 16, 40, tmp_path))
+    branch = point.branch(
+        Strategy(0.5), 0.0006, 0, evidence.images.load_images(data / "train", 16, 40, tmp_path), torch.device("cpu")
+    )
+    rate = state["optimizer"]["param_groups"][0]["lr"]
+    assert 0 < rate < small.lr
+    assert branch.optimizer.param_groups[0]["lr"] == pytest.approx(rate)
+    while branch.steps_done < branch.total_steps:
+        branch.step()
+    assert branch.optimizer.param_groups[0]["lr"] == pytest.approx(0.001 * rate, rel=0.5)

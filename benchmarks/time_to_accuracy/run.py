@@ -194,6 +194,7 @@ class Training:
             self.optimizer, warmup_epochs=round(settings.warmup * self.total_steps), max_epochs=self.total_steps
         )
         self.steps_done = 0
+        self.begun = 0.0  # share of the method's own schedule that was over before the first step
         self.seconds = {"wall": 0.0, "cpu": 0.0, "views": 0.0}
         self.curve: list[dict[str, float]] = []
         self.loss = torch.tensor(math.nan)
@@ -231,10 +232,10 @@ class Training:
     def step(self) -> None:
         """One step of training, as a user would write it."""
         began, began_cpu = time.perf_counter(), time.process_time()
-        views = self._views()
+        views = self.batch(self.steps_done)
         if self.device.type == "cpu":
             self.seconds["views"] += time.process_time() - began_cpu
-        progress = self.steps_done / self.total_steps
+        progress = self.begun + (1 - self.begun) * self.steps_done / self.total_steps
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"):
             loss = self.method.loss(views, progress)
         loss.backward()
@@ -251,14 +252,15 @@ class Training:
         self.seconds["wall"] += time.perf_counter() - began
         self.seconds["cpu"] += time.process_time() - began_cpu
 
-    def _views(self) -> list[torch.Tensor]:
-        epoch, batch = divmod(self.steps_done, self.steps_per_epoch)
+    def batch(self, step: int) -> list[torch.Tensor]:
+        """The views of a step, each (B, 3, height, width)."""
+        epoch, batch = divmod(step, self.steps_per_epoch)
         if self._order is None or self._order[0] != epoch:
             generator = torch.Generator().manual_seed(1_000_003 * self.settings.seed + epoch)
             self._order = epoch, torch.randperm(len(self.images), generator=generator)
         chosen = self._order[1][batch * self.settings.batch :][: self.settings.batch]
         pixels = self.images.pixels[chosen.to(self.images.pixels.device)]
-        generator = torch.Generator(self.device).manual_seed(1_000_003 * self.settings.seed + self.steps_done)
+        generator = torch.Generator(self.device).manual_seed(1_000_003 * self.settings.seed + step)
         return self.views(pixels, generator)
 
     def state_dict(self) -> dict[str, Any]:
@@ -336,6 +338,7 @@ def run(
     *,
     device: str | None = None,
     minutes: float = math.inf,
+    until: float = 1.0,
     save_every: float = 60.0,
     points: int = 5,
 ) -> Path | None:
@@ -348,16 +351,21 @@ def run(
         checkpoints: folder for what an interrupted run goes on from; it is deleted once the run is done.
         device: as torch names it; ``None`` for a GPU if there is one.
         minutes: save and stop after this time.
+        until: save and stop after this share of the run, which branches.py goes on from.
         save_every: seconds between checkpoints.
         points: number of points of the curve.
 
     Returns:
-        The JSON file, or ``None`` if the time was up before.
+        The JSON file, or ``None`` if the run was stopped before its end.
+
+    Raises:
+        ValueError: ``until`` is not in (0, 1], the checkpoint is of another run, or the images do not suffice.
     """
+    _check(0 < until <= 1, "until", until, "a share in (0, 1]")
     result, checkpoint = output / f"{settings.name}.json", checkpoints / f"{settings.name}.pt"
     if result.is_file():
         return result
-    until = time.monotonic() + 60 * minutes
+    end = time.monotonic() + 60 * minutes
     on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     train, held_out, judged = _data(settings, data, checkpoints)
     training = Training(settings, train.to(on), on)
@@ -366,20 +374,23 @@ def run(
         print(f"{settings.name}: goes on after {training.steps_done} steps", flush=True)
     along_the_way = Judge(train, held_out)
     marks = {round(training.total_steps * number / points) for number in range(1, points + 1)}
+    last = max(1, round(until * training.total_steps))
     saved = time.monotonic()
-    while training.steps_done < training.total_steps:
+    while training.steps_done < last:
         with _waited_for(on, training.seconds, training.steps_done):
             training.step()
         if training.steps_done in marks:
             training.curve.append(_point(training, along_the_way))
             print(f"{settings.name}: {_told(training)}", flush=True)
         now = time.monotonic()
-        if now > until or now - saved > save_every or training.steps_done == training.total_steps:
+        if now > end or now - saved > save_every or training.steps_done == last:
             _save(training.state_dict(), checkpoint)
             saved = now
-        if now > until and training.steps_done < training.total_steps:
-            print(f"{settings.name}: stopped after {training.steps_done} of {training.total_steps} steps", flush=True)
-            return None
+        if now > end:
+            break
+    if training.steps_done < training.total_steps:
+        print(f"{settings.name}: stopped after {training.steps_done} of {training.total_steps} steps", flush=True)
+        return None
     _write(_report(training, Judge(train, judged).both(training.method.backbone), len(judged)), result)
     checkpoint.unlink(missing_ok=True)
     print(f"{settings.name}: {json.loads(result.read_text())['accuracy']}", flush=True)
@@ -541,9 +552,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--checkpoints", type=Path, default=CHECKPOINTS, help="folder for checkpoints (%(default)s)")
     parser.add_argument("--device", help="cuda or cpu; a GPU if there is one")
     parser.add_argument("--minutes", type=float, default=math.inf, help="save and stop after this time")
+    parser.add_argument("--until", type=float, default=1.0, help="save and stop after this share of the run")
     add_settings(parser)
     options = vars(parser.parse_args(arguments))
-    places = {name: options.pop(name) for name in ("data", "output", "checkpoints", "device", "minutes")}
+    places = {name: options.pop(name) for name in ("data", "output", "checkpoints", "device", "minutes", "until")}
     try:
         settings = Settings(**options)
         done = run(settings, places.pop("data"), places.pop("output"), places.pop("checkpoints"), **places)
