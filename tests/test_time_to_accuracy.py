@@ -204,24 +204,40 @@ def _run(plan: str, seed: int, units: float, accuracy: float) -> dict[str, Any]:
         "settings": settings, "units": units,
         "seconds": {"wall": 9.0, "cpu": units / 500 if plan == "none" else units / 250},
         "accuracy": {"knn": accuracy, "linear": accuracy}, "hardware": "h", "device": "cpu", "threads": 1,
-        "steps": 10, "epochs": 1.0,
+        "steps": 10, "epochs": 1.0, "judged_images": 10**8,
     }  # fmt: skip
 
 
 def test_a_curve_that_is_moved_by_four_is_a_speed_up_of_four(evidence: SimpleNamespace) -> None:
     lengths = [1e5, 2e5, 4e5, 8e5]
     runs = [
-        _run(plan, seed, units, 0.1 * math.log(units * factor))
+        _run(plan, seed, units, 0.05 * math.log(units * factor))
         for plan, factors in (("none", (1, 1)), ("default", (4, 2)))
         for seed, factor in enumerate(factors)
         for units in lengths
     ]
     row, _ = evidence.report.summary(runs)
     assert row["speedup_units"] == pytest.approx(3.0)
-    assert row["interval"] == pytest.approx([2.0, 4.0])
+    assert row["interval"] == pytest.approx([2.0, 4.0], rel=0.01)
+    assert row["interval_wall"] == pytest.approx([1.0, 2.0], rel=0.01)
     assert row["speedup_wall"] == pytest.approx(1.5)  # a unit takes twice as long there
     assert row["seeds"] == [0, 1]
-    assert row["accuracy"] == pytest.approx(0.1 * math.log(8e5), abs=1e-4)
+    assert row["accuracy"] == pytest.approx(0.05 * math.log(8e5), abs=1e-4)
+
+
+def test_the_interval_of_one_seed_is_what_chance_the_test_images_leave(evidence: SimpleNamespace) -> None:
+    point = evidence.report.Point
+    plain, fast = (
+        [point(units, units, {"knn": 0.3 + 0.1 * math.log(units * factor / 4)}, 1000) for units in (1, 2, 4)]
+        for factor in (1, 2)
+    )
+    (low, high), _ = evidence.report.intervals({0: plain}, {0: fast}, "knn")
+    chance = math.sqrt(0.3 * 0.7 / 1000)
+    assert low < 2 < high
+    # The plain end decides where is read, and an accuracy between two points of the other curve has less chance.
+    assert 1.96 * chance / 0.1 * 0.9 < math.log(high / low) / 2 < 1.96 * chance / 0.1 * 1.5
+    sure = [[replace(point, images=10**9) for point in curve] for curve in (plain, fast)]
+    assert evidence.report.intervals({0: sure[0]}, {0: sure[1]}, "knn")[0] == pytest.approx([2, 2], rel=0.01)
 
 
 def test_nothing_is_read_outside_the_points(evidence: SimpleNamespace) -> None:
@@ -258,7 +274,7 @@ def test_scaled_views_are_another_curve_and_runs_from_before_had_full_ones(
     ]
     for number, (plan, views) in enumerate(kinds):
         for units in (1e5, 2e5):
-            run = _run(plan, number, units, 0.1 * math.log(units))
+            run = _run(plan, number, units, 0.05 * math.log(units))
             run["settings"].update(views)
             (tmp_path / f"{number}_{units:g}_seed.json").write_text(json.dumps(run))
     runs = evidence.report.load(tmp_path)
@@ -271,7 +287,7 @@ def test_scaled_views_are_another_curve_and_runs_from_before_had_full_ones(
 
 
 def test_runs_with_another_learning_rate_are_not_compared(evidence: SimpleNamespace) -> None:
-    runs = [_run(plan, 0, units, 0.1 * math.log(units)) for plan in ("none", "default") for units in (1e5, 2e5)]
+    runs = [_run(plan, 0, units, 0.05 * math.log(units)) for plan in ("none", "default") for units in (1e5, 2e5)]
     assert len(evidence.report.summary(runs)) == 2
     for run in runs[2:]:
         run["settings"]["lr"] = 2e-3

@@ -5,7 +5,8 @@
 writes ``summary.json`` beside the JSON files, and tables and figures into the documentation.
 
 A speed-up is read between two curves through the ends of complete runs, accuracy over budget, at the greatest accuracy
-that both of them reach. It is read between points, never outside them.
+that both of them reach. It is read between points, never outside them. Its interval is a bootstrap's over seeds and
+over what chance the test images leave in an accuracy; with one seed, the chance of training itself is not in it.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import argparse
 import itertools
 import json
 import math
+import random
 import re
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +44,19 @@ class Point:
         seconds: of training: wall-clock on a GPU, and on a CPU the time of its one core, which other processes of the
             machine change less.
         accuracy: at the end, by name of the measure.
+        images: that it was judged on.
     """
 
     units: float
     seconds: float
     accuracy: dict[str, float]
+    images: int = 10_000
+
+    def by_chance(self, metric: str, dice: random.Random) -> Point:
+        """The point as other test images might have shown it."""
+        accuracy = self.accuracy[metric]
+        chance = math.sqrt(accuracy * (1 - accuracy) / self.images)
+        return replace(self, accuracy={metric: dice.gauss(accuracy, chance)})
 
 
 @dataclass(frozen=True)
@@ -73,7 +83,7 @@ def comparisons(runs: Iterable[dict[str, Any]]) -> dict[Key, dict[str, dict[int,
         settings = run["settings"]
         same = tuple(sorted((name, value) for name, value in settings.items() if name not in _FREE))
         curves = found.setdefault((*same, ("hardware", run["hardware"]), ("threads", run["threads"])), {})
-        point = Point(run["units"], _seconds(run), run["accuracy"])
+        point = Point(run["units"], _seconds(run), run["accuracy"], run["judged_images"])
         curves.setdefault(_plan_of(settings), {}).setdefault(settings["seed"], []).append(point)
     return found
 
@@ -93,6 +103,37 @@ def speedup(plain: Sequence[Point], accelerated: Sequence[Point], metric: str) -
     units = [_spent(curve, metric, accuracy, "units") for curve in curves]
     seconds = [_spent(curve, metric, accuracy, "seconds") for curve in curves]
     return Speedup(accuracy, units[0] / units[1], seconds[0] / seconds[1])
+
+
+def intervals(
+    plain: Mapping[int, Sequence[Point]], accelerated: Mapping[int, Sequence[Point]], metric: str, draws: int = 2000
+) -> tuple[list[float], list[float]] | None:
+    """95 % intervals of the speed-ups in units and in seconds, as means over the seeds that both curves have.
+
+    ``None`` if half of the draws or more have curves that do not overlap.
+    """
+    seeds = sorted(plain.keys() & accelerated.keys())
+    dice, found = random.Random(0), []
+    for _ in range(draws):
+        read = [
+            speedup(
+                *([point.by_chance(metric, dice) for point in curves[seed]] for curves in (plain, accelerated)), metric
+            )
+            for seed in dice.choices(seeds, k=len(seeds))
+        ]
+        pairs = [pair for pair in read if pair is not None]
+        if pairs:
+            found.append((_mean([pair.units for pair in pairs]), _mean([pair.seconds for pair in pairs])))
+    if len(found) <= draws / 2:
+        return None
+    units, seconds = (_middle([pair[number] for pair in found]) for number in (0, 1))
+    return units, seconds
+
+
+def _middle(values: Sequence[float]) -> list[float]:
+    """Within which 95 % lie."""
+    ordered = sorted(values)
+    return [round(ordered[round(share * (len(ordered) - 1))], 4) for share in (0.025, 0.975)]
 
 
 def _spent(curve: Sequence[Point], metric: str, accuracy: float, what: str) -> float:
@@ -125,6 +166,9 @@ def summary(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                     continue
                 units = [pair.units for pair in read.values()]
                 seconds = [pair.seconds for pair in read.values()]
+                interval = intervals(
+                    *({seed: curves_of[seed] for seed in read} for curves_of in (plain, seeds)), metric
+                )
                 rows.append(
                     {
                         "method": settings["method"],
@@ -137,8 +181,8 @@ def summary(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                         "accuracy": round(_mean([pair.accuracy for pair in read.values()]), 4),
                         "speedup_units": round(_mean(units), 4),
                         "speedup_wall": round(_mean(seconds), 4),
-                        "interval": [round(min(units), 4), round(max(units), 4)] if len(units) > 1 else None,
-                        "interval_wall": [round(min(seconds), 4), round(max(seconds), 4)] if len(units) > 1 else None,
+                        "interval": interval and interval[0],
+                        "interval_wall": interval and interval[1],
                     }
                 )
     return rows
@@ -226,16 +270,21 @@ def speedups_table(rows: Sequence[dict[str, Any]]) -> str:
 def tuning_table(runs: Sequence[dict[str, Any]]) -> str:
     """What was tried on held-out training images, plain method."""
     lines = [
-        "| data | method | budget | batch | learning rate | weight decay | teacher | crop | k-NN | linear probe |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| data | method | budget | batch | learning rate | weight decay | teacher | crop | judged on | k-NN | "
+        "linear probe |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for run in sorted(runs, key=lambda run: (*_place(run), run["settings"]["batch"], run["settings"]["lr"])):
+    order = sorted(
+        runs, key=lambda run: (*_place(run), *(run["settings"][name] for name in ("batch", "lr")), run["judged_images"])
+    )
+    for run in order:
         settings = run["settings"]
         cells = [
             settings["dataset"],
             METHODS[settings["method"]],
             f"{settings['budget']:g} M",
             *(f"{settings[name]:g}" for name in ("batch", "lr", "weight_decay", "momentum", "crop")),
+            f"{run['judged_images']:,}",
             *(f"{100 * run['accuracy'][metric]:.1f}" for metric in METRICS),
         ]
         lines.append("| " + " | ".join(cells) + " |")
