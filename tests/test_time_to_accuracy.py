@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -98,6 +99,31 @@ def test_a_run_spends_its_budget_and_counts_what_arithmetic_gives(
     assert report["units"] == pytest.approx(report["units_computed"], abs=1)
     assert report["units"] == pytest.approx(1200, rel=0.5 / report["steps"] * 4)
     assert report["curve"][-1]["units"] == report["units"]
+
+
+def test_an_online_schedule_pays_for_what_it_measures_and_goes_on_from_a_checkpoint(
+    evidence: SimpleNamespace, small: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evidence.run, "MEASURING", 0.5)  # so that some dozens of steps pay for a decision
+    pixels = evidence.images.load_images(data / "train", 16, 40, tmp_path)
+    settings = replace(small, method="moco", plan="online", budget=0.002)
+    made = [evidence.run.Training(settings, pixels, torch.device("cpu")) for _ in range(2)]
+    whole, second = made
+    default = evidence.run.Training(replace(settings, plan="default"), pixels, torch.device("cpu"))
+    assert whole.total_steps == default.total_steps
+    half = whole.total_steps // 2
+    while whole.steps_done < whole.total_steps:
+        if whole.steps_done == half:
+            second.load_state_dict(copy.deepcopy(whole.state_dict()))
+        whole.step()
+    while second.steps_done < second.total_steps:
+        second.step()
+    assert len(whole.online.decisions) >= 1
+    assert [str(decision) for decision in second.online.decisions] == [str(one) for one in whole.online.decisions]
+    assert second.loss.item() == whole.loss.item()
+    assert 0.2 < whole.online.measured_share <= 0.5
+    computed = whole.computed_units(whole.online.schedule, whole.total_steps)
+    assert whole.units == pytest.approx(computed * (1 + whole.online.measured_share), rel=1e-3)
 
 
 def test_an_image_of_a_plain_run_costs_three_units_a_student_view_and_one_a_teacher_view(

@@ -19,7 +19,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,9 +39,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import seqcompress
-from seqcompress import Budget, Schedule, SequenceScheduler, Stepwise, Strategy
+from seqcompress import Budget, OnlineScheduler, Schedule, SequenceScheduler, Stepwise, Strategy
+from seqcompress.presets import DEFAULT
 
 UNFINISHED = 3  # exit status of a run that --minutes has stopped
+ONLINE = "online"
+MEASURING = 0.03  # of the compute, for an online schedule
 CHECKPOINTS = Path.home() / ".cache" / "seqcompress" / "time_to_accuracy"
 RESULTS = Path(__file__).parent.parent / "results" / "time_to_accuracy"
 
@@ -53,8 +56,9 @@ class Settings:
     Attributes:
         dataset: name of the data, for tables.
         method: moco, simclr or dino.
-        plan: what the encoders are compressed by: none, a preset's name, a strategy such as "drop 0.5, patch 8", or
-            strategies by the progress at which they begin, such as "0: drop 0.5, patch 8; 0.9: base".
+        plan: what the encoders are compressed by: none, a preset's name, a strategy such as "drop 0.5, patch 8",
+            strategies by the progress at which they begin, such as "0: drop 0.5, patch 8; 0.9: base", or online for a
+            schedule that finds itself, with as many steps as the default plan affords.
         budget: length of the run in millions of units: forward passes of the plain encoder on one view, a forward with
             backward being three.
         images: number of training images, as many of each class.
@@ -136,6 +140,8 @@ def parse_plan(text: str) -> str | Strategy | Schedule:
     """
     if text == "none":
         return Strategy()
+    if text == ONLINE:
+        return DEFAULT
     if ":" in text:
         stages = (stage.partition(":") for stage in text.split(";"))
         try:
@@ -177,7 +183,12 @@ class Training:
             seqcompress.scale_views(self.views, method)
         encoders = [method.backbone, *([] if method.backbone_momentum is None else [method.backbone_momentum])]
         self.total_steps = self._steps_for_budget()
-        self.sequence_scheduler = SequenceScheduler(encoders, total_steps=self.total_steps)
+        self.now = {"progress": 0.0}
+        self.loss_of = self._loss_function(method)
+        self.online = None
+        if settings.plan == ONLINE:  # begins as the default plan does
+            self.online = OnlineScheduler(method, self.loss_of, total_steps=self.total_steps, compute_share=MEASURING)
+        self.sequence_scheduler = self.online or SequenceScheduler(encoders, total_steps=self.total_steps)
         self.budget = Budget(encoders)
 
         trained = [parameter for parameter in method.parameters() if parameter.requires_grad]
@@ -221,6 +232,21 @@ class Training:
             units += count * self.settings.batch * spent
         return units
 
+    @property
+    def units(self) -> float:
+        """Spent so far, with what an online schedule has spent on measuring."""
+        return self.budget.units * (1 + (self.online.measured_share if self.online else 0.0))
+
+    def _loss_function(self, method: Method) -> Callable[[list[torch.Tensor]], torch.Tensor]:
+        """The loss of a batch of views; it leads to no more of the run than measuring has to keep a copy of."""
+        place, precision, now = self.device.type, self.settings.precision, self.now
+
+        def loss(views: list[torch.Tensor]) -> torch.Tensor:
+            with torch.autocast(place, torch.bfloat16, enabled=precision == "bfloat16"):
+                return method.loss(views, now["progress"])
+
+        return loss
+
     def _steps_for_budget(self) -> int:
         planned = copy.deepcopy(
             self.method.backbone
@@ -235,16 +261,18 @@ class Training:
         views = self.batch(self.steps_done)
         if self.device.type == "cpu":
             self.seconds["views"] += time.process_time() - began_cpu
-        progress = self.begun + (1 - self.begun) * self.steps_done / self.total_steps
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"):
-            loss = self.method.loss(views, progress)
+        progress = self.now["progress"] = self.begun + (1 - self.begun) * self.steps_done / self.total_steps
+        loss = self.loss_of(views)
         loss.backward()
         self.method.after_backward(progress)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.lr_scheduler.step()
         self.method.update_teacher(cosine_schedule(self.steps_done, self.total_steps, self.settings.momentum, 1.0))
-        self.sequence_scheduler.step()
+        if self.online:
+            self.online.step(views)
+        else:
+            self.sequence_scheduler.step()
         self.steps_done += 1
         self.loss = loss.detach()
         if self.steps_done % 50 == 0 and not math.isfinite(self.loss):  # reading it makes a GPU wait
@@ -443,7 +471,7 @@ def _point(training: Training, judge: Judge) -> dict[str, float]:
         torch.cuda.synchronize()
     return {
         "step": training.steps_done,
-        "units": round(training.budget.units),
+        "units": round(training.units),
         "wall": round(training.seconds["wall"], 2),
         "cpu": round(training.seconds["cpu"], 2),
         "loss": round(training.loss.item(), 5),
@@ -470,8 +498,9 @@ def _report(training: Training, accuracy: dict[str, float], judged: int) -> dict
         "schedule": json.loads(schedule.to_json()),
         "steps": training.total_steps,
         "epochs": round(training.total_steps / training.steps_per_epoch, 3),
-        "units": round(training.budget.units),
+        "units": round(training.units),
         "units_computed": round(training.computed_units(schedule, training.total_steps)),
+        **({"measured_share": round(training.online.measured_share, 5)} if training.online else {}),
         "seconds": {name: round(value, 1) for name, value in training.seconds.items()},
         "accuracy": {name: round(value, 5) for name, value in accuracy.items()},
         "judged_images": judged,

@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from run import CHECKPOINTS, RESULTS, UNFINISHED, Settings
+from run import CHECKPOINTS, ONLINE, RESULTS, UNFINISHED, Settings
 
 RUN = Path(__file__).with_name("run.py")
 
@@ -55,6 +55,7 @@ PLANS = (
     HALVES,
     "0: drop 0.75; 0.9: base",
 )
+ENDS = tuple(f"0: drop 0.5, patch {{0}}; {end}: base" for end in (0.8, 0.95, 0.98))  # HALVES has 0.9
 PEERS = ("0: patch {0}; 0.75: base", "0: patch {1}; 0.34: patch {0}; 0.67: base")  # FastDINOv2, progressive resizing
 
 
@@ -79,6 +80,7 @@ def cpu() -> Iterator[Settings]:
         yield from _lengths(replace(CIFAR, seed=seed), ("none", "default"), (0.1, 0.2, 0.4, 0.8, 1.6))
     yield from _lengths(CIFAR, plans[1:], (0.2, 0.8))
     yield from _lengths(CIFAR, ("none", "default"), (3.2,))
+    yield from _lengths(CIFAR, [ONLINE, *_for_patch(CIFAR, ("drop 0.5, patch {0}", *ENDS))], (0.4, 0.8))
     for seed in (1, 2):
         yield from _lengths(replace(CIFAR, seed=seed), plans[1:], (0.2, 0.4, 0.8))
 
@@ -94,6 +96,7 @@ def gpu() -> Iterator[Settings]:
     for seed in (1, 2):
         yield from _lengths(replace(IMAGENETTE, seed=seed), ("none", "default"), (0.75, 1.5, 3.0, 6.0))
     yield from _lengths(IMAGENETTE, _for_patch(IMAGENETTE, (*PLANS, *PEERS)), (1.5, 3.0))
+    yield from _lengths(IMAGENETTE, [ONLINE, *_for_patch(IMAGENETTE, ("drop 0.5, patch {0}", *ENDS))], (1.5,))
     yield from _lengths(IMAGENETTE, ("none", "default"), (15.2,))
 
 
