@@ -66,7 +66,8 @@ def cpu() -> Iterator[Settings]:
         yield replace(CIFAR, plan=plan, budget=budget)
     yield replace(CIFAR, budget=0.2)
     # Two short lengths of each plan are enough for their curves to overlap, so each method gets a ratio soon.
-    for first in (replace(CIFAR, method="simclr"), replace(CIFAR, method="dino"), replace(CIFAR, seed=1)):
+    methods = [replace(CIFAR, method=method) for method in ("simclr", "dino")]
+    for first in (*methods, replace(CIFAR, seed=1), replace(CIFAR, seed=2)):
         for plan, budget in (("none", 0.1), ("default", 0.05), ("none", 0.05), ("default", 0.025)):
             yield replace(first, plan=plan, budget=budget)
     yield from _lengths(CIFAR, ("none", "default"), (0.2, 0.4))
