@@ -339,8 +339,17 @@ def test_every_comparison_has_its_figure(evidence: SimpleNamespace, tmp_path: Pa
         for seed in range(3)
         for units in (1e5, 2e5)
     ]
-    (figure,) = evidence.report.figures(runs, tmp_path)
-    with Image.open(figure) as picture:
+    others = [copy.deepcopy(run) for run in runs[:4]]
+    for run, method in zip(others, ("moco", "moco", "dino", "dino"), strict=True):
+        run["settings"].update(method=method, lr=2e-3)
+    figures = evidence.report.figures([*runs, *others], tmp_path)
+    # A name says what is on the picture, and does not change with the runs that come before it.
+    assert [figure.name for figure in figures] == [
+        "evidence-d-moco.png",
+        "evidence-d-moco-2.png",
+        "evidence-d-dino.png",
+    ]
+    with Image.open(figures[0]) as picture:
         assert picture.size == (990, 715)
 
 

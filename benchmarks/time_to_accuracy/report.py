@@ -52,11 +52,14 @@ class Point:
     accuracy: dict[str, float]
     images: int = 10_000
 
+    def error(self, metric: str) -> float:
+        """Standard error of an accuracy, from the number of test images alone."""
+        accuracy = self.accuracy[metric]
+        return math.sqrt(accuracy * (1 - accuracy) / self.images)
+
     def by_chance(self, metric: str, dice: random.Random) -> Point:
         """The point as other test images might have shown it."""
-        accuracy = self.accuracy[metric]
-        chance = math.sqrt(accuracy * (1 - accuracy) / self.images)
-        return replace(self, accuracy={metric: dice.gauss(accuracy, chance)})
+        return replace(self, accuracy={metric: dice.gauss(self.accuracy[metric], self.error(metric))})
 
 
 @dataclass(frozen=True)
@@ -302,22 +305,27 @@ def figures(runs: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
     import matplotlib
 
     matplotlib.use("agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
-    written = []
+    written: list[Path] = []
     for key, curves in comparisons(runs).items():
         settings = dict(key)
         figure, grid = pyplot.subplots(2, 2, figsize=(9, 6.5), sharey="row", layout="constrained")
         for row, (metric, name) in zip(grid, METRICS.items(), strict=True):
-            for axis, (what, label) in zip(row, (("units", "units"), ("seconds", "seconds")), strict=True):
+            for axis, (what, label) in zip(row, (("units", "millions of units"), ("seconds", "seconds")), strict=True):
                 for plan, seeds in sorted(curves.items(), key=lambda item: item[0] != "none"):
                     _draw(axis, seeds.values(), what, metric, plan)
                 axis.set(xscale="log", xlabel=label)
+                axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+                axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+                axis.xaxis.set_minor_locator(ticker.NullLocator())
                 axis.grid(alpha=0.3)
             row[0].set_ylabel(f"{name}, %")
         grid[0, 0].legend()
         figure.suptitle(f"{METHODS[settings['method']]}, {settings['dataset']}, {encoder(settings)}")
-        path = folder / f"evidence-{settings['dataset']}-{settings['method']}-{len(written)}.png"
+        stem = f"evidence-{settings['dataset']}-{settings['method']}"
+        same = sum(path.stem.startswith(stem) for path in written)
+        path = folder / f"{stem}{f'-{same + 1}' if same else ''}.png"
         figure.savefig(path, dpi=110)
         pyplot.close(figure)
         written.append(path)
@@ -325,18 +333,20 @@ def figures(runs: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
 
 
 def _draw(axis: Any, seeds: Iterable[Sequence[Point]], what: str, metric: str, plan: str) -> None:
-    """The mean over seeds, and how far they spread."""
+    """The mean over seeds, and how far they spread; of one seed, the standard error that the test images leave."""
     at: dict[float, list[Point]] = {}
     for curve in seeds:
         for point in curve:
             at.setdefault(float(f"{point.units:.3g}"), []).append(point)
     points = [at[units] for units in sorted(at)]
-    across = [_mean([getattr(point, what) for point in of]) for of in points]
+    across = [_mean([getattr(point, what) for point in of]) / (1e6 if what == "units" else 1) for of in points]
     values = [[100 * point.accuracy[metric] for point in of] for of in points]
     middle = [_mean(of) for of in values]
-    spread = [[m - min(of) for m, of in zip(middle, values, strict=True)],
-              [max(of) - m for m, of in zip(middle, values, strict=True)]]  # fmt: skip
-    axis.errorbar(across, middle, yerr=spread, marker="o", capsize=3, label=_plan(plan))
+    low, high = [], []
+    for mean, of, (first, *others) in zip(middle, values, points, strict=True):
+        low.append(mean - min(of) if others else 100 * first.error(metric))
+        high.append(max(of) - mean if others else 100 * first.error(metric))
+    axis.errorbar(across, middle, yerr=[low, high], marker="o", capsize=3, label=_plan(plan))
 
 
 def _seconds(run: dict[str, Any]) -> float:
