@@ -325,7 +325,9 @@ def test_the_tables_of_the_page_are_those_of_the_runs(evidence: SimpleNamespace,
     runs = report.load(report.RESULTS)
     page = tmp_path / "page.md"
     page.write_text(report.PAGE.read_text())
-    tables = report.tables(runs, report.load(report.RESULTS / "tuning"))
+    tables = report.tables(
+        runs, report.load(report.RESULTS / "tuning"), report.load_branches(report.RESULTS / "branches")
+    )
     report.fill(page, tables)
     assert page.read_text() == report.PAGE.read_text()
     assert all(table in page.read_text() for table in tables.values())
@@ -513,6 +515,12 @@ def test_branches_go_on_from_a_checkpoint_and_are_not_done_twice(
     second = json.loads(path.read_text())
     assert second["moments"] == first["moments"]
     assert len(second["correlation"]) == 1 + 2 * 2 * 3
+    (kept,) = evidence.report.load_branches(tmp_path / "branches")
+    told = evidence.report.branches_table(kept).splitlines()
+    assert "plain" not in told[0]
+    assert "2 branches for each strategy, judged on 8 held-out images" in told[0]
+    assert [line.split(" | ")[0] for line in told[4:7]] == ["| base", "| drop 0.5", "| patch 8"]
+    assert len(told) == 4 + 3 + 3 + 13
     point = evidence.branches.Point.of(state, evidence.images.load_images(data / "train", 16, 40, tmp_path))
     branch = point.branch(
         Strategy(0.5), 0.0006, 0, evidence.images.load_images(data / "train", 16, 40, tmp_path), torch.device("cpu")

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from images import Images
 from lightly.utils.scheduler import cosine_schedule
+from report import branches_table
 from run import CHECKPOINTS, RESULTS, Judge, Settings, Training, _data, _hardware, _write
 from scipy.stats import spearmanr
 from torch import Tensor
@@ -252,23 +253,6 @@ def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
 
-def table(found: Mapping[str, Any]) -> str:
-    """Strategies with what they reached, then criteria with how well they predicted it."""
-    lines = ["| strategy | cost | steps | k-NN | linear probe | loss |", "| --- | --- | --- | --- | --- | --- |"]
-    for name, branches in found["branches"].items():
-        means = {what: _mean([branch[what] for branch in branches.values()]) for what in REACHED}
-        steps = next(iter(branches.values()))["steps"]
-        lines.append(
-            f"| {name} | {found['cost'][name]:.2f} | {steps} | {100 * means['knn']:.1f} | "
-            f"{100 * means['linear']:.1f} | {means['loss']:.3f} |"
-        )
-    lines += ["", "| criterion | k-NN | linear probe | loss |", "| --- | --- | --- | --- |"]
-    for name, row in found["correlation"].items():
-        lines.append(f"| {name} | " + " | ".join("{:.2f} ({:.2f} to {:.2f})".format(*row[what]) for what in REACHED))
-        lines[-1] += " |"
-    return "\n".join(lines)
-
-
 def strategies_for(patch: int) -> list[str]:
     """Those that are tried if none are named: dropout, twice and four times the patch, and two of both."""
     two, four = f"patch {2 * patch}", f"patch {4 * patch}"
@@ -319,7 +303,7 @@ def branches(options: argparse.Namespace) -> Path:
                 print(f"{name}, seed {seed}: {found['branches'][name][str(seed)]}", flush=True)
     _compare(found, strategies, point, train)
     _write(found, path)
-    print("\n" + table(found))
+    print("\n" + branches_table(found))
     return path
 
 

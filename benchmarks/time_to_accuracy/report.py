@@ -294,10 +294,49 @@ def tuning_table(runs: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def tables(runs: Sequence[dict[str, Any]], tuning: Sequence[dict[str, Any]]) -> dict[str, str]:
+def branches_table(found: Mapping[str, Any]) -> str:
+    """Of branches from one checkpoint: what each strategy reached, and how well criteria had told their order."""
+    of = found["checkpoint_of"]
+    seeds = max(len(branches) for branches in found["branches"].values())
+    lines = [
+        f"From {found['progress']:.0%} of a run of {METHODS[of['method']]}, {_plan(_plan_of(of))}, {of['budget']:g} M, "
+        f"on for {found['budget']:g} M; {seeds} branch{'es' if seeds > 1 else ''} for each strategy, judged on "
+        f"{found['judged_images']:,} held-out images.",
+        "",
+        "| strategy | cost of a step | steps | k-NN | linear probe | loss |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, branches in found["branches"].items():
+        reached = [
+            _spread([scale * branch[what] for branch in branches.values()], digits)
+            for what, scale, digits in (*((metric, 100, 1) for metric in METRICS), ("loss", 1, 3))
+        ]
+        steps = next(iter(branches.values()))["steps"]
+        lines.append(f"| {name} | {found['cost'][name]:.2f} | {steps} | {' | '.join(reached)} |")
+    lines += [
+        "",
+        "| criterion | rank correlation with k-NN | with the linear probe | with the loss |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, row in found["correlation"].items():
+        cells = ["{:.2f} ({:.2f} to {:.2f})".format(*row[what]) for what in (*METRICS, "loss")]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def load_branches(folder: Path) -> list[dict[str, Any]]:
+    """All that branches.py has found, and compared."""
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    return [each for each in found if "correlation" in each]
+
+
+def tables(
+    runs: Sequence[dict[str, Any]], tuning: Sequence[dict[str, Any]], branches: Sequence[dict[str, Any]]
+) -> dict[str, str]:
     """What goes into the documentation, by the names of the places."""
+    told = "\n\n".join(map(branches_table, branches)) or "No branches have been run yet."
     speedups = "\n\n".join(part for part in (speedups_table(summary(runs)), "\n".join(unread(runs))) if part)
-    return {"speed-ups": speedups, "runs": runs_table(runs), "tuning": tuning_table(tuning)}
+    return {"speed-ups": speedups, "runs": runs_table(runs), "tuning": tuning_table(tuning), "branches": told}
 
 
 def figures(runs: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
@@ -371,9 +410,9 @@ def _mean(values: Sequence[float]) -> float:
     return min(max(math.fsum(values) / len(values), min(values)), max(values))  # rounded, it may lie outside
 
 
-def _spread(values: Sequence[float]) -> str:
-    middle = f"{_mean(values):.1f}"
-    return middle if len(values) == 1 else f"{middle} ({min(values):.1f} to {max(values):.1f})"
+def _spread(values: Sequence[float], digits: int = 1) -> str:
+    middle = f"{_mean(values):.{digits}f}"
+    return middle if len(values) == 1 else f"{middle} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 def _times(value: float, interval: Sequence[float] | None) -> str:
@@ -398,7 +437,7 @@ def main(arguments: list[str] | None = None) -> int:
     runs = load(options.results)
     if not runs:
         parser.error(f"--results must hold JSON files of runs, found none in {options.results}")
-    written = tables(runs, load(options.results / "tuning"))
+    written = tables(runs, load(options.results / "tuning"), load_branches(options.results / "branches"))
     (options.results / "summary.json").write_text(json.dumps(summary(runs), indent=1) + "\n")
     if options.page.is_file():
         fill(options.page, written)
