@@ -251,6 +251,29 @@ def test_a_curve_that_is_moved_by_four_is_a_speed_up_of_four(evidence: SimpleNam
     assert row["accuracy"] == pytest.approx(0.05 * math.log(8e5), abs=1e-4)
 
 
+def test_seeds_are_read_together_where_they_have_the_same_lengths(evidence: SimpleNamespace) -> None:
+    lengths = {
+        ("none", 0): (1e5, 2e5, 4e5),
+        ("none", 1): (1e5, 2e5),
+        ("default", 0): (1e5, 2e5),
+        ("default", 1): (1e5, 2e5),
+    }
+    runs = [
+        _run(plan, seed, units, 0.05 * math.log(units * (2 if plan == "default" else 1)))
+        for (plan, seed), of in lengths.items()
+        for units in of
+    ]
+    both, alone = (row for row in evidence.report.summary(runs) if row["metric"] == "knn")
+    assert (both["seeds"], alone["seeds"]) == ([0, 1], [0])
+    assert both["accuracy"] == pytest.approx(0.05 * math.log(2e5), abs=1e-4)
+    assert alone["accuracy"] == pytest.approx(0.05 * math.log(4e5), abs=1e-4)
+    assert both["speedup_units"] == alone["speedup_units"] == pytest.approx(2)
+    point = evidence.report.Point
+    curves = {seed: [point(1, 1, {}, length=length) for length in of] for seed, of in ((0, (1, 2)), (1, (2, 3)))}
+    together = [sorted(plain) for plain, _ in evidence.report.groups(curves, curves)]
+    assert together == [[0, 1], [1]]  # each has a length of its own: no end of it otherwise
+
+
 def test_the_interval_of_one_seed_is_what_chance_the_test_images_leave(evidence: SimpleNamespace) -> None:
     point = evidence.report.Point
     plain, fast = (

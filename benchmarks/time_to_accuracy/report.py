@@ -33,6 +33,7 @@ PAPER = {"moco": "4x", "simclr": "3.3x", "dino": "2.5x"}  # ImageNet-1k, as the 
 _FREE = ("budget", "plan", "views", "seed")
 _SINCE = {"views": "full"}  # settings that the first runs had not yet, and what they were for them
 Key = tuple[Any, ...]
+Curves = Mapping[int, Sequence["Point"]]  # by seed
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,14 @@ class Point:
             machine change less.
         accuracy: at the end, by name of the measure.
         images: that it was judged on.
+        length: for which the run was planned.
     """
 
     units: float
     seconds: float
     accuracy: dict[str, float]
     images: int = 10_000
+    length: float = 0.0
 
     def error(self, metric: str) -> float:
         """Standard error of an accuracy, from the number of test images alone."""
@@ -86,7 +89,7 @@ def comparisons(runs: Iterable[dict[str, Any]]) -> dict[Key, dict[str, dict[int,
         settings = run["settings"]
         same = tuple(sorted((name, value) for name, value in settings.items() if name not in _FREE))
         curves = found.setdefault((*same, ("hardware", run["hardware"]), ("threads", run["threads"])), {})
-        point = Point(run["units"], _seconds(run), run["accuracy"], run["judged_images"])
+        point = Point(run["units"], _seconds(run), run["accuracy"], run["judged_images"], settings["budget"])
         curves.setdefault(_plan_of(settings), {}).setdefault(settings["seed"], []).append(point)
     return found
 
@@ -109,7 +112,7 @@ def speedup(plain: Sequence[Point], accelerated: Sequence[Point], metric: str) -
 
 
 def intervals(
-    plain: Mapping[int, Sequence[Point]], accelerated: Mapping[int, Sequence[Point]], metric: str, draws: int = 2000
+    plain: Curves, accelerated: Curves, metric: str, draws: int = 2000
 ) -> tuple[list[float], list[float]] | None:
     """95 % intervals of the speed-ups in units and in seconds, as means over the seeds that both curves have.
 
@@ -154,24 +157,40 @@ def _spent(curve: Sequence[Point], metric: str, accuracy: float, what: str) -> f
     return getattr(first, what)
 
 
+def groups(plain: Curves, accelerated: Curves) -> list[tuple[Curves, Curves]]:
+    """Seeds that are read together, at the lengths that all of them have; then those that have more, with theirs."""
+    seeds = sorted(plain.keys() & accelerated.keys())
+    found = []
+    while seeds:
+        both: list[Curves] = []
+        more = set[int]()
+        for curves in (plain, accelerated):
+            lengths = {seed: {point.length for point in curves[seed]} for seed in seeds}
+            common = set.intersection(*lengths.values())
+            both.append({seed: [point for point in curves[seed] if point.length in common] for seed in seeds})
+            more.update(seed for seed in seeds if lengths[seed] > common)
+        found.append((both[0], both[1]))
+        if len(more) == len(seeds):
+            more.remove(min(seeds, key=lambda seed: len(plain[seed]) + len(accelerated[seed])))
+        seeds = sorted(more)
+    return found
+
+
 def summary(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row for every plan and measure that can be compared with the plain method."""
+    """Rows for every plan and measure that can be compared with the plain method, one for each group of seeds."""
     rows = []
     for key, curves in comparisons(runs).items():
-        settings, plain = dict(key), curves.get("none", {})
-        for plan, seeds in curves.items():
+        settings, without = dict(key), curves.get("none", {})
+        for plan, metric in itertools.product(curves, METRICS):
             if plan == "none":
                 continue
-            for metric in METRICS:
-                pairs = {seed: speedup(plain.get(seed, []), curve, metric) for seed, curve in sorted(seeds.items())}
+            for plain, accelerated in groups(without, curves[plan]):
+                pairs = {seed: speedup(plain[seed], accelerated[seed], metric) for seed in plain}
                 read = {seed: pair for seed, pair in pairs.items() if pair is not None}
                 if not read:
                     continue
-                units = [pair.units for pair in read.values()]
-                seconds = [pair.seconds for pair in read.values()]
-                interval = intervals(
-                    *({seed: curves_of[seed] for seed in read} for curves_of in (plain, seeds)), metric
-                )
+                of_read = ({seed: curves_of[seed] for seed in read} for curves_of in (plain, accelerated))
+                interval = intervals(*of_read, metric)
                 rows.append(
                     {
                         "method": settings["method"],
@@ -182,8 +201,8 @@ def summary(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                         "seeds": sorted(read),
                         "metric": metric,
                         "accuracy": round(_mean([pair.accuracy for pair in read.values()]), 4),
-                        "speedup_units": round(_mean(units), 4),
-                        "speedup_wall": round(_mean(seconds), 4),
+                        "speedup_units": round(_mean([pair.units for pair in read.values()]), 4),
+                        "speedup_wall": round(_mean([pair.seconds for pair in read.values()]), 4),
                         "interval": interval and interval[0],
                         "interval_wall": interval and interval[1],
                     }
