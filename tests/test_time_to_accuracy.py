@@ -367,7 +367,9 @@ def test_every_comparison_has_its_figure(evidence: SimpleNamespace, tmp_path: Pa
     others = [copy.deepcopy(run) for run in runs[:4]]
     for run, method in zip(others, ("moco", "moco", "dino", "dino"), strict=True):
         run["settings"].update(method=method, lr=2e-3)
-    figures = evidence.report.figures([*runs, *others], tmp_path)
+    alone = copy.deepcopy(runs[0])
+    alone["settings"]["method"] = "simclr"  # one point is no curve
+    figures = evidence.report.figures([*runs, *others, alone], tmp_path)
     # A name says what is on the picture, and does not change with the runs that come before it.
     assert [figure.name for figure in figures] == [
         "evidence-d-moco.png",

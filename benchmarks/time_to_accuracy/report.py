@@ -207,7 +207,7 @@ def summary(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                         "interval_wall": interval and interval[1],
                     }
                 )
-    return rows
+    return sorted(rows, key=lambda row: (row["dataset"], list(METHODS).index(row["method"])))
 
 
 def unread(runs: Sequence[dict[str, Any]]) -> list[str]:
@@ -359,7 +359,7 @@ def tables(
 
 
 def figures(runs: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
-    """Accuracy over budget and over time, one figure for each comparison."""
+    """Accuracy over budget and over time, one figure for each comparison in which there is a curve."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -368,6 +368,8 @@ def figures(runs: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
     written: list[Path] = []
     for key, curves in comparisons(runs).items():
         settings = dict(key)
+        if all(len(curve) < 2 for seeds in curves.values() for curve in seeds.values()):
+            continue
         figure, grid = pyplot.subplots(2, 2, figsize=(9, 6.5), sharey="row", layout="constrained")
         for row, (metric, name) in zip(grid, METRICS.items(), strict=True):
             for axis, (what, label) in zip(row, (("units", "millions of units"), ("seconds", "seconds")), strict=True):

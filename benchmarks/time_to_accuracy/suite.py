@@ -65,13 +65,16 @@ def cpu() -> Iterator[Settings]:
     for plan, budget in (("none", 0.1), ("default", 0.05), ("default", 0.1), ("none", 0.05), ("default", 0.025)):
         yield replace(CIFAR, plan=plan, budget=budget)
     yield replace(CIFAR, budget=0.2)
-    # Two short lengths of each plan are enough for their curves to overlap, so each method gets a ratio soon.
-    methods = [replace(CIFAR, method=method) for method in ("simclr", "dino")]
-    for first in (*methods, replace(CIFAR, seed=1), replace(CIFAR, seed=2)):
+    # Two short lengths of each plan are enough for their curves to overlap, so each gets a ratio soon.
+    for first in (replace(CIFAR, method="simclr"), replace(CIFAR, seed=1), replace(CIFAR, seed=2)):
         for plan, budget in (("none", 0.1), ("default", 0.05), ("none", 0.05), ("default", 0.025)):
             yield replace(first, plan=plan, budget=budget)
-        if first.method != "moco":  # at 0.025 M SimCLR's k-NN was above all of its plain curve
-            yield replace(first, plan="default", budget=0.0125)
+    yield replace(
+        CIFAR, method="simclr", plan="default", budget=0.0125
+    )  # at 0.025, k-NN is above all of the plain curve
+    # DINO learns next to nothing in so few steps with settings that were tuned for MoCo-v3: tune it before it goes on.
+    yield replace(CIFAR, method="dino", budget=0.1)
+    yield replace(CIFAR, method="dino", plan="default", budget=0.05)
     yield from _lengths(CIFAR, ("none", "default"), (0.2, 0.4))
     yield replace(CIFAR, plan="default", budget=0.2, views="scaled")
     yield replace(CIFAR, plan=HALVES.format(2 * CIFAR.patch_size), budget=0.2)
