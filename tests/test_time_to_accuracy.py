@@ -324,7 +324,7 @@ def test_scaled_views_are_another_curve_and_runs_from_before_had_full_ones(
     for number, (plan, views) in enumerate(kinds):
         for units in (1e5, 2e5):
             run = _run(plan, number, units, 0.05 * math.log(units))
-            run["settings"].update(views)
+            run["settings"] = {**views, **run["settings"]}  # in another order, too
             (tmp_path / f"{number}_{units:g}_seed.json").write_text(json.dumps(run))
     runs = evidence.report.load(tmp_path)
     (curves,) = evidence.report.comparisons(runs).values()

@@ -244,8 +244,8 @@ def runs_table(runs: Sequence[dict[str, Any]]) -> str:
     ]
     same: dict[Key, list[dict[str, Any]]] = {}
     for run in runs:
-        settings = {name: value for name, value in run["settings"].items() if name != "seed"}
-        same.setdefault((run["hardware"], *settings.values()), []).append(run)
+        settings = sorted((name, value) for name, value in run["settings"].items() if name != "seed")
+        same.setdefault((run["hardware"], *settings), []).append(run)
     order = sorted(same.values(), key=lambda of: (*_place(of[0]), of[0]["settings"]["plan"], of[0]["units"]))
     for of in order:
         settings = of[0]["settings"]
