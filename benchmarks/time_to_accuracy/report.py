@@ -393,7 +393,7 @@ def figures(runs: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
 
 
 def _draw(axis: Any, seeds: Iterable[Sequence[Point]], what: str, metric: str, plan: str) -> None:
-    """The mean over seeds, and how far they spread; of one seed, the standard error that the test images leave."""
+    """The mean over seeds and how far they spread, no less than the standard error that the test images leave."""
     at: dict[float, list[Point]] = {}
     for curve in seeds:
         for point in curve:
@@ -403,9 +403,9 @@ def _draw(axis: Any, seeds: Iterable[Sequence[Point]], what: str, metric: str, p
     values = [[100 * point.accuracy[metric] for point in of] for of in points]
     middle = [_mean(of) for of in values]
     low, high = [], []
-    for mean, of, (first, *others) in zip(middle, values, points, strict=True):
-        low.append(mean - min(of) if others else 100 * first.error(metric))
-        high.append(max(of) - mean if others else 100 * first.error(metric))
+    for mean, of, (first, *_) in zip(middle, values, points, strict=True):
+        low.append(max(mean - min(of), 100 * first.error(metric)))
+        high.append(max(max(of) - mean, 100 * first.error(metric)))
     axis.errorbar(across, middle, yerr=[low, high], marker="o", capsize=3, label=_plan(plan))
 
 
