@@ -499,6 +499,17 @@ def test_a_frozen_copy_of_a_student_is_told_to_be_plain(tiny_vit: Any) -> None:
         paired(VIEWS)
 
 
+def test_planning_a_pair_anew_counts_and_tells_nothing(tiny_vit: Any) -> None:
+    student, teacher = tiny_vit().train(), tiny_vit().train()
+    compress(student, Strategy(0.5, 16), teacher=teacher)
+    budget = Budget(student)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compress(student, Strategy(0.5), teacher=teacher)
+    assert budget.units == 0
+    assert teacher.patch_embed.training
+
+
 def test_a_pair_is_counted_whole_whoever_is_named(tiny_vit: Any) -> None:
     student, teacher = tiny_vit().train(), tiny_vit().train()
     compress(student, Strategy(0.5), teacher=teacher)

@@ -80,6 +80,7 @@ class CompressedPatchEmbed(nn.Module):
     blank_per_view: bool  # whether the model takes the batch size from its images: its tokens must be as many
     places: tuple[nn.Module, ...]  # where patches may meet their positions: what has our hooks
     trial: Trial | None  # what to do while a probe runs
+    is_probed: bool  # whether one runs, so that nothing is to be counted or told
     _warned: set[str]
     _looked_at: set[Size]  # sizes of views
     _pending: _Pending | None
@@ -102,6 +103,7 @@ class CompressedPatchEmbed(nn.Module):
             "blank_per_view",
             "places",
             "trial",
+            "is_probed",
             "_compression",
             "_watched",
             "_is_copy",
@@ -129,6 +131,7 @@ class CompressedPatchEmbed(nn.Module):
             blank_per_view=False,
             places=(),
             trial=None,
+            is_probed=False,
             training=embed.training,
             _is_full_backward_hook=embed._is_full_backward_hook,
             _warned=set(),
@@ -303,7 +306,7 @@ class CompressedPatchEmbed(nn.Module):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _count_in_eval(self, views: Tensor) -> None:
         """A teacher may train its student in eval mode: plain, and not for nothing."""
-        if not any(partner.drops_tokens and partner.is_training for partner in self.partners()):
+        if self.is_probed or not any(partner.drops_tokens and partner.is_training for partner in self.partners()):
             return
         grid = self.encoder.plain_grid((views.shape[2], views.shape[3])) if views.ndim == 4 else None
         if grid is None:

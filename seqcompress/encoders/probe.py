@@ -104,7 +104,7 @@ def difference(embed: CompressedPatchEmbed, *, blocks: bool = True) -> str | Non
         parameter.device
     )
     kept = order[:, : max(1, patches - 1)]
-    with undisturbed(encoder.model, embed):
+    with undisturbed(encoder.model):
         try:
             expected = encoder.first_tokens(views)
         except Exception as error:
@@ -142,7 +142,7 @@ def _difference_in_train_mode(embed: CompressedPatchEmbed, views: Tensor, kept: 
     model = embed.encoder.model
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
-        with undisturbed(model, embed, training=True), _keeping(embed, kept, marked=True):
+        with undisturbed(model, training=True), _keeping(embed, kept, marked=True):
             embed.encoder.first_tokens(views)
     except ChangedTokensError:
         return (
@@ -261,15 +261,17 @@ def _keeping(embed: CompressedPatchEmbed, kept: Tensor, *, marked: bool = False)
 
 
 @contextmanager
-def undisturbed(model: Any, embed: CompressedPatchEmbed | None = None, *, training: bool = False) -> Iterator[None]:
-    """Run a model without a trace: without gradients, without hooks of others, random states and modes put back."""
-    modules = list(model.modules())
+def undisturbed(model: Any, *, training: bool = False) -> Iterator[None]:
+    """Run a model without a trace: no gradients, no hooks of others, no counting; random states and modes put back."""
+    embeds = [module for module in model.modules() if isinstance(module, CompressedPatchEmbed)]
+    modules = [*model.modules(), *(embed.embed for embed in embeds)]
     modes = [(module, module.training) for module in modules]
     device = next(model.parameters()).device
     devices = [device] if device.type == "cuda" else []
-    counted = None if embed is None else embed.tally.copy()
     autocast = torch.autocast(device.type, enabled=False) if device.type != "meta" else nullcontext()
     try:
+        for embed in embeds:
+            embed.is_probed = True
         for module in modules:
             vars(module)["training"] = training
         with torch.no_grad(), torch.random.fork_rng(devices=devices), autocast, without_hooks(model):
@@ -277,7 +279,5 @@ def undisturbed(model: Any, embed: CompressedPatchEmbed | None = None, *, traini
     finally:
         for module, mode in modes:
             vars(module)["training"] = mode
-        if embed is not None and counted is not None:
-            embed.embed.training = embed.training
-            embed.tally.clear()  # a teacher's forwards count in eval mode, too
-            embed.tally.update(counted)
+        for embed in embeds:
+            embed.is_probed = False
