@@ -108,7 +108,7 @@ class ScaledViews:
     def _is_larger_than_asked_for(self, view: Size) -> bool:
         """Whether none but full views have come for longer than those take that are under way."""
         wanted = int(self.shared)
-        if not wanted or scaled_size(view, wanted, self.base) == view:
+        if not wanted or view not in self._full or scaled_size(view, wanted, self.base) == view:
             self._full_in_a_row = 0
             return False
         self._full_in_a_row += 1
