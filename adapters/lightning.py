@@ -624,6 +624,7 @@ class _Drive:
         """
         if self.is_others:  # who has come since, which a constant plan allows
             return
+        self.compression.count_step()
         if step != self._step:
             self.compression.stream.anchor(seed, step, self._number)
             self._step = step

@@ -23,6 +23,7 @@ from seqcompress import (
     get_strategy,
     is_compressed,
     num_tokens,
+    rehearse,
     restore,
     set_strategy,
 )
@@ -473,6 +474,14 @@ def test_a_scheduler_that_is_never_stepped_is_told_once(tiny_vit: Any) -> None:
         _train(vit, 130)
     assert len(told) == 1
     assert get_strategy(vit) == scheduler.schedule(0.0)
+
+
+def test_a_rehearsal_is_no_step_of_a_scheduler(tiny_vit: Any) -> None:
+    vit = compress(tiny_vit(depth=1).train(), "default")
+    scheduler = SequenceScheduler(vit, total_steps=1000)
+    rehearse(scheduler, lambda: vit(VIEWS[:2]).square().mean().backward())
+    with pytest.warns(UserWarning, match="has been updated 100 times"):
+        _train(vit, 110)
 
 
 def test_a_scheduler_that_is_stepped_a_strategy_that_is_set_and_a_constant_are_not_told(tiny_vit: Any) -> None:

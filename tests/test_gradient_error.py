@@ -776,6 +776,21 @@ def test_gradients_that_lie_in_anothers_buckets_are_copied(tiny_vit: Any, tmp_pa
     assert report[LARGE].bias2 == pytest.approx(plain[LARGE].bias2, rel=1e-5)
 
 
+def test_a_static_graph_is_refused_and_a_model_that_is_none_named(tiny_vit: Any, tmp_path: Path) -> None:
+    vit = tiny_vit()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        parallel = DistributedDataParallel(vit, static_graph=True)
+        with pytest.raises(ValueError, match="model must not be a DistributedDataParallel with static_graph=True"):
+            gradient_error(parallel, _loss_of(parallel), _loader(4), [HALF], cost="flops")
+    finally:
+        dist.destroy_process_group()
+    with pytest.raises(TypeError, match="model must be a supported ViT, got 'vit'"):
+        gradient_error("vit", _loss_of(vit), _loader(4), [HALF])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="seed must be a whole number, got a VisionTransformer"):
+        gradient_error(vit, _loss_of(vit), _loader(4), [HALF], seed=vit)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_it_leaves_no_trace_either(tiny_vit: Any) -> None:

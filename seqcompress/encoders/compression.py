@@ -13,7 +13,6 @@ from seqcompress.strategy import Strategy
 
 __all__ = ["Compression", "SmallerViews"]
 
-
 _MANY_UPDATES = 100
 
 
@@ -66,8 +65,8 @@ class Compression:
         self._driver: weakref.ref[Any] | None = None
         self._driver_name: str | None = None
         self._said = False  # that what is set by hand will not stay
-        self._times_driven = 0  # how often the driver has put a strategy in force
-        self._updates = 0  # of the encoders' parameters meanwhile
+        self._was_stepped = False  # whether the driver has advanced the plan
+        self._updates = 0  # of the encoders' parameters since it came
 
     @property
     def strategy(self) -> Strategy:
@@ -77,7 +76,6 @@ class Compression:
     @strategy.setter
     def strategy(self, strategy: Strategy) -> None:
         self._strategy = strategy
-        self._times_driven += 1
 
     def ask_views_for(self, strategy: Strategy) -> None:
         """Have smaller views made for this strategy, if any are made at all."""
@@ -124,7 +122,11 @@ class Compression:
         """
         self.check_free(driver)
         self._driver, self._driver_name, self._by_hand = weakref.ref(driver), name, False
-        self._times_driven = self._updates = 0
+        self._was_stepped, self._updates = False, 0
+
+    def count_step(self) -> None:
+        """The driver has advanced the plan, which it is expected to do at every step."""
+        self._was_stepped = True
 
     def release(self, driver: object) -> None:
         """Drive them no more. Does nothing for one that does not."""
@@ -159,7 +161,7 @@ class Compression:
     def notice_missing_step(self) -> str | None:
         """That a driver is never stepped, in a sentence for people, or None; to be called after every update."""
         self._updates += 1
-        if self._updates != _MANY_UPDATES or self._times_driven > 1 or self.driver is None:
+        if self._updates != _MANY_UPDATES or self._was_stepped or self.driver is None:
             return None
         if isinstance(self.plan, Constant):
             return None

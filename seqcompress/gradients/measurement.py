@@ -17,10 +17,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Siz
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from typing import Any, NamedTuple, TypeAlias, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from seqcompress.compression import compressed_embeds, is_compressed
 from seqcompress.compressors import SubsetStream
@@ -121,14 +123,9 @@ def gradient_error(
     for name, function in (("step", step), ("after_backward", after_backward)):
         if not callable(function) and (name == "step" or function is not None):
             raise TypeError(f"{name} must be a function, got {described(function)}")
-    if any(getattr(module, "static_graph", False) for module in model.modules()):
-        raise ValueError(
-            "model must not be a DistributedDataParallel with static_graph=True: gradient error runs other graphs than "
-            "training; measure with one without it"
-        )
     if cost not in get_args(CostKind):
         raise ValueError(f"cost must be 'measured' or 'flops', got {described(cost)}")
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    if not isinstance(seed, Integral):
         raise TypeError(f"seed must be a whole number, got {described(seed)}")
     if sketch is not None and (isinstance(sketch, bool) or not isinstance(sketch, int)):
         raise TypeError(f"sketch must be a whole number or None, got {described(sketch)}")
@@ -136,6 +133,11 @@ def gradient_error(
         raise ValueError(f"sketch must be at least 2, got {described(sketch)}")
     wanted = checked_strategies(strategies)
     encoders = measured_encoders(model, teacher)
+    if any(isinstance(module, DistributedDataParallel) and module.static_graph for module in model.modules()):
+        raise ValueError(
+            "model must not be a DistributedDataParallel with static_graph=True: gradient error runs other graphs than "
+            "training; measure with one without it"
+        )
     if not isinstance(batches, Iterable):
         raise TypeError(f"batches must be an iterable, got {described(batches)}")
     own_patch_size = own_patch_size_of(encoders)

@@ -121,6 +121,8 @@ class SequenceScheduler:
         """
         step = self._ranks.agreed(self._last_step + 1) if step is None else _checked_count(step, "step", at_least=0)
         self._apply(self._schedule, self._total_steps, step)
+        for compression in self._compressions:
+            compression.count_step()
         if step > self._total_steps and not self._told_of_the_end:
             self._told_of_the_end = True
             warnings.warn(
