@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from seqcompress.encoders.compression import Compression
 from seqcompress.encoders.encoder import Encoder, Size
@@ -228,7 +230,7 @@ class AnyVisionTransformer(Encoder):
 
     def attach(self, compression: Compression, *, drops_tokens: bool, when: When) -> CompressedPatchEmbed:
         # All that the plain model shows of itself, before anything is changed.
-        places, _ = self._places(self.num_prefix_tokens), self._takes_other_sizes
+        places, _ = self._places(), self._takes_other_sizes
         rotary = self._rotary()
         embed = CompressedPatchEmbed(self, compression, drops_tokens=drops_tokens, when=when)
         _replace(self.model, self._names.projection, embed)
@@ -305,7 +307,6 @@ class AnyVisionTransformer(Encoder):
 
     def _rotary(self) -> nn.Module | None:
         """The module outside the blocks that makes what they are given for each patch, (N, d), if there is one."""
-        within = {module for block in self.blocks for module in block.modules()}
         made: dict[int, nn.Module] = {}
         seen: list[Tensor] = []  # alive, so that none of them has another's id
 
@@ -314,42 +315,35 @@ class AnyVisionTransformer(Encoder):
                 seen.append(value)
                 made.setdefault(id(value), module)
 
-        with undisturbed(self.model):
-            modules = [module for module in self.model.modules() if module not in within]
-            handles = [module.register_forward_hook(note) for module in modules]
-            try:
-                args, kwargs = call_of(self.model, (self.blocks[0],), self._zeros(self.image_size))
-            finally:
-                for handle in handles:
-                    handle.remove()
-        given = [value for value in tensors_in((args, kwargs)) if value.ndim == 2]
+        call = self._run_with(lambda module: module.register_forward_hook(note))
+        given = [value for value in tensors_in(call) if value.ndim == 2]
         makers = {made.get(id(value)) for value in given if len(value) == math.prod(self._own_grid)}
         return makers.pop() if len(makers) == 1 else None
 
-    def _zeros(self, size: Size) -> Tensor:
-        weight = self.patch_embed.weight
-        return torch.zeros(1, self.channels, *size, device=weight.device, dtype=weight.dtype)
-
-    def _places(self, prefix: int) -> list[nn.Module]:
+    def _places(self) -> list[nn.Module]:
         """Modules that see a whole sequence before the first block does, in order, and that block."""
-        first = self.blocks[0]
-        within = {module for block in self.blocks for module in block.modules()}
-        tokens = prefix + math.prod(self._own_grid)
+        tokens = self.num_prefix_tokens + math.prod(self._own_grid)
         seen: list[nn.Module] = []
 
         def note(module: nn.Module, args: tuple[Any, ...]) -> None:
             if args and isinstance(args[0], Tensor) and args[0].shape[:-1] == (1, tokens) and module not in seen:
                 seen.append(module)
 
-        with undisturbed(self.model):
-            modules = [module for module in self.model.modules() if module not in within]
-            handles = [module.register_forward_pre_hook(note) for module in modules]
-            try:
-                self.first_tokens(self._zeros(self.image_size))
-            finally:
-                for handle in handles:
-                    handle.remove()
-        return [*seen, first]
+        self._run_with(lambda module: module.register_forward_pre_hook(note))
+        return [*seen, self.blocks[0]]
+
+    def _run_with(self, hook: Callable[[nn.Module], RemovableHandle]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Run to the first block, whose arguments are returned, with a hook on every module outside the blocks."""
+        within = {module for block in self.blocks for module in block.modules()}
+        outside = [module for module in self.model.modules() if module not in within]
+        with undisturbed(self.model), ExitStack() as hooked:
+            for module in outside:
+                hooked.enter_context(hook(module))
+            return call_of(self.model, (self.blocks[0],), self._zeros(self.image_size))
+
+    def _zeros(self, size: Size) -> Tensor:
+        weight = self.patch_embed.weight
+        return torch.zeros(1, self.channels, *size, device=weight.device, dtype=weight.dtype)
 
 
 def _replace(encoder: nn.Module, path: str, module: nn.Module) -> None:

@@ -572,4 +572,4 @@ def _builds_graph(views: Tensor, model: nn.Module) -> bool:
     """
     if views.requires_grad:
         return True
-    return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters())
+    return torch.is_grad_enabled() and not is_frozen(model)

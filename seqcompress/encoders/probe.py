@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -36,15 +36,14 @@ def call_of(model: Any, places: tuple[nn.Module, ...], views: Tensor) -> tuple[t
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise Reached((args, kwargs))
 
-    handles = [place.register_forward_pre_hook(stop, with_kwargs=True) for place in places]
-    try:
-        model.forward(views)
-    except Reached as reached:
-        call: tuple[tuple[Any, ...], dict[str, Any]] = reached.values
-        return call
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooked:
+        for place in places:
+            hooked.enter_context(place.register_forward_pre_hook(stop, with_kwargs=True))
+        try:
+            model.forward(views)
+        except Reached as reached:
+            call: tuple[tuple[Any, ...], dict[str, Any]] = reached.values
+            return call
     raise RuntimeError(f"{type(model).__name__} has not reached its first block")
 
 
@@ -228,14 +227,13 @@ def _sequences(encoder: Any, views: Tensor, length: int) -> list[Tensor]:
             raise Reached(None)
 
     looked_at = {module: None for block in (encoder.blocks[0], last) for module in block.modules()}
-    handles = [module.register_forward_hook(note) for module in looked_at]
-    try:
-        encoder.model.forward(views)
-    except Reached:
-        return found
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooked:
+        for module in looked_at:
+            hooked.enter_context(module.register_forward_hook(note))
+        try:
+            encoder.model.forward(views)
+        except Reached:
+            return found
     raise RuntimeError(f"{type(encoder.model).__name__} has not reached its last block")
 
 
