@@ -6,7 +6,7 @@ Every figure is a ratio of times from one run. Each point of the grid compares, 
 - the native limit: the plain model on views so small that it has exactly as many tokens, with nothing to choose,
   to drop or to resample: nothing can be faster that runs the same blocks;
 - timm: its own patch dropout (``patch_drop_rate``) and ``set_input_size(patch_size=...)`` on full-size views, the
-  rate set such that it keeps exactly as many tokens;
+  rate set such that it keeps exactly as many tokens (ViTs of others have nothing of the kind);
 - uncompressed: the plain model on full-size views.
 
 Then the price of a model that is compressed while no compression is active, in train and in eval mode: at the base
@@ -16,8 +16,9 @@ strategy ours, timm and the limit are all the plain model.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import product
 from typing import Any
@@ -40,9 +41,19 @@ from measure import (
     setup_of,
     write_report,
 )
-from models import IMAGE_SIZE, compiled, native, native_size, sharing_parameters, vit
-from timm.layers import PatchDropout
-from timm.models.vision_transformer import VisionTransformer
+from models import (
+    IMAGE_SIZE,
+    OF_OTHERS,
+    PATCH_SIZE,
+    any_native,
+    any_vit,
+    compiled,
+    features,
+    native_size,
+    sharing_parameters,
+)
+from timm.layers import PatchDropout, PatchDropoutWithIndices
+from timm.models.eva import Eva
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -50,6 +61,7 @@ import seqcompress
 from seqcompress import Strategy
 
 MODELS = ("vit_small_patch16_224", "vit_base_patch16_224")
+ALL_PATCHES = (IMAGE_SIZE // PATCH_SIZE) ** 2
 DROPOUTS = (0.0, 0.5, 0.75, 0.9)
 PATCH_SIZES = (16, 32, 56)
 
@@ -60,7 +72,7 @@ def train_step(model: nn.Module, views: Tensor, amp: bool, strategy: Strategy | 
         seqcompress.set_strategy(model, strategy)
     model.train()
     with torch.autocast(views.device.type, torch.bfloat16, enabled=amp):
-        loss = model(views).square().mean()
+        loss = features(model(views)).square().mean()
     loss.backward()
     model.zero_grad()
 
@@ -72,39 +84,52 @@ def eval_step(model: nn.Module, views: Tensor, amp: bool) -> None:
         model(views)
 
 
-def by_timm(model: VisionTransformer, patch_size: int, patches: int) -> VisionTransformer:
+def by_timm(model: nn.Module, patch_size: int, patches: int) -> nn.Module:
     """The model with timm's own means to get to this many patches."""
     own = sharing_parameters(model)
     own.set_input_size(patch_size=(patch_size, patch_size))
     of = own.patch_embed.num_patches
     if patches < of:
-        own.patch_drop = PatchDropout(1 - (patches + 0.5) / of, num_prefix_tokens=own.num_prefix_tokens)
+        patch_dropout = PatchDropoutWithIndices if isinstance(model, Eva) else PatchDropout
+        own.patch_drop = patch_dropout(1 - (patches + 0.5) / of, num_prefix_tokens=own.num_prefix_tokens)
     return own
 
 
+def grid(name: str, model: nn.Module) -> Iterator[tuple[Strategy, int]]:
+    """The strategies to compare for a model, and the patches that each keeps."""
+    prefix = seqcompress.num_tokens(model, Strategy(), IMAGE_SIZE) - ALL_PATCHES
+    for patch_size, dropout in product(PATCH_SIZES, DROPOUTS):
+        strategy = Strategy(dropout, patch_size)
+        patches = seqcompress.num_tokens(model, strategy, IMAGE_SIZE) - prefix
+        if name in OF_OTHERS and dropout:  # their positions need no interpolation where the limit's view is square
+            of = seqcompress.num_tokens(model, Strategy(0.0, patch_size), IMAGE_SIZE) - prefix
+            patches = round(math.sqrt(patches)) ** 2
+            strategy = Strategy(round(1 - patches / of, 3), patch_size)
+        if patches < ALL_PATCHES:
+            yield strategy, patches
+
+
 def steps_to_compare(
-    model: VisionTransformer, options: argparse.Namespace, device: torch.device
+    name: str, model: nn.Module, options: argparse.Namespace, device: torch.device
 ) -> dict[str, dict[str, Step]]:
     """The steps to compare: where no compression is active, and at every point of the grid, named by its strategy."""
     ready = partial(compiled, really=options.compile)
     idle, ours = (ready(seqcompress.compress(sharing_parameters(model), Strategy())) for _ in range(2))
     views = torch.randn(options.batch_size, 3, IMAGE_SIZE, IMAGE_SIZE, device=device)
     steps = {
-        name: inactive_steps(mode, ready(model), idle, views[:size], options.amp)
-        for name, (mode, size) in inactive(options.batch_size).items()
+        case: inactive_steps(mode, ready(model), idle, views[:size], options.amp)
+        for case, (mode, size) in inactive(options.batch_size).items()
     }
-    for patch_size, dropout in product(PATCH_SIZES, DROPOUTS):
-        strategy = Strategy(dropout, patch_size)
-        patches = seqcompress.num_tokens(model, strategy, IMAGE_SIZE) - model.num_prefix_tokens
-        if patches == model.patch_embed.num_patches:
-            continue
+    for strategy, patches in grid(name, model):
         size = native_size(patches)
         few = torch.randn(options.batch_size, 3, *size, device=device)
         steps[str(strategy)] = {
             "ours": partial(train_step, ours, views, options.amp, strategy),
-            "native": partial(train_step, ready(native(model, size)), few, options.amp),
-            "timm": partial(train_step, ready(by_timm(model, patch_size, patches)), views, options.amp),
+            "native": partial(train_step, ready(any_native(name, model, size)), few, options.amp),
         }
+        if name not in OF_OTHERS:
+            own = by_timm(model, strategy.patch_size, patches)
+            steps[str(strategy)]["timm"] = partial(train_step, ready(own), views, options.amp)
     return steps
 
 
@@ -117,9 +142,7 @@ def inactive(batch_size: int) -> dict[str, tuple[str, int]]:
     }
 
 
-def inactive_steps(
-    mode: str, plain: VisionTransformer, idle: VisionTransformer, views: Tensor, amp: bool
-) -> dict[str, Step]:
+def inactive_steps(mode: str, plain: nn.Module, idle: nn.Module, views: Tensor, amp: bool) -> dict[str, Step]:
     """A step of the plain model, and of the compressed one while no compression is active."""
     step = {"train": train_step, "eval": eval_step}[mode]
     return {"plain": partial(step, plain, views, amp), "ours": partial(step, idle, views, amp)}
@@ -127,21 +150,21 @@ def inactive_steps(
 
 def narrow_steps(name: str, device: torch.device) -> dict[str, dict[str, Step]]:
     """The inactive steps of an encoder so narrow, on a view so small, that what is added to them can be seen."""
-    plain = native(vit(name, embed_dim=32, num_heads=1).to(device), native_size(1))
+    plain = any_vit(name, native_size(1), narrow=True).to(device)
     idle = seqcompress.compress(sharing_parameters(plain), Strategy())
     view = torch.randn(1, 3, *native_size(1), device=device)
     return {mode: inactive_steps(mode, plain, idle, view, amp=False) for mode in ("train", "eval")}
 
 
 def grid_results(
-    model: VisionTransformer, times: Times, memory: Mapping[str, Mapping[str, int]], options: argparse.Namespace
+    model: nn.Module, times: Times, memory: Mapping[str, Mapping[str, int]], options: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """One record for each point of the grid."""
     base = next(iter(inactive(options.batch_size)))
     uncompressed = by_repeat(times[base]["plain"], options.repeats)
     results = []
     for point, variants in times.items():
-        if "timm" not in variants:
+        if "native" not in variants:
             continue
         strategy = Strategy.parse(point)
         results.append(
@@ -151,11 +174,14 @@ def grid_results(
                 "turns": len(variants["ours"]),
                 "speedup": ratio(uncompressed, by_repeat(variants["ours"], options.repeats))._asdict(),
                 "share_of_native_limit": ratio(variants["native"], variants["ours"])._asdict(),
-                "timm_share_of_native_limit": ratio(variants["native"], variants["timm"])._asdict(),
-                "speed_over_timm": ratio(variants["timm"], variants["ours"])._asdict(),
                 "peak_memory": {name: peak / memory[base]["plain"] for name, peak in memory[point].items()},
             }
         )
+        if "timm" in variants:
+            results[-1] |= {
+                "timm_share_of_native_limit": ratio(variants["native"], variants["timm"])._asdict(),
+                "speed_over_timm": ratio(variants["timm"], variants["ours"])._asdict(),
+            }
     return results
 
 
@@ -179,10 +205,10 @@ def inactive_results(times: Times, narrow: Times, options: argparse.Namespace) -
 
 def results_of(name: str, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Everything about one model."""
-    model = vit(name).to(device)
+    model = any_vit(name).to(device)
     measure = partial(interleaved_times, repeats=options.repeats, min_seconds=options.min_seconds, device=device)
     narrow_times = measure(narrow_steps(name, device), title="inactive")
-    steps = steps_to_compare(model, options, device)
+    steps = steps_to_compare(name, model, options, device)
     times = measure(steps, title="grid")
     memory = {
         point: {name: peak_memory(step, device) for name, step in variants.items()}
@@ -226,7 +252,7 @@ No compression active, at the base strategy:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", default=MODELS, help="ViTs with patch 16 of timm")
+    parser.add_argument("--model", nargs="+", default=MODELS, help=f"timm's names, or {' or '.join(OF_OTHERS)}")
     add_options(parser, "encoder")
     options = parser.parse_args()
     device = prepare(parser, options)
@@ -235,7 +261,7 @@ def main() -> None:
     for name in options.model:
         try:
             models[name] = results_of(name, options, device)
-        except ValueError as error:
+        except (ValueError, ImportError) as error:
             parser.error(str(error))
         torch.compiler.reset()  # compiled code holds on to the models that it is for
     described = environment(device)
@@ -255,9 +281,12 @@ def _section(name: str, results: dict[str, Any]) -> str:
             "turns": str(point["turns"]),
             "speed-up": f"{point['speedup']['median']:.2f}x",
             "share of the native limit": percent(Ratio(**point["share_of_native_limit"])),
-            "timm's share": percent(Ratio(**point["timm_share_of_native_limit"])),
-            "speed over timm": f"{point['speed_over_timm']['median']:.2f}x",
         }
+        if "speed_over_timm" in point:
+            row |= {
+                "timm's share": percent(Ratio(**point["timm_share_of_native_limit"])),
+                "speed over timm": f"{point['speed_over_timm']['median']:.2f}x",
+            }
         row |= {f"memory, {name}": f"{100 * share:.1f} %" for name, share in point["peak_memory"].items()}
         rows.append(row)
     shares = [point["share_of_native_limit"]["median"] for point in results["active"]]
