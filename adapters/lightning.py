@@ -698,7 +698,12 @@ class _Readings:
 
     def note(self) -> None:
         """A step is done."""
-        self._strategy = self._student.strategy
+        from seqcompress.encoders import is_frozen
+        from seqcompress.strategy import Strategy
+
+        # As long as all of it is frozen, a student builds no graph, and runs plain.
+        is_plain = self._student.when == "grad" and is_frozen(self._student.encoder.model)
+        self._strategy = Strategy() if is_plain else self._student.strategy
 
     def values(self) -> dict[str, float]:
         """The metrics of the latest step."""

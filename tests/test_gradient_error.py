@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import array
+import contextvars
 import copy
 import functools
+import importlib
+import itertools
 import random
 import threading
 import weakref
+from collections import ChainMap, deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from queue import SimpleQueue
@@ -19,6 +24,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.distributed.optim import _apply_optimizer_in_backward
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
@@ -698,6 +704,185 @@ def test_objects_of_ones_own_are_put_back_several_deep(tiny_vit: Any) -> None:
     assert (len(keys), float(keys[0].abs().max())) == (1, 0.0)
 
 
+class _Singleton(type):
+    made: dict[type, Any] = {}
+
+    def __call__(cls) -> Any:
+        return _Singleton.made.setdefault(cls, super().__call__())
+
+
+class _Bank(metaclass=_Singleton):
+    def __init__(self) -> None:
+        self.keys = torch.zeros(4, 32)
+
+
+class _Push:
+    """Changes a global name in a method of an object that a step only makes, two methods down."""
+
+    newest = 0
+
+    def __init__(self, features: Tensor) -> None:
+        self._features = features
+
+    def go(self) -> None:
+        self._through(self._features)
+
+    @staticmethod
+    def _through(features: Tensor) -> None:
+        _enqueue(features)
+        _Push.newest += 1
+        _Push.seen = True  # type: ignore[attr-defined]
+        _Bank().keys = _Bank().keys + 1
+
+
+class _Counting(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, features: Tensor) -> Tensor:
+        return features.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        _enqueue(gradients[0])
+        return gradients[0]
+
+
+class _Runner:
+    """Reaches its state only through methods that call methods, a property, and a name that it looks up."""
+
+    kept: Any = ()
+
+    def __init__(self, vit: nn.Module) -> None:
+        self.vit = vit
+
+    def loss(self, batch: Tensor) -> Tensor:
+        return self._first(self.vit(batch))
+
+    def _first(self, features: Tensor) -> Tensor:
+        return getattr(self, "_second")(features)  # noqa: B009 - as scripts choose a loss by its name
+
+    def _second(self, features: Tensor) -> Tensor:
+        self.centre = self.centre + features.detach()
+        type(self).kept = (*self.kept, 1)
+        return features.square().mean()
+
+    @property
+    def centre(self) -> Tensor:
+        return CENTRE
+
+    @centre.setter
+    def centre(self, value: Tensor) -> None:
+        global CENTRE
+        CENTRE = value
+
+
+def test_state_that_only_methods_and_classes_lead_to_is_put_back(tiny_vit: Any) -> None:
+    runner, keys, centre = _Runner(tiny_vit()), _Bank().keys, CENTRE
+
+    def step(batch: Tensor) -> Tensor:
+        loss = runner.loss(batch)
+        _Push(_Counting.apply(runner.vit(batch)).detach()).go()
+        return loss
+
+    gradient_error(runner.vit, step, _loader(), [HALF], cost="flops")
+    assert (POINTER, CENTRE is centre, "NEW" in globals()) == (0, True, False)
+    assert (_Runner.kept, _Push.newest, hasattr(_Push, "seen")) == ((), 0, False)
+    assert _Bank().keys is keys
+
+
+def test_what_a_backward_function_of_ones_own_changes_is_put_back(tiny_vit: Any) -> None:
+    vit = tiny_vit()
+    gradient_error(vit, lambda batch: _Counting.apply(vit(batch)).sin().mean(), _loader(), [HALF], cost="flops")
+    assert (POINTER, "NEW" in globals()) == (0, False)
+
+
+def test_state_in_caches_functions_tensors_contexts_and_behind_weak_references_is_put_back(tiny_vit: Any) -> None:
+    vit, bytes_seen, numbers, layers = tiny_vit(), bytearray(1), array.array("d", [0.0]), ChainMap[str, int]({"n": 0})
+    weight, context = next(vit.parameters()), contextvars.ContextVar("keys", default=0)
+    context.set(0)
+    holders = [_Runner(vit), _Runner(vit)]
+    for holder in holders:
+        holder.steps = 0  # type: ignore[attr-defined]
+    reference, proxy = weakref.ref(holders[0]), weakref.proxy(holders[1])
+    by_key = weakref.WeakKeyDictionary({holders[0]: 0})
+    newest: deque[Tensor] = deque(maxlen=2)
+    push = newest.append
+    weight.seen = 0
+
+    @functools.lru_cache
+    def bank(size: int) -> Tensor:
+        return torch.zeros(size)
+
+    @functools.cache
+    def state() -> dict[str, int]:
+        return {"steps": 0}
+
+    bank(3), state()
+
+    def step(batch: Tensor) -> Tensor:
+        push(batch.mean())
+        bank(3).add_(1)
+        state()["steps"] += 1
+        step.calls += 1  # type: ignore[attr-defined]
+        weight.seen += 1
+        context.set(context.get() + 1)
+        reference().steps += 1  # type: ignore[union-attr]
+        proxy.steps += 1
+        by_key[holders[0]] += 1
+        bytes_seen[0] += 1
+        numbers[0] += 1
+        layers["n"] += 1
+        from sys import modules  # noqa: F401 - of a host, so it is not looked into
+
+        return vit(batch).square().mean()
+
+    step.calls = 0  # type: ignore[attr-defined]
+    gradient_error(vit, step, _loader(), [HALF], cost="flops")
+    assert (len(newest), float(bank(3).sum()), state()["steps"], bank.cache_info().currsize) == (0, 0.0, 0, 1)
+    assert (step.calls, weight.seen, context.get()) == (0, 0, 0)  # type: ignore[attr-defined]
+    assert [holder.steps for holder in holders] == [0, 0]  # type: ignore[attr-defined]
+    assert (by_key[holders[0]], bytes_seen[0], numbers[0], layers["n"]) == (0, 0, 0.0, 0)
+
+
+def test_state_of_a_module_that_is_imported_within_the_step_is_put_back(
+    tiny_vit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "banks_of_a_script.py").write_text("count = 0\ndef push():\n    global count\n    count += 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    module, vit = importlib.import_module("banks_of_a_script"), tiny_vit()
+
+    def step(batch: Tensor) -> Tensor:
+        from banks_of_a_script import push  # type: ignore[import-not-found]
+
+        push()
+        return vit(batch).square().mean()
+
+    gradient_error(vit, step, _loader(), [HALF], cost="flops")
+    assert module.count == 0
+
+
+def test_an_object_that_lies_too_deep_is_named(tiny_vit: Any) -> None:
+    class Part:
+        inner: Any
+        steps = 0
+
+    vit, deepest = tiny_vit(), Part()
+    outermost: Any = deepest
+    for _ in range(8):
+        part = Part()
+        part.inner, outermost = outermost, part
+
+    def step(batch: Tensor) -> Tensor:
+        part = outermost
+        while hasattr(part, "inner"):
+            part = part.inner
+        part.steps += 1
+        return vit(batch).square().mean()
+
+    with pytest.warns(UserWarning, match=r"cannot put back: outermost(\.inner){8}\. "):
+        gradient_error(vit, step, _loader(), [HALF], cost="flops")
+    assert deepest.steps > 0
+
+
 def test_what_cannot_be_put_back_is_named_once(tiny_vit: Any) -> None:
     vit, noises, loader = tiny_vit(), iter(range(1000)), (number for number in range(1000))
 
@@ -718,6 +903,39 @@ def test_the_batches_own_generator_is_put_back(tiny_vit: Any) -> None:
     reports = [gradient_error(vit, _loss_of(vit), loader, [HALF], cost="flops") for _ in range(2)]
     assert torch.equal(generator.get_state(), before)
     assert reports[0] == reports[1]
+
+
+@pytest.mark.parametrize("taken_by", ["islice", "map", "generator expression"])
+def test_the_generator_of_a_loader_behind_an_iterator_is_put_back(taken_by: str, tiny_vit: Any) -> None:
+    vit, generator = tiny_vit(), torch.Generator().manual_seed(7)
+    loader = DataLoader(torch.randn(16, 3, 32, 32), batch_size=2, shuffle=True, generator=generator)
+    batches: Iterator[Tensor] = {
+        "islice": lambda: itertools.islice(loader, 3),
+        "map": lambda: map(torch.clone, loader),
+        "generator expression": lambda: (batch for _, batch in zip(range(3), loader, strict=False)),
+    }[taken_by]()
+    before = generator.get_state()
+    gradient_error(vit, _loss_of(vit), batches, [HALF], cost="flops")
+    assert torch.equal(generator.get_state(), before)
+
+
+def test_an_optimizer_that_parameters_hold_themselves_is_put_back(tiny_vit: Any) -> None:
+    vit = tiny_vit()
+    _apply_optimizer_in_backward(torch.optim.SGD, vit.parameters(), {"lr": 0.1, "momentum": 0.9})
+    _loss_of(vit)(_loader()[0]).backward()
+    momenta = [each._in_backward_optimizers[0].state[each]["momentum_buffer"] for each in vit.blocks.parameters()]
+    before = [each.clone() for each in momenta]
+    with pytest.raises(ValueError, match=r"base must leave its gradients in \.grad, got 30 of 30 that were gone"):
+        gradient_error(vit, _loss_of(vit), _loader(), [HALF], cost="flops")
+    assert all(map(torch.equal, momenta, before))
+
+
+def test_a_gradient_of_zeros_on_every_batch_is_an_error(tiny_vit: Any) -> None:
+    vit = tiny_vit()
+    for parameter in vit.parameters():  # as LOMO does it
+        parameter.register_hook(torch.zeros_like)
+    with pytest.raises(ValueError, match="must give model a gradient, got one of zeros without compression"):
+        gradient_error(vit, _loss_of(vit), _loader(), [HALF], cost="flops")
 
 
 def test_an_optimizer_that_steps_inside_the_backward_pass_is_an_error_and_is_put_back(tiny_vit: Any) -> None:

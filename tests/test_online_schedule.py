@@ -499,6 +499,16 @@ def test_gradients_that_are_taken_inside_the_backward_pass_are_an_error_once_the
         run.train(_batches(60))
 
 
+def test_gradients_of_zeros_are_an_error_and_nothing_to_decide_on() -> None:
+    run = _Run()
+    for parameter in run.method.parameters():
+        if parameter.requires_grad:
+            parameter.register_hook(torch.zeros_like)
+    with pytest.raises(ValueError, match="must give model a gradient, got one of zeros without compression"):
+        run.train(_batches(60))
+    assert run.scheduler.decisions == ()
+
+
 @pytest.fixture(scope="module")
 def ranks(
     tmp_path_factory: pytest.TempPathFactory, run_ranks: Callable[..., list[str]]

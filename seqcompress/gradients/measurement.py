@@ -40,6 +40,10 @@ __all__ = ["gradient_error"]
 
 Batch = TypeVar("Batch")
 
+NO_GRADIENT = (
+    "step must give model a gradient, got one of zeros without compression on every batch: something may take it in "
+    "the backward pass, such as an optimizer that steps in a parameter's hook"
+)
 SKETCH_SIZE = 2**15  # for leave-one-out values; models with fewer parameters need no sketch
 _BASE = Strategy()
 
@@ -106,7 +110,8 @@ def gradient_error(
         TypeError: an argument has the wrong type, or ``model`` is not supported.
         ValueError: an argument is out of range; the model is in eval mode or nothing in it requires grad; a
             strategy does not suit it; there are fewer than 2 batches; a loss does not come from the model or is not a
-            finite scalar, or gradients are not there after the backward pass (the message names strategy and batch).
+            finite scalar, or gradients are not there after the backward pass (the message names strategy and batch), or
+            are all zero.
         ImportError: ``progress=True`` without tqdm.
 
     Examples:
@@ -563,6 +568,8 @@ def _report(
     complete: bool,
 ) -> GradientErrorReport:
     batches = moments.num_batches
+    if moments.base_norm2().value == moments.base_variance().value == 0.0:
+        raise ValueError(NO_GRADIENT)
     estimates = {}
     for strategy, ratios in costs.items():
         base = strategy == _BASE

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from seqcompress.compression import compressed_embeds_of
 from seqcompress.encoders import CompressedPatchEmbed, Forward
 from seqcompress.gradients.measurement import (
+    NO_GRADIENT,
     SKETCH_SIZE,
     MeasuredEncoder,
     checked_strategies,
@@ -410,6 +411,8 @@ class OnlineScheduler:
         self._events.append(_Event(sketches, flops))
 
     def _decide(self) -> None:
+        if not any(bool(event.sketches[_BASE].any()) for event in self._events):  # known to all ranks
+            raise ValueError(NO_GRADIENT)
         before = self.strategy
         decision = OnlineDecision(self.last_step, before, before, self._report(), self.measured_share)
         others = [strategy for strategy in self._compared() if strategy != before]

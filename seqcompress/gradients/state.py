@@ -7,15 +7,30 @@ Two parts: [Reach][seqcompress.gradients.state.Reach] finds what a function can 
 from __future__ import annotations
 
 import argparse
+import array
 import collections
+import contextvars
 import functools
+import gc
 import inspect
 import operator
 import random
 import sys
+import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from types import CellType, CodeType, FunctionType, GeneratorType, MethodType, ModuleType, SimpleNamespace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import (
+    BuiltinMethodType,
+    CellType,
+    CodeType,
+    FunctionType,
+    GeneratorType,
+    MappingProxyType,
+    MethodType,
+    MethodWrapperType,
+    ModuleType,
+    SimpleNamespace,
+)
 from typing import Any
 
 import torch
@@ -39,8 +54,19 @@ _HOSTS = {
     *("torch", "numpy", "lightning", "pytorch_lightning", "lightning_fabric", "torchmetrics", "seqcompress"),
     *("accelerate", "deepspeed", "wandb", "tensorboard", "mlflow", "tqdm", "rich", "matplotlib", "pandas", "PIL"),
 } - {"__main__"}
-_OWN = (SimpleNamespace, argparse.Namespace, collections.UserDict, collections.UserList, torch.amp.GradScaler)
+_OWN = (
+    *(SimpleNamespace, argparse.Namespace, torch.amp.GradScaler),
+    *(collections.UserDict, collections.UserList, collections.ChainMap),
+    *(weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet),
+)
 _DATA = (Dataset, DataLoader)
+_Cached = type(functools.cache(int))
+_Wrappers = (
+    *(MethodType, BuiltinMethodType, MethodWrapperType, staticmethod, classmethod, property, _Cached),
+    *(functools.partial, functools.partialmethod, functools.cached_property),
+)
+_PARTS = ("__self__", "__func__", "__wrapped__", "func", "fget", "fset", "fdel", "args", "keywords")
+_CALLED = {"forward", "backward", "setup_context"}  # by torch
 
 
 class Snapshot:
@@ -156,6 +182,9 @@ class Reach:
         self._into_data = into_data
         self._seen: dict[int, object] = {}
         self._bound: set[tuple[int, str]] = set()
+        self._names: set[str] = set()  # used by the functions that were followed
+        self._classes: dict[type, int] = {}  # of objects of one's own, and how deep these lie
+        self._modules: dict[ModuleType, int] = {}
 
     def follow_root(self, root: object) -> None:
         """Follow an object, its attributes too whatever its class."""
@@ -163,70 +192,95 @@ class Reach:
             return
         name = type(root).__name__
         if not self._is_followed(root) and hasattr(root, "__dict__") and not isinstance(root, (FunctionType, Tensor)):
-            self._attributes(root, name, 0, ())
-        self._follow(root, name, 0, ())
+            self._attributes(root, name, 0)
+        self._follow(root, name, 0)
+        self._follow_what_is_used()
 
     def follow_function(self, function: object) -> None:
         """Follow what a function can get at. For a method, the object itself comes first, whatever its class."""
         if isinstance(function, MethodType):
-            names = tuple(_names(function.__func__.__code__)) if isinstance(function.__func__, FunctionType) else ()
             owner = function.__self__
             if not self._is_followed(owner) and hasattr(owner, "__dict__"):
                 self._seen[id(owner)] = owner
-                self._attributes(owner, type(owner).__name__, 0, names)
-            self._follow(owner, type(owner).__name__, 0, names)
-        self._follow(function, getattr(function, "__name__", type(function).__name__), 0, ())
+                self._attributes(owner, type(owner).__name__, 0)
+            self._follow(owner, type(owner).__name__, 0)
+        self._follow(function, getattr(function, "__name__", type(function).__name__), 0)
+        self._follow_what_is_used()
 
-    def _follow(self, value: Any, name: str, depth: int, names: Sequence[str]) -> None:
+    def _follow_what_is_used(self) -> None:
+        """Of classes and modules, only what some function names: a method that is called may name more of it."""
+        before = -1
+        while before != len(self._bound):
+            before = len(self._bound)
+            for kind, depth in list(self._classes.items()):
+                for key, item in list(vars(kind).items()):
+                    is_used = key in self._names or key in _CALLED or key.startswith("__")
+                    if is_used and isinstance(item, (FunctionType, type, *_Wrappers)):
+                        self._bound.add((id(kind), key))
+                        self._follow(item, f"{kind.__name__}.{key}", depth)
+            for module, depth in list(self._modules.items()):
+                for key in list(self._names & vars(module).keys()):
+                    self._bind_name(vars(module), key, f"{module.__name__}.{key}", depth)
+
+    def _follow(self, value: Any, name: str, depth: int) -> None:
+        if type(value) in weakref.ProxyTypes:
+            value = _behind(value)
         if isinstance(value, _Plain) or id(value) in self._seen:
             return
         self._seen[id(value)] = value
         if isinstance(value, Tensor):
-            self.found.append((name, value))
-            for hooks in (getattr(value, "_backward_hooks", None), getattr(value, "_post_accumulate_grad_hooks", None)):
-                for hook in list((hooks or {}).values()):  # an optimizer may step in there
-                    self._follow(hook, f"{name}'s hook", depth, ())
+            self._tensor(value, name, depth)
         elif isinstance(value, _Stateful):
-            self._attributes(value, name, depth, names)
-        elif isinstance(value, dict):
-            self.found.append((name, value))
+            self._attributes(value, name, depth)
+        elif isinstance(value, (dict, MappingProxyType)):
+            if isinstance(value, dict):
+                self.found.append((name, value))
             for key, item in list(value.items()):
-                self._follow(key, name, depth, ())
-                self._follow(item, f"{name}[{key!r}]" if isinstance(key, _Plain) else name, depth, names)
+                self._follow(key, name, depth)
+                self._follow(item, f"{name}[{key!r}]" if isinstance(key, _Plain) else name, depth)
         elif isinstance(value, (list, set, deque)):
             self.found.append((name, value))
             if len(value) <= _TOO_MANY:
                 for item in list(value):
-                    self._follow(item, f"{name}[...]", depth, names)
+                    self._follow(item, f"{name}[...]", depth)
         elif isinstance(value, (tuple, frozenset)):
             for item in value:
-                self._follow(item, name, depth, names)
-        elif _is_generator(value) or _is_array(value):
+                self._follow(item, name, depth)
+        elif _is_generator(value) or _is_array(value) or isinstance(value, (bytearray, array.array)):
             self.found.append((name, value))
-        elif isinstance(value, functools.partial):
-            for item in (value.func, *value.args, *value.keywords.values()):
-                self._follow(item, name, depth, ())
-        elif isinstance(value, MethodType):
-            code = getattr(value.__func__, "__code__", None)
-            self._follow(value.__self__, name, depth, () if code is None else tuple(_names(code)))
-            self._follow(value.__func__, name, depth, ())
+        elif isinstance(value, _Wrappers):
+            for item in (getattr(value, part, None) for part in _PARTS):
+                self._follow(item, name, depth)
+            for item in _results(value) if isinstance(value, _Cached) else ():
+                self._follow(item, f"{name}()", depth)
         elif isinstance(value, FunctionType):
             self._function(value, depth)
         elif isinstance(value, ModuleType):
             if not _is_hosts(value.__name__):
-                for key in names:
-                    self._bind_name(vars(value), key, f"{value.__name__}.{key}", depth, ())
+                self._modules[value] = depth
         elif isinstance(value, type):
-            if not _is_hosts(value.__module__):
-                self._class(value, depth)
+            self._class(value, depth)
+        elif isinstance(value, weakref.ref):
+            self._follow(value(), name, depth)
+        elif isinstance(value, contextvars.ContextVar):
+            binding = _Binding.of_context(value)
+            self.bindings.append((name, binding))
+            self._follow(binding.kept, name, depth)
         elif isinstance(value, GeneratorType):
             self.watched.append((name, value))
             for key, item in inspect.getgeneratorlocals(value).items():
-                if not key.startswith("."):  # the iterator of a generator expression, which goes on with it
-                    self._follow(item, f"{name}'s {key}", depth, ())
+                if self._into_data or not key.startswith("."):  # the iterator of a generator expression goes on with it
+                    self._follow(item, f"{name}'s {key}", depth)
         elif self._is_followed(value):
             if depth < _DEPTH:
-                self._attributes(value, name, depth + 1, names)
+                self._attributes(value, name, depth + 1)
+            else:
+                self.watched.append((name, value))
+        elif self._into_data and isinstance(
+            value, Iterator
+        ):  # islice, map, zip: they show what they hold in no other way
+            for item in gc.get_referents(value):
+                self._follow(item, name, depth)
         elif not callable(value) and not _is_quiet(type(value).__module__):
             self.watched.append((name, value))
 
@@ -242,10 +296,18 @@ class Reach:
             return False
         return hasattr(value, "__dict__") or bool(_slots(value))
 
-    def _attributes(self, value: Any, name: str, depth: int, names: Sequence[str]) -> None:
+    def _tensor(self, value: Tensor, name: str, depth: int) -> None:
+        self.found.append((name, value))
+        for hooks in (getattr(value, "_backward_hooks", None), getattr(value, "_post_accumulate_grad_hooks", None)):
+            for hook in list((hooks or {}).values()):  # an optimizer may step in there
+                self._follow(hook, f"{name}'s hook", depth)
+        if type(value) in (Tensor, nn.Parameter):  # other kinds keep parts of their own memory there
+            self._follow(vars(value), name, depth)
+
+    def _attributes(self, value: Any, name: str, depth: int) -> None:
         for slot in _slots(value):
             self.bindings.append((f"{name}.{slot}", _Binding.of_attribute(value, slot)))
-            self._follow(getattr(value, slot, None), f"{name}.{slot}", depth, names)
+            self._follow(getattr(value, slot, None), f"{name}.{slot}", depth)
         attributes = getattr(value, "__dict__", None)
         if isinstance(attributes, dict) and id(attributes) not in self._seen:
             self._seen[id(attributes)] = attributes
@@ -255,42 +317,51 @@ class Reach:
                     self._seen[id(item)] = item
                     self.found.append((name, item))
                     for child, part in list(item.items()):
-                        self._follow(part, f"{name}.{child}", depth, names)
+                        self._follow(part, f"{name}.{child}", depth)
                 else:
-                    self._follow(item, f"{name}.{key}", depth, names)
-        for kind in type(value).__mro__:
-            if not _is_hosts(kind.__module__):
-                for method in {"forward", "__call__", *names} & vars(kind).keys():
-                    self._follow(vars(kind)[method], f"{kind.__name__}.{method}", depth, ())
+                    self._follow(item, f"{name}.{key}", depth)
+        self._class(type(value), depth)
 
     def _class(self, kind: type, depth: int) -> None:
-        for key, item in list(vars(kind).items()):
-            if key.startswith("__") or callable(item) or hasattr(item, "__get__"):
+        """Its attributes, and those of its bases and its metaclass."""
+        for each in (*kind.__mro__, *type(kind).__mro__):
+            if each in self._classes or _is_hosts(each.__module__):
                 continue
-            self.bindings.append((f"{kind.__name__}.{key}", _Binding.of_attribute(kind, key)))
-            self._follow(item, f"{kind.__name__}.{key}", depth, ())
+            self._classes[each] = depth
+            self.bindings.append((each.__name__, _Binding.of_names(each)))
+            for key, item in list(vars(each).items()):
+                if key.startswith("__") or callable(item) or hasattr(item, "__get__"):
+                    continue
+                self.bindings.append((f"{each.__name__}.{key}", _Binding.of_attribute(each, key)))
+                self._follow(item, f"{each.__name__}.{key}", depth)
 
     def _function(self, function: FunctionType, depth: int) -> None:
-        names = tuple(_names(function.__code__))
+        names = set(_names(function.__code__))
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             binding = _Binding.of_cell(cell)
             self.bindings.append((name, binding))
             if binding.kept is not _ABSENT:
-                self._follow(binding.kept, name, depth, names)
+                self._follow(binding.kept, name, depth)
         for default in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
-            self._follow(default, f"{function.__name__}'s default", depth, names)
-        if not _is_hosts(function.__globals__.get("__name__", "")):
+            self._follow(default, f"{function.__name__}'s default", depth)
+        self._follow(vars(function), function.__name__, depth)
+        self._names |= names
+        module = function.__globals__.get("__name__", "")
+        if not _is_hosts(module):
+            self._names |= set(_words(function.__code__))
             for name in names:
-                self._bind_name(function.__globals__, name, name, depth, names)
+                self._bind_name(function.__globals__, name, name, depth)
+                for imported in (name, f"{function.__globals__.get('__package__')}.{name}"):  # within the function
+                    self._follow(sys.modules.get(imported), imported, depth)
 
-    def _bind_name(self, namespace: dict[str, Any], key: str, name: str, depth: int, names: Sequence[str]) -> None:
+    def _bind_name(self, namespace: dict[str, Any], key: str, name: str, depth: int) -> None:
         if (id(namespace), key) in self._bound:
             return
         self._bound.add((id(namespace), key))
         binding = _Binding.of_item(namespace, key)
         self.bindings.append((name, binding))
         if binding.kept is not _ABSENT:
-            self._follow(binding.kept, name, depth, names)
+            self._follow(binding.kept, name, depth)
 
 
 class _Binding:
@@ -340,6 +411,26 @@ class _Binding:
 
         return cls(lambda: getattr(owner, key, _ABSENT), put)
 
+    @classmethod
+    def of_context(cls, variable: contextvars.ContextVar[Any]) -> _Binding:
+        def put(value: Any) -> None:
+            if value is _ABSENT:
+                raise LookupError("a context variable cannot lose its value again")
+            variable.set(value)
+
+        return cls(lambda: variable.get(_ABSENT), put)
+
+    @classmethod
+    def of_names(cls, kind: type) -> _Binding:
+        """The attributes that a class has, not what they are bound to."""
+
+        def put(names: frozenset[str]) -> None:
+            for name in vars(kind).keys() - names:
+                if not name.startswith("__"):
+                    delattr(kind, name)
+
+        return cls(lambda: frozenset(vars(kind)), put)
+
 
 class _SavedTensor:
     def __init__(self, tensor: Tensor) -> None:
@@ -371,6 +462,37 @@ def _names(code: CodeType) -> Iterator[str]:
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _names(constant)
+
+
+def _words(code: CodeType) -> Iterator[str]:
+    """Texts that may be names: ``getattr(self, "loss")``."""
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _words(constant)
+        elif isinstance(constant, str) and constant.isidentifier():
+            yield constant
+
+
+def _behind(proxy: Any) -> object:
+    """The object that a weak proxy stands for; None if it is gone."""
+    try:
+        return proxy.__init__.__self__
+    except ReferenceError:
+        return None
+
+
+def _results(cached: Any) -> list[object]:
+    """What a function with a cache keeps, the cache itself left out: nobody else may write into that."""
+    if not cached.cache_info().currsize:
+        return []
+    parts = [part for part in gc.get_referents(cached) if part is not vars(cached)]
+    if cached.cache_parameters()["maxsize"] is None:
+        return [result for part in parts if isinstance(part, dict) for result in part.values()]
+    return [part for part in parts if not (isinstance(part, dict) and any(map(_is_link, part.values())))]
+
+
+def _is_link(value: object) -> bool:
+    return type(value).__name__ == "_lru_list_elem"
 
 
 def _is_hosts(module: str | None) -> bool:
@@ -423,6 +545,8 @@ def _undo_of(value: Any) -> Callable[[], object] | None:
     """How to give a container, a random generator or an array the contents back that it has now."""
     if isinstance(value, (dict, list, set, deque)):
         return _undo_of_container(value)
+    if isinstance(value, (bytearray, array.array)):
+        return functools.partial(operator.setitem, value, slice(None), value[:])
     if isinstance(value, torch.Generator):
         return functools.partial(value.set_state, value.get_state())
     if isinstance(value, random.Random):

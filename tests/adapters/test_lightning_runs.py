@@ -590,6 +590,32 @@ def test_a_plain_run_says_nothing_of_a_teacher_or_a_budget(
     assert told == ["seqcompress: backbone: trains at base (17 tokens a view)"]
 
 
+def test_while_all_of_a_student_is_frozen_the_tokens_it_runs_at_are_logged(
+    pl: Any, make_pair: Build, make_trainer: Build
+) -> None:
+    logged: list[float] = []
+
+    class Unfreeze(pl.callbacks.BaseFinetuning):  # type: ignore[misc]
+        def freeze_before_training(self, pl_module: Any) -> None:
+            self.freeze(pl_module.backbone)
+
+        def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
+            if epoch == 1:
+                self.make_trainable(pl_module.backbone)
+
+    class Note(pl.Callback):  # type: ignore[misc]
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            logged.append(trainer.callback_metrics["seqcompress/tokens"].item())
+
+    module = make_pair()
+    compress(module.backbone, Strategy(0.75))
+    module.head = nn.Linear(32, 1)  # what is trained before
+    loss = module.training_step
+    module.training_step = lambda batch, batch_idx: loss(batch, batch_idx) + 0 * module.head.weight.sum()
+    make_trainer(max_epochs=2, log_every_n_steps=1, callbacks=[Unfreeze(), Note()]).fit(module, batches(2))
+    assert (module.tokens, logged) == ([17, 17, 5, 5], [17, 5])
+
+
 def test_one_callback_comes_by_itself_and_what_it_says_is_shown(pl: Any, make_trainer: Build) -> None:
     callbacks = [callback for callback in make_trainer().callbacks if "seqcompress" in type(callback).__module__]
     assert [type(callback).__name__ for callback in callbacks] == ["SequenceCompressionCallback"]
