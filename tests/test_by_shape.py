@@ -599,6 +599,7 @@ def _timm(name: str, **settings: Any) -> Callable[[], nn.Module]:
         (_timm("vit_relpos_small_patch16_224", depth=1), "VisionTransformerRelPos whose tokens"),
         (_timm("beit_base_patch16_224", depth=1), "Beit"),
         (_timm("convnext_atto"), "ConvNeXt"),
+        (_timm("naflexvit_base_patch16_gap", depth=1), r"NaFlexVit, which is given patches .*patch_drop_rate"),
         (_timm("hiera_tiny_224"), "Hiera"),
         (lambda: _hugging_face("BeitModel", use_relative_position_bias=True), "its blocks fail"),
         (ConvolutionalStem, "ConvolutionalStem"),

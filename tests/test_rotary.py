@@ -398,6 +398,22 @@ def test_crops_of_lists_in_two_forwards_keep_their_rotations_until_a_checkpoint_
         torch.testing.assert_close(mine, others)
 
 
+def test_rotations_in_half_precision_are_proven_as_any_others() -> None:
+    model = _with_weights_that_matter(LikeDinov3())
+    with torch.no_grad():
+        for block in model.blocks:
+            block.qkv_attn.weight.normal_(std=0.6)
+    exact = type(model.rope_embed).forward
+    model.rope_embed.forward = lambda **sides: tuple(part.bfloat16() for part in exact(model.rope_embed, **sides))
+    model.blocks[0].turned = model.blocks[1].turned = lambda x, sin, cos: TurningBlock.turned(
+        model.blocks[0], x.to(sin.dtype), sin, cos
+    ).to(x.dtype)
+    plain, views = copy.deepcopy(model), _views(model)
+    features = _features(compress(model, Strategy(0.5)), views)
+    expected = _features_of(plain, views, _embed(model).selection.kept)
+    assert float((features - expected).abs().max() / expected.abs().max()) < 2e-2
+
+
 def test_compiled_blocks_and_half_precision_take_crops_of_lists() -> None:
     model = compress(_with_weights_that_matter(LikeDinov3(scale=2.0)), Strategy(0.5))
     crops, found = [torch.randn(2, 3, 32, 32), torch.randn(3, 3, 16, 16)], []

@@ -114,12 +114,17 @@ class KeptRotations(Hook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         selection = self.selection(args, kwargs)
-        if selection is None or selection.kept is None:
+        kept = None if selection is None else selection.kept
+        if kept is None and not self.embed.is_probed:
             return output
-        kept = selection.kept
-        if isinstance(output, Tensor):
-            return F.embedding(kept, output).unsqueeze(1)
-        return type(output)(F.embedding(kept, rotations).unsqueeze(1) for rotations in output)
+
+        def of_kept(rotations: Tensor) -> Tensor:
+            if self.embed.is_probed:  # rounded to half precision, they would hide small differences
+                weight: Tensor = self.embed.encoder.patch_embed.weight
+                rotations = rotations.to(torch.promote_types(rotations.dtype, weight.dtype))
+            return rotations if kept is None else F.embedding(kept, rotations).unsqueeze(1)
+
+        return of_kept(output) if isinstance(output, Tensor) else type(output)(map(of_kept, output))
 
     def selection(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Selection | None:
         """Whose patches' rotations are asked for by this call."""

@@ -34,6 +34,10 @@ class DinoVisionTransformer(AnyVisionTransformer):
         has_methods = hasattr(type(model), _PREPARES) and hasattr(type(model), "forward_features_list")
         return has_methods and AnyVisionTransformer.recognises(model)
 
+    @staticmethod
+    def why_not(model: nn.Module) -> str | None:
+        return None  # the general kind says it
+
     def detach(self) -> None:
         vars(self.model).pop(_PREPARES, None)
         super().detach()
