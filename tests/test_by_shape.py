@@ -16,6 +16,7 @@ import torchvision
 from timm.layers import resample_abs_pos_embed
 from timm.layers.patch_embed import resample_patch_embed
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from seqcompress import (
     Budget,
@@ -28,6 +29,7 @@ from seqcompress import (
     num_tokens,
     relative_cost,
     restore,
+    set_strategy,
 )
 from seqcompress.encoders import find_encoder, is_encoder, registry
 
@@ -103,6 +105,68 @@ class LikeDino(nn.Module):
         return self.norm(x)[:, 0]
 
 
+class Chunk(nn.ModuleList):
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self:
+            x = block(x)
+        return x
+
+
+class NestedBlock(Block):
+    """Takes the crops of all sizes at once."""
+
+    def forward(self, x: Any) -> Any:
+        return [Block.forward(self, each) for each in x] if isinstance(x, list) else super().forward(x)
+
+
+class LikeDinov2(LikeDino):
+    """Meta's second: registers behind the positions, blocks in chunks, crops in lists, a dictionary of features."""
+
+    def __init__(self, chunks: int = 2) -> None:
+        super().__init__()
+        self.register_tokens = nn.Parameter(torch.randn(1, 2, 32))
+        self.mask_token = nn.Parameter(torch.randn(1, 32))
+        blocks = [NestedBlock(32) for _ in range(4)]
+        size = 4 // chunks if chunks else 4
+        self.blocks = nn.ModuleList(
+            Chunk([nn.Identity()] * start + blocks[start : start + size]) for start in range(0, 4, size)
+        )
+        if not chunks:
+            self.blocks = nn.ModuleList(blocks)
+        self.checkpoints: bool | None = None  # whether reentrant
+
+    def prepare_tokens_with_masks(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
+        _, _, height, width = x.shape
+        x = self.patch_embed(x)
+        if masks is not None:
+            x = torch.where(masks.unsqueeze(-1), self.mask_token.unsqueeze(0), x)
+        x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1)
+        x = x + self.positions(x.shape[1] - 1, height, width)
+        return torch.cat((x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]), dim=1)
+
+    def forward_features_list(self, crops: list[Tensor], masks: list[Tensor | None]) -> list[dict[str, Any]]:
+        x: Any = [self.prepare_tokens_with_masks(*each) for each in zip(crops, masks, strict=True)]
+        for block in self.blocks:
+            x = block(x)
+        return [self._named(*each) for each in zip(x, masks, strict=True)]
+
+    def forward_features(self, x: Any, masks: Any = None) -> Any:
+        if isinstance(x, list):
+            return self.forward_features_list(x, masks)
+        x = self.prepare_tokens_with_masks(x, masks)
+        for block in self.blocks:
+            x = block(x) if self.checkpoints is None else checkpoint(block, x, use_reentrant=self.checkpoints)
+        return self._named(x, masks)
+
+    def _named(self, x: Tensor, masks: Tensor | None) -> dict[str, Any]:
+        normed = self.norm(x)
+        return {"class": normed[:, 0], "registers": normed[:, 1:3], "patches": normed[:, 3:], "masks": masks}
+
+    def forward(self, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
+        features = self.forward_features(*args, **kwargs)
+        return features if is_training else features["class"]
+
+
 class ForkWithOtherNames(nn.Module):
     """No class token, positions added in place, a mean at the end, nothing between positions and blocks."""
 
@@ -128,6 +192,7 @@ def _hugging_face(name: str, **settings: Any) -> nn.Module:
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "DINO": LikeDino,
+    "Meta's DINOv2": LikeDinov2,
     "fork": ForkWithOtherNames,
     "torchvision": lambda: torchvision.models.VisionTransformer(32, 8, 2, 2, 32, 64, num_classes=4),
     "ViTModel": lambda: _hugging_face("ViTModel"),
@@ -338,6 +403,98 @@ def test_local_views_have_the_models_own_positions(
         patches_among(tokens[:, 1:], every[:, 1:])
 
 
+# Meta's class: lists of crops, masks, chunks
+
+
+def test_each_crop_of_one_list_has_a_selection_of_its_own(patches_among: Any) -> None:
+    model = LikeDinov2(chunks=0).train()
+    crops = [torch.randn(4, 3, 32, 32), torch.randn(6, 3, 16, 24), torch.randn(2, 3, 32, 32)]
+    every = [model.prepare_tokens_with_masks(crop) for crop in crops]
+    seen: list[list[Tensor]] = []
+    compress(model, token_dropout=0.5)
+    model.blocks[0].register_forward_pre_hook(lambda block, args: seen.append(args[0]))
+    model.blocks[-1].register_forward_hook(lambda block, args, output: seen.append(output))
+    features = model(crops, masks=[None] * 3, is_training=True)
+    subsets = []
+    for tokens, plain, patches in zip(seen[0], every, (8, 3, 8), strict=True):
+        torch.testing.assert_close(tokens[:, :3], plain[:, :3])
+        subsets.append(patches_among(tokens[:, 3:], plain[:, 3:]))
+        assert [len(set(row)) for row in subsets[-1].tolist()] == [patches] * len(plain)
+    assert not torch.equal(subsets[0][:2].sort().values, subsets[2].sort().values)
+    for alone, together, named in zip(seen[0], seen[1], features, strict=True):
+        torch.testing.assert_close(find_encoder(model).after_embedding(alone), together, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model.norm(together)[:, 3:], named["patches"])
+
+
+def test_crops_of_one_list_are_scaled_and_counted_each() -> None:
+    model = LikeDinov2(chunks=0).train()
+    crops = [torch.randn(2, 3, 32, 32), torch.randn(3, 3, 16, 16)]
+    budget = Budget(compress(model, Strategy(0.0, 16)))
+    together = model(crops, masks=[None, None], is_training=True)
+    assert [named["patches"].shape for named in together] == [(2, 4, 32), (3, 1, 32)]
+    in_one = budget.units
+    for crop, named in zip(crops, together, strict=True):
+        torch.testing.assert_close(model(crop), named["class"])
+    assert budget.units == pytest.approx(2 * in_one)
+    plain = restore(copy.deepcopy(model))
+    set_strategy(model, Strategy())
+    for one, other in zip(
+        model.forward_features(crops, [None] * 2), plain.forward_features(crops, [None] * 2), strict=True
+    ):
+        assert torch.equal(one["patches"], other["patches"])
+
+
+@pytest.mark.parametrize("strategy", [Strategy(0.5), Strategy(0.0, 16)], ids=str)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_masks_among_crops_are_refused_while_compressed_by_whichever_method(strategy: Strategy, batch: int) -> None:
+    model = LikeDinov2(chunks=0).train()
+    views, mask = torch.randn(batch, 3, 32, 32), torch.zeros(batch, 16, dtype=torch.bool)
+    compress(model, strategy)
+    words = rf"masks must be None while a compressed encoder trains, got a mask of shape \({batch}, 16\)"
+    for run in (
+        lambda: model([views, views], masks=[None, mask], is_training=True),
+        lambda: model.forward_features([views, views], [mask, None]),
+        lambda: model.forward_features(views, mask),
+    ):
+        with pytest.raises(ValueError, match=words):
+            run()
+    assert torch.equal(model.eval().forward_features(views, mask)["masks"], mask)
+    set_strategy(model.train(), Strategy())
+    assert model.forward_features(views, mask)["patches"].shape == (batch, 16, 32)
+
+
+@pytest.mark.parametrize("chunks", [0, 1, 2, 4])
+def test_blocks_in_chunks_are_all_of_the_blocks(chunks: int) -> None:
+    model = LikeDinov2(chunks)
+    assert len(find_encoder(model).blocks) == 4
+    assert all(isinstance(block, NestedBlock) for block in find_encoder(model).blocks)
+    assert relative_cost(model, Strategy(0.5), 32) == relative_cost(LikeDinov2(0), Strategy(0.5), 32)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_around_the_first_block_sees_joined_tokens(reentrant: bool, gradients: Any) -> None:
+    model, views, found = compress(LikeDinov2(chunks=0), Strategy(0.5, 16)).train(), torch.randn(2, 3, 32, 32), []
+    for model.checkpoints in (None, reentrant):
+        model.zero_grad()
+        torch.manual_seed(5)
+        (model(views) * model(views.flip(0))).sum().backward()
+        found.append(gradients(model))
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_a_fork_that_mixes_up_the_crops_of_a_list_is_refused() -> None:
+    class Mixed(LikeDinov2):
+        def forward_features_list(self, crops: list[Tensor], masks: Any) -> Any:
+            made = [self.prepare_tokens_with_masks(crop) for crop in crops]
+            made[0] = made[0].roll(1, dims=1)
+            return self.blocks[0](made)
+
+    with pytest.raises(TypeError, match="it mixes up crops in one list"):
+        compress(Mixed(chunks=0), token_dropout=0.5)
+
+
 def test_dropout_behind_the_positions_falls_on_the_tokens_that_are_kept() -> None:
     model = compress(LikeDino(dropout=0.25), Strategy(0.5)).train()
     tokens, _ = _first_and_last(model, torch.randn(64, 3, 32, 32))
@@ -442,6 +599,7 @@ def _timm(name: str, **settings: Any) -> Callable[[], nn.Module]:
         (_timm("vit_relpos_small_patch16_224", depth=1), "VisionTransformerRelPos whose tokens"),
         (_timm("beit_base_patch16_224", depth=1), "Beit"),
         (_timm("convnext_atto"), "ConvNeXt"),
+        (_timm("naflexvit_base_patch16_gap", depth=1), r"NaFlexVit, which is given patches .*patch_drop_rate"),
         (_timm("hiera_tiny_224"), "Hiera"),
         (lambda: _hugging_face("BeitModel", use_relative_position_bias=True), "its blocks fail"),
         (ConvolutionalStem, "ConvolutionalStem"),

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from seqcompress.compressors.selection import Selection
 from seqcompress.encoders.compression import Compression
 from seqcompress.encoders.encoder import Encoder, Size
 from seqcompress.encoders.hooks import Hook, hook_in, join_at, leave, look_behind
@@ -40,8 +41,8 @@ class Layout(NamedTuple):
 class FirstCall(NamedTuple):
     """How a model calls its first block."""
 
-    tokens: torch.Size
-    args: tuple[Any, ...]  # beside the tokens
+    tokens: Tensor  # (1, P + N, D), somewhere among these:
+    args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
 
@@ -108,17 +109,26 @@ class _RotationsOfGrid(Hook):
         return tuple(map(of_grid, args)), {name: of_grid(value) for name, value in kwargs.items()}
 
 
-class _KeptRotations(Hook):
+class KeptRotations(Hook):
     """Forward hook of the module that makes rotations: those of the kept patches, (B, 1, K, d) of (N, d)."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        selection = self.embed.selection if self.embed.is_training else None
-        if selection is None or selection.kept is None:
+        selection = self.selection(args, kwargs)
+        kept = None if selection is None else selection.kept
+        if kept is None and not self.embed.is_probed:
             return output
-        kept = selection.kept
-        if isinstance(output, Tensor):
-            return F.embedding(kept, output).unsqueeze(1)
-        return type(output)(F.embedding(kept, rotations).unsqueeze(1) for rotations in output)
+
+        def of_kept(rotations: Tensor) -> Tensor:
+            if self.embed.is_probed:  # rounded to half precision, they would hide small differences
+                weight: Tensor = self.embed.encoder.patch_embed.weight
+                rotations = rotations.to(torch.promote_types(rotations.dtype, weight.dtype))
+            return rotations if kept is None else F.embedding(kept, rotations).unsqueeze(1)
+
+        return of_kept(output) if isinstance(output, Tensor) else type(output)(map(of_kept, output))
+
+    def selection(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Selection | None:
+        """Whose patches' rotations are asked for by this call."""
+        return self.embed.selection if self.embed.is_training else None
 
 
 @register
@@ -195,7 +205,7 @@ class AnyVisionTransformer(Encoder):
 
     @cached_property
     def num_prefix_tokens(self) -> int:
-        patches, tokens = math.prod(self._own_grid), self._first_call.tokens
+        patches, tokens = math.prod(self._own_grid), self._first_call.tokens.shape
         if len(tokens) != 3 or tokens[1] < patches:
             raise TypeError(
                 f"a {type(self.model).__name__} must bring {patches} patches to its first block, got a tensor of "
@@ -230,8 +240,7 @@ class AnyVisionTransformer(Encoder):
 
     def attach(self, compression: Compression, *, drops_tokens: bool, when: When) -> CompressedPatchEmbed:
         # All that the plain model shows of itself, before anything is changed.
-        places, _ = self._places(), self._takes_other_sizes
-        rotary = self._rotary()
+        places, rotary, _ = self._places(), self._rotary(), self._takes_other_sizes
         embed = CompressedPatchEmbed(self, compression, drops_tokens=drops_tokens, when=when)
         _replace(self.model, self._names.projection, embed)
         # The earliest place behind the positions: dropout and norms before the blocks then see the kept patches.
@@ -239,13 +248,17 @@ class AnyVisionTransformer(Encoder):
             leave(embed)
             hook_in(self.model, _LookAtCall(embed))
             look_behind(self.model, _RefuseMaps(embed))
-            if rotary is not None:
-                hook_in(rotary, _RotationsOfGrid(embed))
-                look_behind(rotary, _KeptRotations(embed))
+            self.follow_positions(embed, rotary)
             join_at(embed, *places[number:])
             if any(difference(embed, blocks=False) is None for embed.blank_per_view in (False, True)):
                 break
         return embed
+
+    def follow_positions(self, embed: CompressedPatchEmbed, rotary: nn.Module | None) -> None:
+        """Have what else is made of positions made for the patches of each forward."""
+        if rotary is not None:
+            hook_in(rotary, _RotationsOfGrid(embed))
+            look_behind(rotary, KeptRotations(embed))
 
     def detach(self) -> None:
         embed = self.model.get_submodule(self._names.projection)
@@ -257,23 +270,25 @@ class AnyVisionTransformer(Encoder):
         return tokens_at(self.model, (self.blocks[0],), views)
 
     def after_embedding(self, tokens: Tensor) -> Tensor:
-        _, args, kwargs = self._first_call
+        first, args, kwargs = self._first_call
         patches, others = math.prod(self._own_grid), tokens.shape[1] - self.num_prefix_tokens
 
         def of_length(value: Any) -> Any:
+            if value is first:
+                return tokens
             if isinstance(value, (tuple, list)):
                 return type(value)(map(of_length, value))
             is_of_patches = isinstance(value, Tensor) and value.ndim == 2 and len(value) == patches
             return value.new_zeros(others, value.shape[1], device=tokens.device) if is_of_patches else value
 
-        args, kwargs = of_length(args), {name: of_length(value) for name, value in kwargs.items()}
         for block in self.blocks:
-            tokens = first_tensor(block(tokens, *args, **kwargs))
+            output = block(*map(of_length, args), **{name: of_length(value) for name, value in kwargs.items()})
+            tokens = first_tensor(output)
         return tokens
 
     @property
     def blocks(self) -> list[nn.Module]:
-        return list(self.model.get_submodule(self._names.blocks).children())
+        return _blocks_in(self.model.get_submodule(self._names.blocks))
 
     @property
     def _own_grid(self) -> Size:
@@ -290,10 +305,7 @@ class AnyVisionTransformer(Encoder):
                 f"a {type(self.model).__name__} must run on views alone, in eval mode, got {type(error).__name__}: "
                 f"{str(error).strip() or 'no reason'}"
             ) from error
-        tokens, others = first_tensor((args, kwargs)), dict(kwargs)
-        if not args:
-            others.pop(next(name for name, value in kwargs.items() if value is tokens))
-        return FirstCall(tokens.shape, args[1:], others)
+        return FirstCall(first_tensor((args, kwargs)), args, kwargs)
 
     @cached_property
     def _takes_other_sizes(self) -> bool:
@@ -388,16 +400,25 @@ def _lists_of_blocks(model: nn.Module, path: str = "", *, equal: bool = True) ->
     """Names of the outermost lists of modules with attention, equal in kind and in their parameters' shapes."""
     for name, child in model.named_children():
         inner = f"{path}.{name}" if path else name
-        if isinstance(child, (nn.ModuleList, nn.Sequential)) and _are_blocks(list(child.children()), equal):
+        if isinstance(child, (nn.ModuleList, nn.Sequential)) and _are_blocks(_blocks_in(child), equal):
             yield inner
         else:
             yield from _lists_of_blocks(child, inner, equal=equal)
 
 
+def _blocks_in(listed: nn.Module) -> list[nn.Module]:
+    """Those of a list, and of the pieces that it may be cut in, which DINOv2 fills up with what does nothing."""
+    found: list[nn.Module] = []
+    for child in listed.children():
+        if isinstance(child, (nn.ModuleList, nn.Sequential)):
+            found += _blocks_in(child)
+        elif not isinstance(child, nn.Identity):
+            found.append(child)
+    return found
+
+
 def _are_blocks(children: list[nn.Module], equal: bool) -> bool:
-    if not children or isinstance(children[0], (nn.ModuleList, nn.Sequential)):
-        return False
-    if len({type(child) for child in children}) > 1 or not _has_attention(children[0]):
+    if len({type(child) for child in children}) != 1 or not _has_attention(children[0]):
         return False
     shapes = Counter(tuple((name, value.shape) for name, value in child.named_parameters()) for child in children)
     return len(shapes) == 1 or not equal

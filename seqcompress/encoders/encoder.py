@@ -167,6 +167,14 @@ class Encoder(ABC):
     def first_tokens(self, views: Tensor) -> Tensor:
         """What reaches the first block of views (B, C, H, W): tokens (B, P + N, D), prefix tokens first."""
 
+    def forward_crops(self, crops: list[Tensor]) -> Any:
+        """Run on views (B, C, H, W) of several sizes in one call.
+
+        Raises:
+            NotImplementedError: it takes no lists.
+        """
+        raise NotImplementedError
+
     @property
     @abstractmethod
     def blocks(self) -> list[nn.Module]:

@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from seqcompress.encoders.patch_embed import CompressedPatchEmbed
-from seqcompress.strategy import Strategy
 
 __all__ = ["Hook", "Join", "hook_in", "join_at", "leave", "look_behind", "without_hooks"]
 
@@ -37,7 +36,7 @@ class Join(Hook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         self.embed.check_mask(kwargs.get("attn_mask", kwargs.get("attention_mask")))
         if args and isinstance(args[0], (list, tuple)):
-            if self.embed.is_training and self.embed.strategy != Strategy():
+            if self.embed.is_waiting:
                 raise ValueError(
                     "crops must be passed one by one to a compressed encoder that trains, got a "
                     f"{type(args[0]).__name__} of {len(args[0])} in one forward"

@@ -41,7 +41,7 @@ class Forward(NamedTuple):
 class Trial(NamedTuple):
     """A forward of a probe, and not of training."""
 
-    kept: Tensor  # (B, K)
+    kept: list[Tensor]  # (B, K) of each crop, in turn; of the last one, for all that follow
     marked: bool  # whether to see to it that tokens of blank views are nothing but positions
 
 
@@ -217,6 +217,11 @@ class CompressedPatchEmbed(nn.Module):
     def is_training(self) -> bool:
         """Whether its encoder is in train mode; a frozen patch embedding may be in eval mode by itself."""
         return self.trial is not None or bool(self.encoder.model.training)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether patches have been embedded that have not met their positions yet."""
+        return self.is_training and self._pending is not None
 
     @property
     def strategy(self) -> Strategy:
@@ -465,7 +470,8 @@ class CompressedPatchEmbed(nn.Module):
         assert self.trial is not None
         patch = self.encoder.patch_size
         grid = self.encoder.grid((views.shape[2], views.shape[3]), patch)
-        return select(views, grid, patch, patch, self.trial.kept, (grid[0] * patch[0], grid[1] * patch[1]))
+        kept = self.trial.kept.pop(0) if len(self.trial.kept) > 1 else self.trial.kept[0]
+        return select(views, grid, patch, patch, kept, (grid[0] * patch[0], grid[1] * patch[1]))
 
     def _was_updated(self) -> bool:
         """Whether an optimizer has been at work since this was asked last."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
@@ -131,6 +132,7 @@ def difference(embed: CompressedPatchEmbed, *, blocks: bool = True) -> str | Non
             )
         if blocks and (encoder.general or encoder.positions_in_blocks):
             problem = _difference_in_blocks(embed, views[:1], order[:1], kept[:1])
+            problem = problem or _difference_in_crops(embed, views[:1], order[:1])
             if problem is not None:
                 return problem
     return _difference_in_train_mode(embed, views, kept)
@@ -210,6 +212,43 @@ def _difference_in_blocks(embed: CompressedPatchEmbed, views: Tensor, order: Ten
     return f"its blocks know where a patch was, since tokens in another order {problem}" if problem else None
 
 
+def _difference_in_crops(embed: CompressedPatchEmbed, views: Tensor, order: Tensor) -> str | None:
+    """In what crops of two sizes in one call differ, at the first block and behind the last."""
+    encoder = embed.encoder
+    smaller = views[:, :, : max(1, encoder.blank_grid(encoder.image_size)[0] // 2) * encoder.patch_size[0]]
+    patches = math.prod(encoder.blank_grid((smaller.shape[2], smaller.shape[3])))
+    crops, orders = [views, smaller], [order, order[order < patches].view(len(order), patches)]
+    expected = _crops_in(encoder, crops)
+    with _keeping(embed, *orders):
+        found = _crops_in(encoder, crops)
+    if len(found) != len(expected):
+        return "it fails on lists of crops of which patches are in another order"
+    for every, tokens in zip(expected, found, strict=True):
+        for all_of_one, of_one, kept in zip(every, tokens, orders, strict=True):
+            problem = _compared(of_one, all_of_one, kept, encoder.num_prefix_tokens)
+            if problem is not None:
+                return f"it mixes up crops in one list: tokens of one {problem}"
+    return None
+
+
+def _crops_in(encoder: Any, crops: list[Tensor]) -> list[list[Tensor]]:
+    """Tokens of each crop in one call, (B, T, D), at the first block and behind the last, as far as they come there.
+
+    Blocks may need what is not there (xFormers, a GPU); a model may take no lists.
+    """
+    seen: list[list[Tensor]] = []
+    with ExitStack() as hooked:
+        hooked.enter_context(
+            encoder.blocks[0].register_forward_pre_hook(lambda block, args: seen.append(list(args[0])))
+        )
+        hooked.enter_context(
+            encoder.blocks[-1].register_forward_hook(lambda block, args, output: seen.append(list(output)))
+        )
+        with suppress(Exception):
+            encoder.forward_crops(crops)
+    return seen
+
+
 def _sequences(encoder: Any, views: Tensor, length: int) -> list[Tensor]:
     """What the modules of the first and the last block make of one view, as far as they are sequences: (1, T, .).
 
@@ -250,8 +289,8 @@ def _compared(tokens: Tensor, every: Tensor, kept: Tensor, prefix: int, most: fl
 
 
 @contextmanager
-def _keeping(embed: CompressedPatchEmbed, kept: Tensor, *, marked: bool = False) -> Iterator[None]:
-    embed.trial = Trial(kept, marked)
+def _keeping(embed: CompressedPatchEmbed, *kept: Tensor, marked: bool = False) -> Iterator[None]:
+    embed.trial = Trial(list(kept), marked)
     try:
         yield
     finally:

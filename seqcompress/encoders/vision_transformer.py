@@ -10,6 +10,7 @@ import torch
 from packaging.version import Version
 from timm.layers.format import Format, nchw_to
 from timm.layers.patch_embed import PatchEmbed
+from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -37,6 +38,15 @@ class TimmVisionTransformer(Encoder):
     @staticmethod
     def recognises(model: nn.Module) -> bool:
         return isinstance(model, VisionTransformer)
+
+    @staticmethod
+    def why_not(model: nn.Module) -> str | None:
+        if not isinstance(model, NaFlexVit):
+            return None
+        return (
+            "is given patches that its loader has cut: have that make fewer of them (train_seq_lens), and the model "
+            "drop some (patch_drop_rate)"
+        )
 
     @property
     def patch_size(self) -> Size:

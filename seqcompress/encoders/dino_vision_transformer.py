@@ -1,0 +1,91 @@
+"""Meta's ``DinoVisionTransformer`` (DINOv2, DINOv3): several crops in one call, each with its own patches.
+
+What is added to patches is added in one method, ``prepare_tokens_with_masks``, crop by crop: they are joined there.
+DINOv3's answers with the grid as well, for which rotations are made anew for every block.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from seqcompress.compressors.selection import Selection
+from seqcompress.encoders.by_shape import AnyVisionTransformer, KeptRotations
+from seqcompress.encoders.hooks import look_behind
+from seqcompress.encoders.patch_embed import CompressedPatchEmbed
+from seqcompress.encoders.registry import register
+from seqcompress.strategy import Strategy
+
+_PREPARES = "prepare_tokens_with_masks"
+
+
+@register
+class DinoVisionTransformer(AnyVisionTransformer):
+    """By the names of its methods, whoever has copied it."""
+
+    supports = "Meta's DinoVisionTransformer (of the repositories of DINOv2 and DINOv3, and their copies)"
+    general = False
+    positions_in_blocks = True
+
+    @staticmethod
+    def recognises(model: nn.Module) -> bool:
+        has_methods = hasattr(type(model), _PREPARES) and hasattr(type(model), "forward_features_list")
+        return has_methods and AnyVisionTransformer.recognises(model)
+
+    @staticmethod
+    def why_not(model: nn.Module) -> str | None:
+        return None  # the general kind says it
+
+    def detach(self) -> None:
+        vars(self.model).pop(_PREPARES, None)
+        super().detach()
+
+    def follow_positions(self, embed: CompressedPatchEmbed, rotary: nn.Module | None) -> None:
+        vars(self.model)[_PREPARES] = _JoinedTokens(embed)  # not as a module: it may not add a name to the model's
+        if rotary is not None:
+            look_behind(rotary, _KeptRotationsOfCrop(embed))
+
+    def forward_crops(self, crops: list[Tensor]) -> Any:
+        return self.model.forward_features_list(crops, [None] * len(crops))
+
+
+class _Side(int):
+    """A side of the grid of one crop, which says whose it is when rotations are asked for."""
+
+    selection: Selection
+
+
+class _JoinedTokens:
+    """Stands in for the method that adds prefix tokens and positions to the patches of a crop."""
+
+    def __init__(self, embed: CompressedPatchEmbed) -> None:
+        self._embed = embed
+
+    def __call__(self, views: Tensor, masks: Tensor | None = None) -> Any:
+        embed = self._embed
+        if masks is not None and embed.is_training and embed.strategy != Strategy():
+            raise ValueError(
+                "masks must be None while a compressed encoder trains, got a mask of shape "
+                f"{tuple(masks.shape)}: masked tokens cannot be combined with compression"
+            )
+        model = embed.encoder.model
+        made = getattr(type(model), _PREPARES)(model, views, masks)
+        return self._joined(made) if embed.is_training else made
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _joined(self, made: Any) -> Any:
+        selection = self._embed.selection
+        if selection is None:
+            return made
+        if isinstance(made, Tensor):
+            return self._embed.join(made, is_last=True)
+        height, width = map(_Side, selection.grid)
+        height.selection = selection
+        return self._embed.join(made[0], is_last=True), (height, width)
+
+
+class _KeptRotationsOfCrop(KeptRotations):
+    def selection(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Selection | None:
+        return next((side.selection for side in (*args, *kwargs.values()) if hasattr(side, "selection")), None)
