@@ -120,7 +120,7 @@ class KeptRotations(Hook):
 
         def of_kept(rotations: Tensor) -> Tensor:
             if self.embed.is_probed:  # rounded to half precision, they would hide small differences
-                weight: Tensor = self.embed.encoder.patch_embed.weight
+                weight = next(self.embed.encoder.patch_embed.parameters())
                 rotations = rotations.to(torch.promote_types(rotations.dtype, weight.dtype))
             return rotations if kept is None else F.embedding(kept, rotations).unsqueeze(1)
 

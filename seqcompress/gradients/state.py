@@ -324,7 +324,7 @@ class Reach:
 
     def _class(self, kind: type, depth: int) -> None:
         """Its attributes, and those of its bases and its metaclass."""
-        for each in (*kind.__mro__, *type(kind).__mro__):
+        for each in (*inspect.getmro(kind), *inspect.getmro(type(kind))):
             if each in self._classes or _is_hosts(each.__module__):
                 continue
             self._classes[each] = depth
