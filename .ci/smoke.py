@@ -1,8 +1,9 @@
-"""What must work wherever the wheel is installed, in seconds: run with the environment's Python, away from a checkout."""
+"""What must work wherever the wheel is installed. Run with that environment's Python, away from the checkout."""
 
 import importlib.metadata
 import importlib.util
 import sys
+from types import ModuleType
 
 import timm
 import torch
@@ -11,7 +12,7 @@ import seqcompress
 from seqcompress.command import main
 
 torch.manual_seed(0)
-print(f"seqcompress {seqcompress.__version__}, torch {torch.__version__}, timm {timm.__version__}, {sys.version.split()[0]}")
+print("seqcompress", seqcompress.__version__, "torch", torch.__version__, "timm", timm.__version__, sys.version)
 assert importlib.metadata.version("seqcompress") == seqcompress.__version__
 
 
@@ -31,11 +32,10 @@ seqcompress.restore(model)
 assert all(torch.equal(value, plain[name]) for name, value in model.state_dict().items())
 assert main(["plan", "vit_tiny_patch16_224", "--steps", "100"]) == 0
 
-for package in ("lightning.pytorch", "pytorch_lightning"):
-    if importlib.util.find_spec(package.partition(".")[0]) is None:
-        print(f"without {package}")
-        continue
-    pl = importlib.import_module(package)
+
+def lengths_under(pl: ModuleType) -> list[int]:
+    """The student's tokens, step by step, in four epochs of one batch."""
+    lengths: list[int] = []
 
     class Module(pl.LightningModule):  # type: ignore[name-defined, misc]
         def __init__(self) -> None:
@@ -49,10 +49,18 @@ for package in ("lightning.pytorch", "pytorch_lightning"):
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.SGD(self.parameters(), lr=1e-3)
 
-    lengths: list[int] = []
-    settings = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
-    pl.Trainer(max_epochs=4, **settings).fit(seqcompress.accelerate(Module(), "default"), [views])
-    assert lengths == sorted(set(lengths)), lengths
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    pl.Trainer(max_epochs=4, **quiet).fit(seqcompress.accelerate(Module(), "default"), [views])
+    return lengths
+
+
+for package in ("lightning.pytorch", "pytorch_lightning"):
+    if importlib.util.find_spec(package.partition(".")[0]) is None:
+        print(f"without {package}")
+        continue
+    pl = importlib.import_module(package)
+    lengths = lengths_under(pl)
+    assert lengths == sorted(lengths), lengths
     assert (lengths[0], lengths[-1]) == (3, 17), lengths
     print(f"{package} {pl.__version__}: {lengths} tokens")
 print("works")

@@ -211,9 +211,8 @@ def _timm_model(name: str, image_size: int | None) -> Any:
         with torch.device("meta"):  # shapes are all that costs depend on
             return timm.create_model(name, num_classes=0, **settings)
     except (AssertionError, TypeError, ValueError) as error:
-        raise _UsageError(
-            f"argument MODEL: timm cannot build {name} with {settings or 'its own size'}: {error}"
-        ) from None
+        size = "its own size" if image_size is None else f"views of {image_size} px"
+        raise _UsageError(f"argument MODEL: timm cannot build {name} for {size}: {error}") from None
 
 
 def _whole_number(text: str) -> int:
