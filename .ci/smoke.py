@@ -36,6 +36,7 @@ assert main(["plan", "vit_tiny_patch16_224", "--steps", "100"]) == 0
 def lengths_under(pl: ModuleType) -> list[int]:
     """The student's tokens, step by step, in four epochs of one batch."""
     lengths: list[int] = []
+    loader = torch.utils.data.DataLoader(list(views), batch_size=2)
 
     class Module(pl.LightningModule):  # type: ignore[name-defined, misc]
         def __init__(self) -> None:
@@ -50,7 +51,7 @@ def lengths_under(pl: ModuleType) -> list[int]:
             return torch.optim.SGD(self.parameters(), lr=1e-3)
 
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
-    pl.Trainer(max_epochs=4, **quiet).fit(seqcompress.accelerate(Module(), "default"), [views])
+    pl.Trainer(max_epochs=4, **quiet).fit(seqcompress.accelerate(Module(), "default"), loader)
     return lengths
 
 
