@@ -214,6 +214,9 @@ def test_notebook_shows_a_plain_run_beside_the_accelerated_one(
     assert 0 < units[1] < 0.7 * units[0]
     assert min(seconds) > 0
     assert all(0.1 < accuracy <= 1.0 for accuracy in (*knn, *linear))
+    ((_, budget_saved, *_, time_saved, _, _, _),) = [words for words in printed if words[:1] == ["saved:"]]
+    assert float(budget_saved.rstrip("%")) == pytest.approx(100 * (1 - units[1] / units[0]), abs=4)  # of rounded units
+    assert float(time_saved.rstrip("%")) == pytest.approx(100 * (1 - seconds[1] / seconds[0]), abs=4)
 
 
 @pytest.fixture

@@ -107,9 +107,8 @@ class Forecast:
                 "",
                 *lines,
                 "",
-                f"In all: {self.verdict()},",
-                f"as much as {self.plain_steps:,.0f} plain steps. Counted in the encoders' FLOPs: heads, optimizer and "
-                "the making of views",
+                f"In all: {self.verdict()}, as much as {self.plain_steps:,.0f} plain steps.",
+                "Counted in the encoders' FLOPs. Heads, optimizer and the making of views",
                 "are not in it, so wall-clock saves less.",
             ]
         )
