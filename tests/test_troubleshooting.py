@@ -19,6 +19,7 @@ NO_MESSAGES = (
     "a model's name in timm",
     "any ViT in which one convolution",
     "timm.models.",
+    "Meta's DinoVisionTransformer",
     "a Hugging Face model with one in it",
     "sizes that its patches divide",
     "What it took:",
