@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         best_schedule,
         explain_schedule,
         gradient_error,
-        plot_schedule,
+        plot_gradient_error,
     )
     from seqcompress.gradients.online import OnlineScheduler
     from seqcompress.pairs import accelerate
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from seqcompress.strategy import Strategy
     from seqcompress.training.budget import Budget
     from seqcompress.training.cost import num_tokens, relative_cost
+    from seqcompress.training.forecast import plot_schedule
     from seqcompress.training.learning_rate import PolynomialDecayLR
     from seqcompress.training.rehearsal import Rehearsal, rehearse
     from seqcompress.training.sequence_scheduler import SequenceScheduler
@@ -55,6 +56,7 @@ __all__ = [
     "gradient_error",
     "is_compressed",
     "num_tokens",
+    "plot_gradient_error",
     "plot_schedule",
     "rehearse",
     "relative_cost",
@@ -88,7 +90,8 @@ _MODULES = {
     "gradient_error": "gradients",
     "is_compressed": "compression",
     "num_tokens": "training.cost",
-    "plot_schedule": "gradients",
+    "plot_gradient_error": "gradients",
+    "plot_schedule": "training.forecast",
     "rehearse": "training.rehearsal",
     "relative_cost": "training.cost",
     "restore": "compression",

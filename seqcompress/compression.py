@@ -84,7 +84,7 @@ def compress(
     schedule = resolve_plan(plan, found["model"])
     _check_roles(found)
     for name, encoder in found.items():
-        _check(encoder, schedule, name)
+        check_plan_for(encoder, schedule, name)
 
     blank_per_view = {name: _proven(encoder, name) for name, encoder in found.items()}
 
@@ -183,7 +183,18 @@ def resolve_plan(plan: Plan | None, encoder: Encoder) -> Schedule:
 def check_plan(embeds: list[CompressedPatchEmbed], schedule: Schedule) -> None:
     """Raise ValueError unless the schedule suits every one of these encoders."""
     for embed in embeds:
-        _check(embed.encoder, schedule, "model" if embed.drops_tokens else "teacher")
+        check_plan_for(embed.encoder, schedule, "model" if embed.drops_tokens else "teacher")
+
+
+def check_plan_for(encoder: Encoder, schedule: Schedule, name: str) -> None:
+    """Raise ValueError, naming the argument, unless the schedule suits this encoder."""
+    strategies = schedule.strategies()
+    if name == "teacher":
+        strategies = tuple(strategy.without_dropout() for strategy in strategies)
+    try:
+        encoder.check(strategies)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def compressed_embeds(*models: nn.Module) -> list[CompressedPatchEmbed]:
@@ -264,16 +275,6 @@ def _check_roles(found: Mapping[str, Encoder]) -> None:
 
 def _shown(size: int | tuple[int, int]) -> str:
     return f"{size}" if isinstance(size, int) else f"{size[0]} x {size[1]} px"
-
-
-def _check(encoder: Encoder, schedule: Schedule, name: str) -> None:
-    strategies = schedule.strategies()
-    if name == "teacher":
-        strategies = tuple(strategy.without_dropout() for strategy in strategies)
-    try:
-        encoder.check(strategies)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
 
 
 def _proven(encoder: Encoder, name: str) -> bool:

@@ -8,12 +8,14 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 
 import seqcompress
 import seqcompress.adapters
+from seqcompress.encoders import registry
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -25,10 +27,11 @@ MODULES = [
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_the_code_on_a_page_runs_from_top_to_bottom(page):
+def test_the_code_on_a_page_runs_from_top_to_bottom(page, monkeypatch):
+    monkeypatch.setattr(registry, "_kinds", [*registry._kinds])  # a page may register a kind of ViT: for itself only
     namespace: dict[str, object] = {}
     for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
-        exec(compile(block, str(page), "exec"), namespace)
+        exec(compile(textwrap.dedent(block), str(page), "exec"), namespace)  # in a list, blocks are indented
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -95,3 +98,79 @@ def test_a_dead_link_in_the_guide_ends_the_build(tmp_path, fault):
 def test_links_outside_the_guide_lead_to_files(page):
     links = re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
     assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
+
+
+def test_the_repositorys_address_is_the_one_of_the_project_everywhere_and_links_through_it_lead_to_files():
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (address,) = re.findall(r'^Repository = "(https://[^"]+)"$', project, re.MULTILINE)
+    owned = [
+        ROOT / "README.md",
+        ROOT / "SECURITY.md",
+        ROOT / "CITATION.cff",
+        ROOT / "CHANGELOG.md",
+        ROOT / "mkdocs.yml",
+    ]
+    owned += [*(ROOT / "docs").rglob("*.md"), *(ROOT / ".github").rglob("*.yml")]
+    found = {}
+    for page in owned:
+        text = page.read_text(encoding="utf-8")
+        others = re.findall(r"https://github\.com/[^/\s]+/seqcompress\b", text)
+        assert set(others) <= {address}, page
+        found[page.name] = len(others)
+        for path in re.findall(rf"{re.escape(address)}/(?:blob|raw)/main/([^)#\s]+)", text):
+            assert (ROOT / path).is_file(), f"{page}: {path}"
+    assert found["README.md"] > 10
+    assert found["CITATION.cff"] == found["mkdocs.yml"] == 1
+
+
+def test_the_readme_has_no_link_that_breaks_where_it_is_shown_alone():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    inline = re.findall(r"\]\(([^)\s]+)", text)
+    defined = dict(re.findall(r"^\[([^\]]+)\]: (\S+)$", text, re.MULTILINE))
+    assert [link for link in [*inline, *defined.values()] if not link.startswith("https://")] == []
+    used = {re.sub(r"\s+", " ", name) for name in re.findall(r"\[([^\]]+)\]\[\]", text)}
+    assert used | {"picture"} == set(defined)
+
+
+def test_the_figures_of_the_readme_stand_in_the_evidence():
+    evidence = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
+    table = re.search(
+        r"^\| small ViT.*?\n\n", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
+    _, _, *rows = table.group().strip().splitlines()
+    assert len(rows) == 3
+    for row in rows:
+        what, *figures = [cell.strip() for cell in row.strip("|").split("|")]
+        method, measure = what.split(", ")[:2]
+        assert f"| cifar10 | {method} | default | {measure} | {' | '.join(figures)} |" in evidence
+
+
+def test_the_release_check_refuses_what_is_not_ready_and_says_why(tmp_path):
+    """On a copy of what it reads."""
+    names = ("pyproject.toml", "CITATION.cff", "CHANGELOG.md", "seqcompress/__init__.py", ".ci/release")
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+
+    def check(*version):
+        command = [".ci/release", "check", *version]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        return done.returncode, (done.stdout + done.stderr).strip()
+
+    def change(name, old, new):
+        text = (tmp_path / name).read_text(encoding="utf-8")
+        assert old in text
+        (tmp_path / name).write_text(text.replace(old, new), encoding="utf-8")
+
+    version = seqcompress.__version__
+    code, said = check("9.9.9")
+    assert code == 1
+    assert "the tag is for 9.9.9" in said
+    change("CHANGELOG.md", "## [Unreleased]", f"## [Unreleased]\n\n- one line\n\n## [{version}] - 2026-01-02")
+    change("CITATION.cff", f"version: {version}", "version: 0.0.9")
+    assert f"version in CITATION.cff is not {version}" in check()[1]
+    change("CITATION.cff", "version: 0.0.9", f"version: {version}")
+    assert "CHANGELOG.md still has 1 lines under Unreleased" in check()[1]
+    change("CHANGELOG.md", "- one line\n\n", "")
+    change("pyproject.toml", "github.com/OWNER/", "github.com/somebody/")
+    assert check(version) == (0, f"version, changelog, citation and address agree: {version}")

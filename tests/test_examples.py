@@ -214,6 +214,9 @@ def test_notebook_shows_a_plain_run_beside_the_accelerated_one(
     assert 0 < units[1] < 0.7 * units[0]
     assert min(seconds) > 0
     assert all(0.1 < accuracy <= 1.0 for accuracy in (*knn, *linear))
+    ((_, budget_saved, *_, time_saved, _, _, _),) = [words for words in printed if words[:1] == ["saved:"]]
+    assert float(budget_saved.rstrip("%")) == pytest.approx(100 * (1 - units[1] / units[0]), abs=4)  # of rounded units
+    assert float(time_saved.rstrip("%")) == pytest.approx(100 * (1 - seconds[1] / seconds[0]), abs=4)
 
 
 @pytest.fixture
@@ -267,6 +270,21 @@ def test_solo_learn_notebook_runs_the_recipe_plain_and_accelerated(
     assert float(plain[1]) == pytest.approx(6 * 16 * 8 / 1e6, abs=1e-4)
     assert float(accelerated[1]) < 0.6 * float(plain[1])
     assert int(plain[2]) == 1 + 7 * 7
+
+
+def test_hugging_face_notebook_trains_dinov3_plain_and_accelerated(monkeypatch: pytest.MonkeyPatch) -> None:
+    outputs = executed(EXAMPLES / "hugging_face_dinov3.ipynb", monkeypatch)
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 1
+    printed = [line for output in outputs for line in output.get("text", "").splitlines()]
+    (plain,) = [line.split() for line in printed if line.startswith("plain")]
+    (accelerated,) = [line.split() for line in printed if line.startswith("accelerated")]
+    assert float(plain[1]) == 1 + 4 + 8 * 8
+    assert float(accelerated[1]) < 0.65 * float(plain[1])
+    assert float(plain[2]) == pytest.approx(2 * 160 * 6 / 1e6, abs=1e-4)  # the table rounds to 0.0001 M units
+    assert 0 < float(accelerated[2]) < 0.7 * float(plain[2])
+    assert all(0.1 < float(accuracy) <= 1 for accuracy in (*plain[4:], *accelerated[4:]))
+    assert "True" in printed  # loads as it was saved
+    assert not any("'loss':" in line for line in printed)
 
 
 def test_gradient_error_notebook_finds_a_schedule_and_trains_with_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -412,6 +412,7 @@ def test_without_matplotlib_nothing_is_begun(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.delitem(sys.modules, "seqcompress.gradients.plots", raising=False)
-    assert "plotting needs matplotlib: pip install matplotlib" in _refusal(capsys, _arguments())
+    for module in ("gradients.plots", "training.pictures"):
+        monkeypatch.delitem(sys.modules, f"seqcompress.{module}", raising=False)
+    assert "plotting needs matplotlib: pip install 'seqcompress[plot]'" in _refusal(capsys, _arguments())
     assert not Path("results").exists()

@@ -24,7 +24,7 @@ from seqcompress import (
     compress,
     explain_schedule,
     gradient_error,
-    plot_schedule,
+    plot_gradient_error,
 )
 from seqcompress.gradients.statistics import Estimate, jackknife
 from seqcompress.schedules import Schedule, Stepwise
@@ -250,7 +250,7 @@ def test_no_point_lies_under_the_legend_of_a_picture(tmp_path: Path, monkeypatch
 
     report = _report({BASE: 4.0, HALF: 1.0, LARGE: 2.0, BOTH: 3.0}, noise=0.2)
     drawn: list[Any] = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
     report.plot(tmp_path / "report.png")
     (figure,) = drawn
     figure.canvas.draw()
@@ -295,10 +295,11 @@ def test_what_is_not_installed_is_named(monkeypatch: Any, tmp_path: Path, tiny_v
     report = _report({BASE: 1.0})
     for name in ("pandas", "matplotlib.figure", "tqdm"):
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, "seqcompress.gradients.plots", raising=False)
+    for module in ("gradients.plots", "training.pictures"):
+        monkeypatch.delitem(sys.modules, f"seqcompress.{module}", raising=False)
     with pytest.raises(ImportError, match="pip install pandas"):
         report.to_frame()
-    with pytest.raises(ImportError, match="pip install matplotlib"):
+    with pytest.raises(ImportError, match=r"pip install 'seqcompress\[plot\]'"):
         report.plot(tmp_path / "report.png")
     vit = tiny_vit()
     with pytest.raises(ImportError, match="pip install tqdm"):
@@ -307,7 +308,7 @@ def test_what_is_not_installed_is_named(monkeypatch: Any, tmp_path: Path, tiny_v
 
 def test_pictures_are_drawn(measured: GradientErrorReport, tmp_path: Path) -> None:
     measured.plot(tmp_path / "report.png")
-    plot_schedule({0.0: measured, 1.0: measured}, tmp_path / "schedule.svg")
+    plot_gradient_error({0.0: measured, 1.0: measured}, tmp_path / "schedule.svg")
     assert (tmp_path / "report.png").read_bytes()[1:4] == b"PNG"
     assert "schedule" in (tmp_path / "schedule.svg").read_text()
 

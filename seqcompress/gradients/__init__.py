@@ -2,7 +2,7 @@
 
 from seqcompress.gradients.measurement import gradient_error
 from seqcompress.gradients.report import GradientErrorReport, StrategyError
-from seqcompress.gradients.schedule_search import best_schedule, explain_schedule, plot_schedule
+from seqcompress.gradients.schedule_search import best_schedule, explain_schedule, plot_gradient_error
 from seqcompress.gradients.training_step import TrainingStep
 
 __all__ = [
@@ -12,5 +12,5 @@ __all__ = [
     "best_schedule",
     "explain_schedule",
     "gradient_error",
-    "plot_schedule",
+    "plot_gradient_error",
 ]

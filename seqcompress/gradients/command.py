@@ -19,9 +19,10 @@ import torch
 
 from seqcompress.gradients.measurement import gradient_error, measured_encoders, own_patch_size_of
 from seqcompress.gradients.report import CostKind, GradientErrorReport, canonical
-from seqcompress.gradients.schedule_search import best_schedule, explain_schedule, plot_schedule
+from seqcompress.gradients.schedule_search import best_schedule, explain_schedule, plot_gradient_error
 from seqcompress.gradients.training_step import TrainingStep
 from seqcompress.json_files import FieldError, read_json, take, take_version, write_json, write_text
+from seqcompress.locations import LocationError, loaded, location, module_name
 from seqcompress.messages import described
 from seqcompress.strategy import Strategy
 from seqcompress.training.random_states import RandomStates
@@ -98,7 +99,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "function",
         metavar="FUNCTION",
-        type=_location,
+        type=location,
         help="takes a checkpoint's path and returns a seqcompress.TrainingStep: package.module:function or "
         "path/to/file.py:function",
     )
@@ -170,14 +171,17 @@ def _run(arguments: argparse.Namespace) -> None:
         key=lambda strategy: (strategy.token_dropout, strategy.patch_size or 0),
     )
     _check_pictures()
-    location, name = arguments.function
-    function = _loaded(location, name)
+    where, name = arguments.function
+    try:
+        function = loaded(where, name)
+    except LocationError as error:
+        raise _UsageError(f"argument FUNCTION: {error}") from None
     folder: Path = arguments.output
     _check_writable(folder)
     records = _Records(folder)
     settings = {
         stage: {
-            "function": f"{_module_name(location)}:{name}",
+            "function": f"{module_name(where)}:{name}",
             "checkpoint_sha256": _digest(stage.checkpoint),
             "strategies": list(map(str, strategies)),
             "batches": arguments.batches,
@@ -210,7 +214,7 @@ def _run(arguments: argparse.Namespace) -> None:
     summary = _summary(stages, reports, arguments.monotone, records.seconds(stages))
     with _writing():
         schedule.to_json(folder / "schedule.json")
-        plot_schedule(reports, folder / "schedule.png", arguments.monotone)
+        plot_gradient_error(reports, folder / "schedule.png", arguments.monotone)
         write_text(summary, folder / "summary.txt")
     print(summary, end="")
     _say(f"reports, pictures and schedule: {folder}")
@@ -397,15 +401,6 @@ def _steps(report: GradientErrorReport) -> float:
     return report.num_batches * everything + 1
 
 
-def _location(text: str) -> tuple[str, str]:
-    location, _, name = text.rpartition(":")
-    if not location or not name.isidentifier():
-        raise argparse.ArgumentTypeError(f"must be package.module:function or path/to/file.py:function, got {text!r}")
-    if location.endswith(".py") and not Path(location).is_file():
-        raise argparse.ArgumentTypeError(f"there is no file {location}")
-    return location, name
-
-
 def _checkpoint(text: str) -> tuple[float | None, Path]:
     before, equals, after = text.partition("=")
     try:
@@ -461,30 +456,6 @@ def _check_pictures() -> None:
         importlib.import_module("seqcompress.gradients.plots")
     except ImportError as error:
         raise _UsageError(str(error)) from None
-
-
-def _loaded(location: str, name: str) -> Callable[[Path], object]:
-    """The function, imported as Python's own command line would: what lies beside it can be imported too."""
-    path = Path(location)
-    is_file, module_name = location.endswith(".py"), _module_name(location)
-    sys.path.insert(0, str(path.parent.resolve()) if is_file else str(Path.cwd()))
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # something that it imports itself
-        raise _UsageError(f"argument FUNCTION: there is no module {module_name}") from None
-    found = getattr(module, "__file__", None)
-    if is_file and (found is None or not path.samefile(found)):
-        raise _UsageError(f"argument FUNCTION: {location} needs another name: {module_name} is {found or module!r}")
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise _UsageError(f"argument FUNCTION: {location} has no function {name}")
-    return function
-
-
-def _module_name(location: str) -> str:
-    return Path(location).stem if location.endswith(".py") else location
 
 
 def _check_writable(folder: Path) -> None:

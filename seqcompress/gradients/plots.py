@@ -1,4 +1,4 @@
-"""Pictures of gradient error. Needs matplotlib, which is imported here and nowhere else in the core."""
+"""Pictures of gradient error. Needs matplotlib, which is imported when this module is."""
 
 from __future__ import annotations
 
@@ -7,17 +7,11 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from seqcompress.json_files import replacing
 from seqcompress.strategy import Strategy
+from seqcompress.training.pictures import Figure, colormaps, save
 
 if TYPE_CHECKING:
     from seqcompress.gradients.report import GradientErrorReport
-
-try:
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-except ImportError:
-    raise ImportError("plotting needs matplotlib: pip install matplotlib") from None
 
 __all__ = ["plot_report", "plot_stages"]
 
@@ -43,7 +37,7 @@ def plot_report(report: GradientErrorReport, path: str | os.PathLike[str]) -> No
     errors.set(ylabel=scale, title=f"{report.num_batches} batches   * best" + "   = tied" * (len(tied) > 1))
     errors.legend(loc="lower left", bbox_to_anchor=(0, 1.07), ncols=3, frameon=False)  # above: no point is under it
     _draw_costs(costs, report)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_stages(
@@ -72,12 +66,7 @@ def plot_stages(
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
     stages = " → ".join(dict.fromkeys(f"{strategy!s}" for strategy in chosen.values()))
     figure.suptitle(f"schedule: {stages}")
-    _save(figure, path)
-
-
-def _save(figure: Any, path: str | os.PathLike[str]) -> None:
-    with replacing(path) as beside:
-        figure.savefig(beside, dpi=150)
+    save(figure, path)
 
 
 def _colors(strategies: list[Strategy]) -> dict[Strategy, Any]:

@@ -14,7 +14,7 @@ from seqcompress.messages import described
 from seqcompress.schedules import Stepwise
 from seqcompress.strategy import Strategy
 
-__all__ = ["best_schedule", "explain_schedule", "plot_schedule"]
+__all__ = ["best_schedule", "explain_schedule", "plot_gradient_error"]
 
 Reports = Mapping[float, GradientErrorReport]
 
@@ -72,7 +72,7 @@ def explain_schedule(reports: Reports, monotone: bool = True) -> str:
     return "\n".join(lines)
 
 
-def plot_schedule(reports: Reports, path: str | os.PathLike[str], monotone: bool = True) -> None:
+def plot_gradient_error(reports: Reports, path: str | os.PathLike[str], monotone: bool = True) -> None:
     """Draw CA-MSE, bias2 and variance of every strategy over progress, and the schedule found, into a picture file.
 
     Args and errors are those of [best_schedule][seqcompress.best_schedule].

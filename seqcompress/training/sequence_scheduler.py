@@ -20,7 +20,7 @@ from seqcompress.strategy import Strategy
 from seqcompress.training.cost import FORWARD_AND_BACKWARD, ViewCosts, sequence_length
 from seqcompress.training.ranks import Ranks
 
-__all__ = ["SequenceScheduler"]
+__all__ = ["SequenceScheduler", "checked_count"]
 
 _LOOKED_AT = 10_000  # steps of a run at which a schedule is asked for its cost, at most
 
@@ -65,7 +65,7 @@ class SequenceScheduler:
         self, model_or_models: nn.Module | Sequence[nn.Module], schedule: Plan | None = None, *, total_steps: int
     ) -> None:
         self._embeds = compressed_embeds_of(model_or_models)
-        total_steps = _checked_count(total_steps, "total_steps", at_least=1)
+        total_steps = checked_count(total_steps, "total_steps", at_least=1)
         _refuse_copied_teachers(self._embeds)
         plans = {embed.compression.plan for embed in self._embeds}
         if schedule is not None:
@@ -119,7 +119,7 @@ class SequenceScheduler:
         Args:
             step: number of steps done. Whoever gives it makes sure that it is the same on every rank.
         """
-        step = self._ranks.agreed(self._last_step + 1) if step is None else _checked_count(step, "step", at_least=0)
+        step = self._ranks.agreed(self._last_step + 1) if step is None else checked_count(step, "step", at_least=0)
         self._apply(self._schedule, self._total_steps, step)
         for compression in self._compressions:
             compression.count_step()
@@ -190,7 +190,7 @@ class SequenceScheduler:
         Computed from the encoders' relative cost, at 10,000 steps of a longer run; for a learning rate that follows the
         budget, see [PolynomialDecayLR][seqcompress.PolynomialDecayLR].
         """
-        step = min(_checked_count(step, "step", at_least=0), self._total_steps)
+        step = min(checked_count(step, "step", at_least=0), self._total_steps)
         steps, spent = self._spent()
         after = min(bisect_right(steps, step), len(steps) - 1)
         begin, end = steps[after - 1], steps[after]
@@ -221,9 +221,9 @@ class SequenceScheduler:
             if not isinstance(state["schedule"], str):
                 raise TypeError(f"schedule must be a schedule's JSON text, got {described(state['schedule'])}")
             schedule = Schedule.from_json(state["schedule"])
-            total_steps = _checked_count(state["total_steps"], "total_steps", at_least=1)
-            last_step = _checked_count(state["last_step"], "last_step", at_least=0)
-            seed = _checked_count(state["seed"], "seed", at_least=0)
+            total_steps = checked_count(state["total_steps"], "total_steps", at_least=1)
+            last_step = checked_count(state["last_step"], "last_step", at_least=0)
+            seed = checked_count(state["seed"], "seed", at_least=0)
             check_plan(self._embeds, schedule)
         except (TypeError, ValueError, OSError) as error:
             raise ValueError(f"state is not a SequenceScheduler's: {error}") from None
@@ -275,7 +275,8 @@ def _warn_of_another(saved: str, own: str) -> None:
     )
 
 
-def _checked_count(value: Any, name: str, *, at_least: int) -> int:
+def checked_count(value: Any, name: str, *, at_least: int) -> int:
+    """An argument that counts something, as a whole number."""
     try:
         count = operator.index(value)
     except TypeError:
