@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from seqcompress.messages import by_script
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -102,6 +104,7 @@ class SequenceCompression:
         self._batches = 0  # of this epoch that are done
         self._progress = self._done = 0.0  # at which the latest step was run, and that it has reached
         self._place = (0, 1)  # of the latest step in the run, and how many there are
+        self._forwards: list[int] = []  # of the latest step, by encoder, if it is not complete
         self._seed = 0
         self._ranks = 1
         self._speaks = True
@@ -184,6 +187,8 @@ class SequenceCompression:
         self._batches = batch_idx + 1
         self._done = length.share(self._batches)
         readings.note()
+        ends = length.first_of_step(batch_idx + 1) == batch_idx + 1 or trainer.is_last_batch
+        self._forwards = [0 if ends else drive.compression.stream.forwards for drive in self._drives]
         self._guarded("log a step", lambda: self._log(trainer, pl_module, readings))
         if self._rehearsing is not None:
             self._end_rehearsal(pl_module.device, self._rehearsing)
@@ -252,6 +257,8 @@ class SequenceCompression:
             "units": self._loaded.get("units", 0.0) if units is None else units,
             "progress": self._done,
             "batches": self._length.batches,
+            "plans": {drive.name: drive.plan.to_json() for drive in self._drives},
+            "forwards": self._forwards,
         }
 
     def _end_trials(self) -> None:
@@ -299,6 +306,9 @@ class SequenceCompression:
         if self._resuming and is_first:
             self._go_on(embeds)
         self._drives = self._to_drive(embeds)
+        if self._resuming and is_first and batch_idx != self._length.first_of_step(batch_idx):
+            for drive, forwards in zip(self._drives, self._loaded.get("forwards", ()), strict=False):
+                drive.forwards = forwards
         if not all(drive.is_constant for drive in self._drives):
             self._length.check()
         if is_first:
@@ -336,12 +346,17 @@ class SequenceCompression:
                 drive.finish()
                 continue
             drive.compression.finished = False
+            now = drive.plan.at_step(*self._place)
+            was = self._guarded("compare schedules", partial(_schedule_in, self._loaded, drive.name))
+            if was is not None and was != drive.plan:
+                self._tell(f"{drive.name}: {by_script({'schedule': (was, drive.plan)}, now)}")
+                continue
             # A run that was broken off within a batch has not counted it.
             is_elsewhere = abs(before - self._progress) > 1.5 * pace
-            if is_elsewhere and drive.plan(before) != drive.plan.at_step(*self._place):
+            if is_elsewhere and drive.plan(before) != now:
                 self._tell(
                     f"{drive.name}: the checkpoint was at {before:.0%} of its run ({drive.plan(before)}), which is "
-                    f"{self._progress:.0%} of this one: goes on at {drive.plan.at_step(*self._place)}"
+                    f"{self._progress:.0%} of this one: goes on from its step, at {now}"
                 )
 
     def _announce(self, embeds: dict[str, CompressedPatchEmbed], progress: float) -> None:
@@ -562,6 +577,7 @@ class _Drive:
         self.plan: Schedule = self.compression.plan
         self.strategy = self.compression.strategy
         self._step: int | None = None
+        self.forwards = 0  # of the step that is taken up, where a run goes on in the middle of it
 
     @property
     def name(self) -> str:
@@ -626,8 +642,8 @@ class _Drive:
             return
         self.compression.count_step()
         if step != self._step:
-            self.compression.stream.anchor(seed, step, self._number)
-            self._step = step
+            self.compression.stream.anchor(seed, step, self._number, self.forwards)
+            self._step, self.forwards = step, 0
         self.strategy = self.plan.at_step(*place)
         self.use(self.strategy)
         self.have_views_made(progress, pace)
@@ -747,6 +763,14 @@ def _share_of_plain_budget(drives: list[_Drive]) -> float:
             plain += passes
             spent += passes * sum(map(cost, samples)) / _SAMPLES
     return spent / plain
+
+
+def _schedule_in(state: dict[str, Any], name: str) -> Schedule | None:
+    """What an encoder was compressed with when a state was saved, if it says so."""
+    from seqcompress.schedules import Schedule
+
+    text = state.get("plans", {}).get(name)
+    return None if text is None else Schedule.from_json(text)
 
 
 def _written(strategy: Strategy) -> str:

@@ -11,6 +11,7 @@ from torch import nn
 
 from seqcompress.encoders import CompressedPatchEmbed, Compression, Encoder, When, find_encoder, is_frozen, supported
 from seqcompress.encoders.probe import difference
+from seqcompress.encoders.sharding import is_wrapped
 from seqcompress.json_files import is_file
 from seqcompress.messages import described
 from seqcompress.presets import DEFAULT, PRESETS, double_patch
@@ -75,7 +76,13 @@ def compress(
         found["teacher"] = find_encoder(teacher, "teacher")
         if found["teacher"].model is found["model"].model:
             raise ValueError("teacher must be another model than model, got the same one")
-    for encoder in found.values():
+    for name, encoder in found.items():
+        wrapped = is_wrapped(model if name == "model" or teacher is None else teacher)
+        if (wrapped or encoder.is_flattened) and not compressed_embeds(encoder.model):
+            raise ValueError(
+                f"{name} must be compressed before FullyShardedDataParallel flattens its weights, got one that it wraps "
+                "already (fully_shard, instead of it, may come before or after)"
+            )
         encoder.look_again()
     if token_dropout is not None or patch_size is not None:
         if plan is not None:
@@ -102,6 +109,7 @@ def compress(
         embed = attached[0] if attached else encoder.attach(compression, drops_tokens=is_student, when=when_of)
         embed.compression, embed.drops_tokens, embed.when = compression, is_student, when_of
         embed.blank_per_view = blank_per_view[name]
+        encoder.note_shapes()
     compression.ask_views_for(compression.strategy)
     return model
 
@@ -284,6 +292,8 @@ def _proven(encoder: Encoder, name: str) -> bool:
         TypeError: they are not.
     """
     attached = next(iter(compressed_embeds(encoder.model)), None)
+    if attached is not None and encoder.is_flattened:  # by now it has no weights to run, and was proven before
+        return attached.blank_per_view
     embed = attached or encoder.attach(Compression(Constant(Strategy())), drops_tokens=True, when="grad")
     before = embed.blank_per_view
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["described"]
+__all__ = ["by_script", "described"]
 
 _MANY_DIGITS = 10**40
 
@@ -16,3 +16,18 @@ def described(value: object) -> str:
     except Exception:  # whatever a foreign class does there, or a list of such numbers
         shown = "\n"
     return shown if len(shown) <= 100 and "\n" not in shown else f"a {type(value).__name__}"
+
+
+def by_script(changes: dict[str, tuple[object, object]], now: object) -> str:
+    """The one line that a resumed run says where checkpoint and script differ: the script holds, in every host.
+
+    Args:
+        changes: by name, what the checkpoint has and what the script says.
+        now: the strategy that follows.
+    """
+    listed = ", ".join(f"{name} {_short(own)} (was {_short(saved)})" for name, (saved, own) in changes.items())
+    return f"goes on from its step by what this script says, not by the checkpoint: {listed}; now at {now}"
+
+
+def _short(value: object) -> str:
+    return value if isinstance(value, str) else described(value)

@@ -293,7 +293,7 @@ def test_a_resumed_run_decides_what_it_would_have_had_it_not_stopped() -> None:
     kept = [stopped.method, stopped.optimizer, stopped.scheduler]
     torch.save([torch.get_rng_state(), *(part.state_dict() for part in kept)], file)
 
-    resumed = _Run(seed=7, start=Strategy(), strategies=[], compute_share=0.01, total_steps=9)
+    resumed = _Run(seed=7)
     file.seek(0)
     random_state, *states = torch.load(file, weights_only=True)
     for part, state in zip((resumed.method, resumed.optimizer, resumed.scheduler), states, strict=True):

@@ -112,11 +112,19 @@ class SubsetStream:
         self._forwards: dict[int, int] = {}  # the latest of this step: their numbers by their tags
         self._count = 0
 
-    def anchor(self, seed: int, step: int, model: int = 0) -> None:
-        """From now on draw what belongs to ``step`` of the run that ``seed`` names, for its ``model``-th model."""
+    @property
+    def forwards(self) -> int:
+        """Forwards of the step so far, those that run again not counted."""
+        return self._count
+
+    def anchor(self, seed: int, step: int, model: int = 0, forwards: int = 0) -> None:
+        """From now on draw what belongs to ``step`` of the run that ``seed`` names, for its ``model``-th model.
+
+        After so many ``forwards`` of that step, where a run goes on in the middle of it.
+        """
         self._anchor = (seed, step, model)
         self._forwards.clear()
-        self._count = 0
+        self._count = forwards
 
     def next_seed(self) -> int:
         """The seed of the forward that is about to run. Takes one number from torch's CPU random state.

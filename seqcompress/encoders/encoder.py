@@ -6,9 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from seqcompress.compressors.patch_scaling import grid_size
+from seqcompress.encoders.sharding import is_flattened, shapes_of
 from seqcompress.strategy import Strategy
 
 if TYPE_CHECKING:
@@ -42,6 +44,8 @@ class Encoder(ABC):
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model  # which attributes it has is for the subclass to know, and for no type checker
+        self._noted: dict[str, torch.Size] = {}
+        self._noted_projection = 0
 
     @staticmethod
     @abstractmethod
@@ -129,6 +133,9 @@ class Encoder(ABC):
     @property
     def projection_size(self) -> int:
         """Weights of the projection that a patch is embedded by."""
+        return self._noted_projection if self.is_flattened else self._projection_size()
+
+    def _projection_size(self) -> int:
         weight: Any = self.projection.weight
         return int(weight.numel())
 
@@ -179,6 +186,25 @@ class Encoder(ABC):
     @abstractmethod
     def blocks(self) -> list[nn.Module]:
         """Its blocks, in order."""
+
+    def note_shapes(self) -> None:
+        """Note how large its weights are while they are whole: FullyShardedDataParallel, which flattens and shards
+        them later, does not tell."""
+        if not self.is_flattened:
+            is_convolution = hasattr(self.projection, "weight")
+            self._noted_projection = self._projection_size() if is_convolution else 0
+            self._noted = shapes_of(self.model)
+
+    @property
+    def is_flattened(self) -> bool:
+        """Whether FullyShardedDataParallel has taken its weights apart."""
+        return is_flattened(shapes_of(self.model), self._noted)
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Those of its parameters and buffers when they are whole, by name."""
+        now = shapes_of(self.model)
+        return {**now, **self._noted} if is_flattened(now, self._noted) else now
 
     def look_again(self) -> None:  # noqa: B027 - most have nothing to forget
         """Forget what was found out about the model, which may have been changed since."""

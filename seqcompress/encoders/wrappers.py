@@ -8,12 +8,19 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from seqcompress.encoders.registry import is_encoder, register_wrapper
+from seqcompress.encoders.sharding import wrapped_by_fsdp
 
 
 @register_wrapper("DistributedDataParallel")
 def distributed(model: nn.Module) -> nn.Module | None:
     """``DistributedDataParallel(vit)``."""
     return model.module if isinstance(model, DistributedDataParallel) else None
+
+
+@register_wrapper("FullyShardedDataParallel")
+def sharded(model: nn.Module) -> nn.Module | None:
+    """``FullyShardedDataParallel(vit)``, if the ViT was compressed before."""
+    return wrapped_by_fsdp(model)
 
 
 @register_wrapper("torch.compile")

@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from seqcompress.compression import compressed_embeds, is_compressed
 from seqcompress.compressors import SubsetStream
 from seqcompress.encoders import CompressedPatchEmbed, Compression, Encoder, When, find_encoder
+from seqcompress.encoders.sharding import is_wrapped, whole
 from seqcompress.gradients.report import CostKind, GradientErrorReport, canonical
 from seqcompress.gradients.state import Generators, Snapshot
 from seqcompress.gradients.statistics import GradientMoments, interquartile_mean, jackknife
@@ -143,6 +144,7 @@ def gradient_error(
             "model must not be a DistributedDataParallel with static_graph=True: gradient error runs other graphs than "
             "training; measure with one without it"
         )
+    refuse_flattened(model, encoders)
     if not isinstance(batches, Iterable):
         raise TypeError(f"batches must be an iterable, got {described(batches)}")
     own_patch_size = own_patch_size_of(encoders)
@@ -185,6 +187,15 @@ def gradient_error(
     if moments.num_batches < 2:
         raise ValueError(f"batches must be at least 2, got {moments.num_batches}")
     return _report(moments, costs, cost, own_patch_size, complete)
+
+
+def refuse_flattened(model: nn.Module, encoders: Sequence[MeasuredEncoder]) -> None:
+    """Raise ValueError for weights whose gradients cannot be put together again."""
+    if is_wrapped(model) or any(measured.encoder.is_flattened for measured in encoders):
+        raise ValueError(
+            "model must have whole gradients on every process to be measured, got one in FullyShardedDataParallel: "
+            "shard it with fully_shard instead, or measure without sharding"
+        )
 
 
 class _PacedStream(SubsetStream):
@@ -466,7 +477,8 @@ class Runner:
                     f"no gradient without compression can be had from them"
                 )
         self._check_gradients(arrivals, where)
-        use(self._gradient(where) if math.isfinite(value) else self._no_gradient())
+        gradient = self._gradient(where)  # whatever the loss: all ranks of a sharded model gather it
+        use(gradient if math.isfinite(value) else self._no_gradient())
         flops = self._flops(embed.tally for embed in self._embeds)
         if complete and self._after_backward is not None:
             with clock:
@@ -477,14 +489,14 @@ class Runner:
         gradient = [
             torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for parameter in self._parameters
         ]
-        gradient = [part.to_dense() if part.is_sparse else part for part in gradient]
+        gradient = [part.to_dense() if part.is_sparse else whole(part) for part in gradient]
         if self._must_be_finite and not bool(torch.stack([part.isfinite().all() for part in gradient]).all()):
             raise ValueError(f"{where} must give a finite gradient, got infinite values or NaN")
         return gradient
 
     def _no_gradient(self) -> list[Tensor]:
         """Of a loss that is not finite."""
-        return [torch.full_like(parameter, math.nan) for parameter in self._parameters]
+        return [parameter.new_full(parameter.shape, math.nan) for parameter in map(whole, self._parameters)]
 
     def _check_gradients(self, arrivals: _Arrivals, where: str) -> None:
         """Raise ValueError unless the gradients are there that the backward pass has made."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,12 +27,13 @@ from seqcompress.gradients.measurement import (
     measured_encoders,
     objects_in,
     own_patch_size_of,
+    refuse_flattened,
     running,
     seed_of,
 )
 from seqcompress.gradients.report import GradientErrorReport, canonical
 from seqcompress.gradients.statistics import Sketch, interquartile_mean, jackknife, norm2_of_mean, variance
-from seqcompress.messages import described
+from seqcompress.messages import by_script, described
 from seqcompress.presets import double_patch
 from seqcompress.schedules import Schedule, Stepwise
 from seqcompress.strategy import Strategy
@@ -167,6 +169,7 @@ class OnlineScheduler:
         if not parameters:
             raise ValueError("model_or_models must have parameters that require grad, got none")
         encoders = measured_encoders(nn.ModuleList(models))
+        refuse_flattened(nn.ModuleList(models), encoders)
         own = own_patch_size_of(encoders)
         starts = list(dict.fromkeys(canonical(embed.compression.plan(0.0), own) for embed in embeds))
         if len(starts) > 1:
@@ -198,6 +201,7 @@ class OnlineScheduler:
         self._trained = self._measured = 0.0
         self._counted = self._tallies()
         self._reported: set[str] = set()
+        self._is_blind = False
         self._ranks = Ranks()
 
     @property
@@ -318,9 +322,12 @@ class OnlineScheduler:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state, with its ladder and share, and apply its strategy at once.
+        """Go on from a saved state: from its step, with what was found and measured so far, and apply its strategy.
 
-        From then on it measures and decides what it would have, had the run not stopped.
+        Ladder, compute share and number of steps are this scheduler's own, whatever the state has; a warning says so if
+        they differ. Strategies that the run was at join the ladder, and the batches of an open decision are dropped
+        where other strategies are to be compared. With the same ladder, share and length, it measures and decides from
+        then on what it would have, had the run not stopped.
 
         Raises:
             ValueError: the state is not an OnlineScheduler's, or does not suit the encoders; the message says what is
@@ -346,12 +353,30 @@ class OnlineScheduler:
             now = schedule(min(last, total) / max(1, total))
             if any(set(event.sketches) != set(_compared(ladder, now)) for event in events):
                 raise ValueError(f"events must be of {now!s}, its neighbours and the base")
-            self._sequence.load_state_dict({name: state[name] for name in self._sequence.state_dict()})
+            own = self._sequence.total_steps
+            if total < 1:
+                raise ValueError(f"total_steps must be a whole number of at least 1, got {total}")
+            sequence = {name: state[name] for name in self._sequence.state_dict() if name in state}
+            self._sequence.load_state_dict(
+                {**sequence, "total_steps": own, "plan": self._sequence.state_dict()["plan"]}
+            )
         except KeyError as error:
             raise ValueError(f"state is not an OnlineScheduler's: it must have the field {error}") from None
         except (TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ValueError(f"state is not an OnlineScheduler's: {error}") from None
-        self._ladder, self._compute_share = ladder, share
+        changes: dict[str, tuple[object, object]] = {}
+        if set(ladder) != set(self._ladder):
+            changes["ladder"] = ("; ".join(map(str, ladder)), "; ".join(map(str, self._ladder)))
+            been = (*self._ladder, *schedule.strategies(), *(decision.after for decision in decisions))
+            self._ladder = tuple(_by_cost(dict.fromkeys(been), self._encoders, self._flops))
+            events = [event for event in events if set(event.sketches) == set(_compared(self._ladder, now))]
+        if share != self._compute_share:
+            changes["compute_share"] = (share, self._compute_share)
+        if total != own:
+            changes["total_steps"] = (total, own)
+            self._sequence.follow(_found(schedule(0.0), decisions, own))
+        if changes:
+            warnings.warn(f"seqcompress: {by_script(changes, self.strategy)}", stacklevel=2)
         self._trained, self._measured = trained, measured
         self._decisions, self._events = decisions, events
         self._counted = self._tallies()
@@ -376,6 +401,15 @@ class OnlineScheduler:
         return 0.0 if self._measured else flops[_BASE]
 
     def _measure(self, batch: Any) -> None:
+        if any(measured.encoder.is_flattened for measured in self._encoders):  # since this was made
+            if not self._is_blind and self._ranks.own == 0:
+                _logger.warning(
+                    "nothing is measured, and %s stays: FullyShardedDataParallel leaves no process a whole gradient; "
+                    "shard with fully_shard instead",
+                    self.strategy,
+                )
+            self._is_blind = True
+            return
         compared = self._compared()
         for encoder in self._encoders:
             encoder.check(compared)
@@ -422,9 +456,7 @@ class OnlineScheduler:
         decision = OnlineDecision(self.last_step, before, after, decision.report, decision.share)
         self._decisions.append(decision)
         self._events = []
-        moves = {made.step / self.total_steps: made.after for made in self._decisions if made.after != made.before}
-        found = Stepwise({0.0: self.schedule(0.0), **moves})
-        self._sequence.follow(found)
+        self._sequence.follow(_found(self.schedule(0.0), self._decisions, self.total_steps))
         if self._ranks.own == 0:
             _logger.info("%s", decision)
 
@@ -448,6 +480,12 @@ class OnlineScheduler:
             own_patch_size=self._own_patch_size,
             sketch_error=self._sketch.relative_error,
         )
+
+
+def _found(start: Strategy, decisions: Sequence[OnlineDecision], total_steps: int) -> Schedule:
+    """The schedule of these decisions."""
+    moves = {made.step / total_steps: made.after for made in decisions if made.after != made.before}
+    return Stepwise({0.0: start, **{progress: after for progress, after in moves.items() if progress <= 1.0}})
 
 
 def _neighbours(ladder: Sequence[Strategy], strategy: Strategy) -> list[Strategy]:

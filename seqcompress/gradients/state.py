@@ -132,6 +132,8 @@ class Snapshot:
 
     def _save(self, value: Any, name: str) -> None:
         if isinstance(value, Tensor):
+            if _is_freed(value):
+                return
             try:
                 saved = None if _is_expanded(value) else _SavedTensor(value)
             except (RuntimeError, NotImplementedError):  # of a layout without memory of its own
@@ -443,6 +445,8 @@ class _SavedTensor:
         self._gradient_values = None if self._gradient is None else self._gradient.detach().clone()
 
     def restore(self) -> None:
+        if _is_freed(self._memory):
+            return
         if self._tensor.data_ptr() != self._memory.data_ptr() or self._tensor.shape != self._memory.shape:
             self._tensor.data = self._memory
         self._memory.copy_(self._values)
@@ -510,6 +514,16 @@ def _slots(value: object) -> list[str]:
     slots = [vars(kind).get("__slots__", ()) for kind in type(value).__mro__ if not _is_hosts(kind.__module__)]
     listed = [name for names in slots for name in ((names,) if isinstance(names, str) else names)]
     return [name for name in listed if not name.startswith("__")]
+
+
+def _is_freed(tensor: Tensor) -> bool:
+    """Whether a sharding has taken its memory away until it gathers the weights again: to touch it ends the process."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided or tensor.numel() == 0:
+        return False
+    try:
+        return tensor.untyped_storage().nbytes() == 0
+    except (RuntimeError, NotImplementedError):  # none to ask
+        return False
 
 
 def _is_expanded(tensor: Tensor) -> bool:

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from seqcompress.compressors.token_dropout import num_kept
 from seqcompress.encoders import Encoder, Forward, find_encoder
 from seqcompress.encoders.hooks import without_hooks
+from seqcompress.encoders.sharding import past_wrappers
 from seqcompress.messages import described
 from seqcompress.strategy import Strategy
 
@@ -98,7 +99,7 @@ def encoder_flops(encoder: Encoder, tokens: int) -> int:
 
 def flops_by_tokens(encoder: Encoder) -> Callable[[int], int]:
     """``encoder_flops`` of an encoder as it is now, for many lengths."""
-    size = sum(parameter.numel() for parameter in encoder.model.parameters())
+    size = sum(map(math.prod, encoder.shapes.values()))
     known = _known.get(encoder.model)
     if known is None or known.size != size:  # somebody may have replaced its head, or its blocks
         known = _known[encoder.model] = _FlopsByTokens(size)
@@ -175,7 +176,7 @@ class ViewCosts:
 class _FlopsByTokens:
     """What is known of an encoder's FLOPs after its embedding."""
 
-    size: int  # parameters it had
+    size: int  # numbers in its parameters and buffers
     counted: dict[int, int] = field(default_factory=dict)
     growth: tuple[int, int, int, int] | None = None  # those of a length, their first and second difference from there
     is_quadratic: bool | None = None  # None before it was looked at
@@ -242,18 +243,20 @@ def _flops_of_parts(encoder: Encoder, tokens: int) -> Counter[tuple[str, Any]]:
             return encoder.after_embedding(tokens)
 
     module = AfterEmbedding()
-    # By their shapes: of a sharded parameter, it is that of the whole.
-    weights = {
-        name: torch.empty(value.shape, dtype=value.dtype, device="meta")
-        for name, value in [*module.named_parameters(), *module.named_buffers()]
-    }
     dtype = next(encoder.model.parameters()).dtype
+    dtypes = {name: value.dtype for name, value in encoder.model.named_buffers()}
+    # By their shapes when they are whole: a process may have pieces of them.
+    weights = {
+        f"model.{name}": torch.empty(shape, dtype=dtypes.get(name, dtype), device="meta")
+        for name, shape in encoder.shapes.items()
+    }
     blank = torch.empty(1, tokens, encoder.width, device="meta", dtype=dtype)
     counter = FlopCounterMode(display=False)
     plain_attention = sdpa_kernel(SDPBackend.MATH)  # fused kernels count for nothing without data, in older torch
     with (
         torch.no_grad(),
         torch.random.fork_rng(devices=[]),
+        past_wrappers(encoder.model),
         without_hooks(encoder.model, ours=True),
         plain_attention,
         counter,

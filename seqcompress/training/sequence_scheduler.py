@@ -14,7 +14,7 @@ from torch import nn
 
 from seqcompress.compression import Plan, check_plan, compressed_embeds_of, resolve_plan
 from seqcompress.encoders import CompressedPatchEmbed, Compression, is_frozen
-from seqcompress.messages import described
+from seqcompress.messages import by_script, described
 from seqcompress.schedules import Constant, Schedule
 from seqcompress.strategy import Strategy
 from seqcompress.training.cost import FORWARD_AND_BACKWARD, ViewCosts, sequence_length
@@ -36,8 +36,10 @@ class SequenceScheduler:
     0's seed and count, so that every rank uses the same strategy at the same step. Where ranks may step alone (uneven
     inputs), pass the number: ``step(i)`` waits for nobody.
 
-    The random subsets of a step depend on the seed of the run, the step and the rank only. With the state
-    saved and loaded, a resumed run draws what it would have drawn had it not stopped.
+    The random subsets of a step depend on the seed of the run, the step, the rank and which forward of the step it is.
+    With the state saved and loaded, a resumed run draws what it would have drawn had it not stopped, in the middle of
+    gradient accumulation too. Where the script has another schedule or number of steps than the checkpoint, the script
+    holds, from the step that was reached, as under Lightning; and that is said.
 
     Args:
         model_or_models: compressed encoders, or modules that contain them.
@@ -81,6 +83,7 @@ class SequenceScheduler:
         self._spent_after: tuple[list[int], list[float]] = ([], [])
         self._ranks = Ranks()
         self._seed = self._ranks.agreed(torch.initial_seed() % 2**63)
+        self._plan = plan
         self._apply(plan, total_steps, last_step=0)
 
     @property
@@ -144,7 +147,8 @@ class SequenceScheduler:
             RuntimeError: the encoders were restored or compressed anew. In each case, nothing has been changed.
         """
         check_plan(self._embeds, schedule)
-        self._apply(schedule, self._total_steps, self._last_step)
+        forwards = [compression.stream.forwards for compression in self._compressions]
+        self._apply(schedule, self._total_steps, self._last_step, forwards)
 
     def use(self, strategy: Strategy) -> None:
         """Put another strategy in force, until the next step.
@@ -199,6 +203,8 @@ class SequenceScheduler:
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must keep. Plain values only."""
         return {
+            "plan": self._plan.to_json(),
+            "forwards": [compression.stream.forwards for compression in self._compressions],
             "schedule": self._schedule.to_json(),
             "total_steps": self._total_steps,
             "last_step": self._last_step,
@@ -206,7 +212,11 @@ class SequenceScheduler:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state, schedule and number of steps included, and apply its strategy at once.
+        """Go on from a saved state: from its step, with its random subsets, and apply the strategy at once.
+
+        Schedule and number of steps are this scheduler's own, whatever the state has; a warning says so if they differ.
+        The exceptions: a schedule that came by ``follow`` goes on, if the run began with the same plan as this one; and
+        what was run to its end stays at the end.
 
         Raises:
             ValueError: the state is not a SequenceScheduler's, or does not suit the encoders; the message
@@ -218,28 +228,35 @@ class SequenceScheduler:
             if name not in state:
                 raise ValueError(f"state must have the field {name!r}, got {described(sorted(state))}")
         try:
-            if not isinstance(state["schedule"], str):
-                raise TypeError(f"schedule must be a schedule's JSON text, got {described(state['schedule'])}")
-            schedule = Schedule.from_json(state["schedule"])
+            schedule = _read_schedule(state["schedule"], "schedule")
+            plan = _read_schedule(state["plan"], "plan") if "plan" in state else schedule
+            forwards = [checked_count(count, "forwards", at_least=0) for count in _listed(state.get("forwards", []))]
             total_steps = checked_count(state["total_steps"], "total_steps", at_least=1)
             last_step = checked_count(state["last_step"], "last_step", at_least=0)
             seed = checked_count(state["seed"], "seed", at_least=0)
             check_plan(self._embeds, schedule)
         except (TypeError, ValueError, OSError) as error:
             raise ValueError(f"state is not a SequenceScheduler's: {error}") from None
-        if schedule != self._schedule:
-            _warn_of_another(f"schedule {schedule!r}", repr(self._schedule))
+        changes: dict[str, tuple[object, object]] = {}
+        if plan != self._plan:
+            changes["schedule"] = (schedule, self._plan)
+            schedule = self._plan
         if total_steps != self._total_steps:
-            _warn_of_another(f"total_steps={total_steps}", str(self._total_steps))
+            changes["total_steps"] = (total_steps, self._total_steps)
         self._seed = seed
-        self._apply(schedule, total_steps, last_step)
+        ended = last_step >= total_steps
+        self._apply(schedule, min(last_step, self._total_steps) if ended else self._total_steps, last_step, forwards)
+        if changes:
+            left = " of a schedule that was run to its end: for another run of it, compress(model, plan) anew"
+            warnings.warn(f"seqcompress: {by_script(changes, self.strategy)}{left if ended else ''}", stacklevel=2)
 
-    def _apply(self, schedule: Schedule, total_steps: int, last_step: int) -> None:
+    def _apply(self, schedule: Schedule, total_steps: int, last_step: int, forwards: Sequence[int] = ()) -> None:
         self._put_in_force(schedule.at_step(last_step, total_steps))
         self._schedule, self._total_steps, self._last_step = schedule, total_steps, last_step
         for model, compression in enumerate(self._compressions):
             compression.finished = last_step >= total_steps
-            compression.stream.anchor(self._seed, last_step, model)
+            before = forwards[model] if model < len(forwards) else 0
+            compression.stream.anchor(self._seed, last_step, model, before)
             if compression.views is not None:
                 compression.views.ask_ahead(lambda more: schedule.at_step(last_step + more, total_steps))
 
@@ -269,10 +286,16 @@ def _refuse_copied_teachers(embeds: Sequence[CompressedPatchEmbed]) -> None:
         )
 
 
-def _warn_of_another(saved: str, own: str) -> None:
-    warnings.warn(
-        f"seqcompress: goes on with the saved state's {saved}, not with the scheduler's own {own}", stacklevel=3
-    )
+def _read_schedule(text: Any, name: str) -> Schedule:
+    if not isinstance(text, str):
+        raise TypeError(f"{name} must be a schedule's JSON text, got {described(text)}")
+    return Schedule.from_json(text)
+
+
+def _listed(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError(f"forwards must be a list of whole numbers, got {described(value)}")
+    return value
 
 
 def checked_count(value: Any, name: str, *, at_least: int) -> int:

@@ -1,0 +1,67 @@
+"""Weights that FullyShardedDataParallel has flattened: of what shape they are, and how to get past the wrappers.
+
+``fully_shard`` needs nothing of this: its parameters tell the shape of the whole.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["is_flattened", "is_wrapped", "past_wrappers", "shapes_of", "whole", "wrapped_by_fsdp"]
+
+
+def wrapped_by_fsdp(module: nn.Module) -> nn.Module | None:
+    """What ``FullyShardedDataParallel`` wraps, or None for a module of any other kind."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # whoever wraps has imported it
+    return module.module if fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel) else None
+
+
+@contextmanager
+def past_wrappers(model: nn.Module) -> Iterator[None]:
+    """Have a model run its blocks directly: around them, FullyShardedDataParallel would gather weights of its own."""
+    put_back = []
+    try:
+        for module in list(model.modules()):
+            for name, child in module._modules.items():
+                inner = None if child is None else wrapped_by_fsdp(child)
+                if child is not None and inner is not None and wrapped_by_fsdp(module) is None:
+                    put_back.append((module, name, child))
+                    module._modules[name] = inner
+        yield
+    finally:
+        for module, name, child in put_back:
+            module._modules[name] = child
+
+
+def shapes_of(model: nn.Module) -> dict[str, torch.Size]:
+    """Those of its parameters and buffers as they are now, by their names in the model without wrappers."""
+    with past_wrappers(model):
+        return {name: value.shape for name, value in _weights(model)}
+
+
+def is_flattened(shapes: dict[str, torch.Size], whole: dict[str, torch.Size]) -> bool:
+    """Whether parameters of these shapes are pieces of what they were."""
+    return any(name.rpartition(".")[2] == "_flat_param" for name in shapes) or any(
+        len(shapes.get(name, shape)) < len(shape) for name, shape in whole.items()
+    )
+
+
+def is_wrapped(model: nn.Module) -> bool:
+    """Whether FullyShardedDataParallel is around something in it, or around itself."""
+    return any(wrapped_by_fsdp(module) is not None for module in model.modules())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor of which each process may hold a part, as under ``fully_shard``; collective for such a one."""
+    gathered: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return gathered
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
