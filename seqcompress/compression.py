@@ -80,8 +80,8 @@ def compress(
         wrapped = is_wrapped(model if name == "model" or teacher is None else teacher)
         if (wrapped or encoder.is_flattened) and not compressed_embeds(encoder.model):
             raise ValueError(
-                f"{name} must be compressed before FullyShardedDataParallel flattens its weights, got one that it wraps "
-                "already (fully_shard, instead of it, may come before or after)"
+                f"{name} must be compressed before FullyShardedDataParallel flattens its weights, got one that it "
+                "wraps already (fully_shard, instead of it, may come before or after)"
             )
         encoder.look_again()
     if token_dropout is not None or patch_size is not None:

@@ -435,8 +435,8 @@ def test_a_longer_run_goes_on_from_its_place_in_the_new_length_and_says_so(
     make_trainer(max_epochs=8).fit(longer, batches(2), ckpt_path=str(tmp_path / "three.ckpt"))
     assert longer.tokens == [5] * 2 + [9] * 4 + [17] * 4
     assert (
-        "seqcompress: backbone: the checkpoint was at 75% of its run (base), which is 38% of this one: goes on from its "
-        "step, at drop 0.75"
+        "seqcompress: backbone: the checkpoint was at 75% of its run (base), which is 38% of this one: goes on from "
+        "its step, at drop 0.75"
     ) in told
 
 
