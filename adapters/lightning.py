@@ -104,7 +104,7 @@ class SequenceCompression:
         self._batches = 0  # of this epoch that are done
         self._progress = self._done = 0.0  # at which the latest step was run, and that it has reached
         self._place = (0, 1)  # of the latest step in the run, and how many there are
-        self._forwards: list[int] = []  # of the latest step, by encoder, if it is not complete
+        self._forwards: list[int] = []  # of the latest step, by encoder
         self._seed = 0
         self._ranks = 1
         self._speaks = True
@@ -179,6 +179,10 @@ class SequenceCompression:
                 drive.use(drive.most_expensive())
             forget_peak(pl_module.device)
 
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        """Note the forwards of the step: others may save a checkpoint before this callback sees the end of the batch."""
+        self._forwards = [drive.compression.stream.forwards for drive in self._drives]
+
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log what this step was run at, and what has been spent so far, if this step is one to be logged."""
         readings, length = self._readings, self._length
@@ -187,8 +191,6 @@ class SequenceCompression:
         self._batches = batch_idx + 1
         self._done = length.share(self._batches)
         readings.note()
-        ends = length.first_of_step(batch_idx + 1) == batch_idx + 1 or trainer.is_last_batch
-        self._forwards = [0 if ends else drive.compression.stream.forwards for drive in self._drives]
         self._guarded("log a step", lambda: self._log(trainer, pl_module, readings))
         if self._rehearsing is not None:
             self._end_rehearsal(pl_module.device, self._rehearsing)
@@ -307,7 +309,7 @@ class SequenceCompression:
             self._go_on(embeds)
         self._drives = self._to_drive(embeds)
         if self._resuming and is_first and batch_idx != self._length.first_of_step(batch_idx):
-            for drive, forwards in zip(self._drives, self._loaded.get("forwards", ()), strict=False):
+            for drive, forwards in zip(self._drives, _forwards_in(self._loaded), strict=False):
                 drive.forwards = forwards
         if not all(drive.is_constant for drive in self._drives):
             self._length.check()
@@ -763,6 +765,13 @@ def _share_of_plain_budget(drives: list[_Drive]) -> float:
             plain += passes
             spent += passes * sum(map(cost, samples)) / _SAMPLES
     return spent / plain
+
+
+def _forwards_in(state: dict[str, Any]) -> list[int]:
+    """How many forwards of its step a state was saved after, by encoder."""
+    forwards = state.get("forwards")
+    counts = forwards if isinstance(forwards, list) else []
+    return [count if isinstance(count, int) and count > 0 else 0 for count in counts]
 
 
 def _schedule_in(state: dict[str, Any], name: str) -> Schedule | None:

@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import math
+import re
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -96,6 +97,10 @@ class _Run:
 
     def weights(self) -> list[Tensor]:
         return [*self.method.state_dict().values(), torch.get_rng_state()]
+
+
+def _state_of(part: Any) -> Any:
+    return copy.deepcopy(part.state_dict())
 
 
 def _same(first: list[Tensor], second: list[Tensor]) -> bool:
@@ -281,30 +286,54 @@ def test_the_seed_decides_everything() -> None:
     assert runs[0].scheduler.decisions != runs[2].scheduler.decisions
 
 
-def test_a_resumed_run_decides_what_it_would_have_had_it_not_stopped() -> None:
-    batches, done = list(_batches(50)), 0
-    whole = _Run().train(iter(batches))
-    stopped = _Run()
-    while not (stopped.scheduler.decisions and len(json.loads(stopped.scheduler.state_dict()["events"])) == 2):
-        stopped.train(iter([batches[done]]))
-        done += 1
-    assert 4 < done < 46
-    file = io.BytesIO()
-    kept = [stopped.method, stopped.optimizer, stopped.scheduler]
-    torch.save([torch.get_rng_state(), *(part.state_dict() for part in kept)], file)
+def test_a_resumed_run_decides_what_it_would_have_had_it_not_stopped_in_the_middle_of_a_measurement_too() -> None:
+    batches, stops = list(_batches(50)), {}
+    whole = _Run()
+    for done, batch in enumerate(batches, start=1):
+        whole.train(iter([batch]))
+        measured = len(json.loads(whole.scheduler.state_dict()["events"]))
+        if whole.scheduler.decisions and measured not in stops:
+            file = stops[measured] = io.BytesIO()
+            kept = [whole.method, whole.optimizer, whole.scheduler]
+            torch.save([done, whole.scheduler.strategy, torch.get_rng_state(), *map(_state_of, kept)], file)
+        if len(stops) == 4 and len(whole.scheduler.decisions) == 2:
+            break
+    assert sorted(stops) == [0, 1, 2, 3]  # batches that a decision still to come rests on
+    end = [whole.scheduler.state_dict()[name] for name in ("decisions", "schedule", "measured")]
 
-    resumed = _Run(seed=7)
-    file.seek(0)
-    random_state, *states = torch.load(file, weights_only=True)
-    for part, state in zip((resumed.method, resumed.optimizer, resumed.scheduler), states, strict=True):
-        part.load_state_dict(state)
-    torch.set_rng_state(random_state)
-    assert get_strategy(resumed.method) == resumed.scheduler.strategy == stopped.scheduler.strategy
-    resumed.train(iter(batches[done:]))
-    assert resumed.scheduler.decisions == whole.scheduler.decisions
-    assert resumed.scheduler.schedule == whole.scheduler.schedule
-    assert resumed.scheduler.measured_share == whole.scheduler.measured_share
-    assert _same(resumed.weights(), whole.weights())
+    for file in stops.values():
+        resumed = _Run(seed=7)
+        file.seek(0)
+        done_then, strategy, random_state, *states = torch.load(file, weights_only=False)
+        for part, state in zip((resumed.method, resumed.optimizer, resumed.scheduler), states, strict=True):
+            part.load_state_dict(state)
+        torch.set_rng_state(random_state)
+        assert get_strategy(resumed.method) == resumed.scheduler.strategy == strategy
+        resumed.train(iter(batches[done_then:done]))
+        assert [resumed.scheduler.state_dict()[name] for name in ("decisions", "schedule", "measured")] == end
+        assert _same(resumed.weights(), whole.weights())
+
+
+def test_ladder_share_and_length_are_those_of_the_script_and_what_was_found_goes_on() -> None:
+    run = _Run().train(_batches(30))
+    state, moved = run.scheduler.state_dict(), "drop 0.75"
+    decisions = json.loads(state["decisions"])
+    decisions[0]["after"], step = moved, decisions[0]["step"]
+    schedule = Stepwise({0.0: HALF, step / 60: Strategy.parse(moved)})
+    state.update(decisions=json.dumps(decisions[:1]), schedule=schedule.to_json(), events="[]")
+    resumed = _Run(strategies=[HUGE], compute_share=0.5, total_steps=90)
+    with pytest.warns(UserWarning, match="goes on from its step by what this script says") as told:
+        resumed.scheduler.load_state_dict(state)
+    assert len(told) == 1
+    assert re.search(r"ladder .*, compute_share 0\.5 \(was 1\.0\), total_steps 90 \(was 60\)", str(told[0].message))
+    scheduler = resumed.scheduler
+    found = Strategy.parse(moved)
+    assert (scheduler.strategy, scheduler.last_step, scheduler.total_steps) == (found, run.scheduler.last_step, 90)
+    assert scheduler.schedule == Stepwise({0.0: HALF, step / 90: found})
+    assert set(scheduler.ladder) == {HUGE, HALF, Strategy(), found}
+    again = _Run(strategies=[HUGE, found], compute_share=0.5, total_steps=90)
+    again.scheduler.load_state_dict(scheduler.state_dict())
+    assert (again.scheduler.strategy, again.scheduler.ladder) == (found, scheduler.ladder)
 
 
 def test_what_was_found_can_be_saved_and_followed_again(tmp_path: Path) -> None:
