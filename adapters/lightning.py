@@ -180,7 +180,7 @@ class SequenceCompression:
             forget_peak(pl_module.device)
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
-        """Note the forwards of the step: others may save a checkpoint before this callback sees the end of the batch."""
+        """Note the forwards of the step: others may save a checkpoint before this sees the end of the batch."""
         self._forwards = [drive.compression.stream.forwards for drive in self._drives]
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

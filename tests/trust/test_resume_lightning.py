@@ -1,4 +1,4 @@
-"""A run under either Lightning package that stops anywhere goes on as if it had not; the script holds where plans differ."""
+"""A run under either Lightning package that stops anywhere goes on as if it had not; scripts hold where plans differ."""
 
 from __future__ import annotations
 
