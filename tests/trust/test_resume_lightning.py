@@ -1,4 +1,4 @@
-"""A run under either Lightning package that stops anywhere goes on as if it had not; scripts hold where plans differ."""
+"""Under either Lightning package, a run that stops anywhere goes on as if it had not; the script holds over plans."""
 
 from __future__ import annotations
 
