@@ -259,7 +259,7 @@ class SequenceCompression:
             "units": self._loaded.get("units", 0.0) if units is None else units,
             "progress": self._done,
             "batches": self._length.batches,
-            "plans": {drive.name: drive.plan.to_json() for drive in self._drives},
+            "plans": {drive.name: drive.compression.plan.to_json() for drive in self._drives},
             "forwards": self._forwards,
         }
 
@@ -350,8 +350,8 @@ class SequenceCompression:
             drive.compression.finished = False
             now = drive.plan.at_step(*self._place)
             was = self._guarded("compare schedules", partial(_schedule_in, self._loaded, drive.name))
-            if was is not None and was != drive.plan:
-                self._tell(f"{drive.name}: {by_script({'schedule': (was, drive.plan)}, now)}")
+            if was is not None and was != drive.compression.plan:
+                self._tell(f"{drive.name}: {by_script({'schedule': (was, drive.compression.plan)}, now)}")
                 continue
             # A run that was broken off within a batch has not counted it.
             is_elsewhere = abs(before - self._progress) > 1.5 * pace
