@@ -229,7 +229,7 @@ class SequenceScheduler:
                 raise ValueError(f"state must have the field {name!r}, got {described(sorted(state))}")
         try:
             schedule = _read_schedule(state["schedule"], "schedule")
-            plan = _read_schedule(state["plan"], "plan") if "plan" in state else schedule
+            plan = _read_schedule(state.get("plan", state["schedule"]), "plan")
             forwards = [checked_count(count, "forwards", at_least=0) for count in _listed(state.get("forwards", []))]
             total_steps = checked_count(state["total_steps"], "total_steps", at_least=1)
             last_step = checked_count(state["last_step"], "last_step", at_least=0)
@@ -289,7 +289,10 @@ def _refuse_copied_teachers(embeds: Sequence[CompressedPatchEmbed]) -> None:
 def _read_schedule(text: Any, name: str) -> Schedule:
     if not isinstance(text, str):
         raise TypeError(f"{name} must be a schedule's JSON text, got {described(text)}")
-    return Schedule.from_json(text)
+    try:
+        return Schedule.from_json(text)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def _listed(value: Any) -> list[Any]:
