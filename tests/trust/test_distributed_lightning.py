@@ -23,7 +23,7 @@ def test_under_each_strategy_of_lightnings_weights_are_those_of_averaged_gradien
     package: str, tmp_path: Path, run_ranks: Callable[..., list[str]]
 ) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
-    run_ranks([*torchrun, WORKER, tmp_path, package])
+    run_ranks([*torchrun, WORKER, tmp_path, package], timeout=480)
     for rank in range(2):
         seen = json.loads((tmp_path / f"{rank}.json").read_text())
         assert seen["moved"] > 1e-2

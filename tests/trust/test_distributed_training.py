@@ -22,7 +22,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory, run_ranks: Callable[..., lis
     """What each of two processes saw."""
     folder = tmp_path_factory.mktemp("ranks")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
-    run_ranks([*torchrun, WORKER, folder])
+    run_ranks([*torchrun, WORKER, folder], timeout=480)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -74,9 +74,20 @@ def test_gradient_error_is_the_same_sharded_and_replicated(ranks: list[dict[str,
         assert all(bias2 > 1e-4 for bias2, _, _ in replicated[1:])
 
 
+def test_an_online_schedule_decides_the_same_sharded_and_replicated(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        replicated, sharded = rank["found online"]["DDP"], rank["found online"]["FSDP2"]
+        assert 4 <= sharded["step"] == replicated["step"] < 20
+        assert sharded["errors"] == pytest.approx(replicated["errors"], rel=1e-6)
+        assert len(sharded["errors"]) == 2
+        assert sharded["weights"] == pytest.approx(replicated["weights"], abs=1e-12)
+    assert ranks[0]["found online"]["FSDP2"] == ranks[1]["found online"]["FSDP2"]
+
+
 def test_what_flattened_weights_cannot_do_is_refused_in_one_sentence(ranks: list[dict[str, Any]]) -> None:
     refused = ranks[0]["refused"]
     assert refused["measured"].startswith("ValueError: model must have whole gradients on every process")
+    assert refused["measured online"] == refused["measured"]
     assert refused["compressed late"].startswith("ValueError: model must be compressed before FullyShardedDataParallel")
 
 

@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from seqcompress import (
     Budget,
+    OnlineScheduler,
     SequenceScheduler,
     Stepwise,
     Strategy,
@@ -211,6 +212,30 @@ def measured(distribute: Callable[[Any], nn.Module]) -> list[list[float]]:
     return [[entry.bias2, entry.variance, entry.cost] for entry in report.entries]
 
 
+def found_online(distribute: Callable[[Any], nn.Module]) -> dict[str, Any]:
+    """What an online schedule has decided, and the weights that came of it."""
+    vit = compress(make_vit(), Strategy())
+    model = distribute(vit).train()
+
+    def loss(views: Tensor) -> Tensor:
+        return loss_of(model(views))
+
+    torch.manual_seed(7)
+    scheduler = OnlineScheduler(model, loss, [Strategy(0.5)], total_steps=40, compute_share=1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    while not scheduler.decisions and scheduler.last_step < 20:
+        views = views_of(dist.get_rank(), scheduler.last_step)
+        optimizer.zero_grad()
+        loss(views).backward()
+        optimizer.step()
+        scheduler.step(views)
+    return {
+        "step": scheduler.last_step,
+        "errors": [entry.ca_mse for made in scheduler.decisions for entry in made.report.entries],
+        "weights": [float(weight.sum()) for weight in whole_weights(model, vit)],
+    }
+
+
 def error_of(attempt: Callable[[], Any]) -> str:
     try:
         attempt()
@@ -254,9 +279,11 @@ def main(folder: Path) -> None:
     seen["lost count"] = lost_count()
     seen["one batch less"] = one_batch_less()
     seen["gradient errors"] = {way: measured(every[way]) for way in ("DDP", "FSDP2")}
+    seen["found online"] = {way: found_online(every[way]) for way in ("DDP", "FSDP2")}
     flatten = every["FSDP1, original parameters"]
     seen["refused"] = {
         "measured": error_of(lambda: measured(flatten)),
+        "measured online": error_of(lambda: found_online(flatten)),
         "compressed late": error_of(lambda: compress(flatten(make_vit()), STAGES)),
     }
     (folder / f"{dist.get_rank()}.json").write_text(json.dumps(seen))
