@@ -152,7 +152,7 @@ def test_a_longer_run_goes_on_from_its_step_and_says_so(fit: Callable[..., Any],
     assert line.endswith("which is 27% of this one: goes on from its step, at drop 0.75, patch 16")
 
 
-@pytest.mark.parametrize("state", [{"plans": 3}, {"plans": {"vit": "{"}}, {"forwards": None}, {"forwards": ["x"]}])
+@pytest.mark.parametrize("state", [{"plans": 3, "forwards": ["x"]}, {"plans": {"vit": "{"}, "forwards": None}])
 def test_what_a_checkpoint_says_of_other_plans_ends_no_run(
     fit: Callable[..., Any], tmp_path: Path, state: dict[str, Any]
 ) -> None:

@@ -93,7 +93,9 @@ def _same(first: list[Tensor], second: list[Tensor]) -> bool:
 
 
 @pytest.mark.parametrize(
-    "plan", [EVERY_KIND, Linear(Strategy(0.75, 16), Strategy())], ids=["every kind of change", "ramp"]
+    "plan",
+    [EVERY_KIND, pytest.param(Linear(Strategy(0.75, 16), Strategy()), marks=pytest.mark.soak)],
+    ids=["every kind of change", "ramp"],
 )
 def test_a_run_goes_on_bit_for_bit_from_every_batch_also_in_the_middle_of_a_step(plan: Any, tiny_vit: Any) -> None:
     states: list[dict[str, Any]] = []
