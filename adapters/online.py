@@ -135,12 +135,14 @@ class _ModuleStep:
         module, trainer = self._pl_module, self._trainer
         loggers = trainer.loggers
         own = {name: vars(module)[name] for name in ("log", "log_dict") if name in vars(module)}
-        trainer.loggers = [self._silent() for _ in loggers]
+        if loggers:
+            trainer.loggers = [self._silent() for _ in loggers]
         module.log = module.log_dict = _ignore
         try:
             yield
         finally:
-            trainer.loggers = loggers
+            if loggers:
+                trainer.loggers = loggers
             for name in ("log", "log_dict"):
                 delattr(module, name)
             vars(module).update(own)
