@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import logging
 import os
@@ -22,7 +23,7 @@ from seqcompress import Schedule, Strategy, compress
 from seqcompress.adapters.lightly import accelerate
 from seqcompress.gradients import online
 from seqcompress.presets import PRESETS
-from seqcompress.schedules import Online, Stepwise
+from seqcompress.schedules import Constant, Online, Stepwise
 
 PRESET = Stepwise({0.0: Strategy(0.75), 0.5: Strategy(0.5), 0.75: Strategy()})
 MUCH = Online(PRESET, compute_share=1.0, time_share=None)  # a decision every twenty steps or so
@@ -343,3 +344,49 @@ def test_two_ranks_measure_and_move_together(package: str, tmp_path: Path, run_r
     assert tokens[72:] == [17] * 8
     found = Schedule.from_json(tmp_path / "seqcompress_schedule.json")
     assert len(found.stages) == numbers["seqcompress/online_moves"] + 2  # type: ignore[attr-defined]
+
+
+# Lightly's parts
+
+PARTS = Path(__file__).with_name("test_lightly.py")
+_spec = importlib.util.spec_from_file_location("lightlys_parts", PARTS)
+assert _spec is not None
+assert _spec.loader is not None
+parts = importlib.util.module_from_spec(_spec)
+sys.modules["lightlys_parts"] = parts
+_spec.loader.exec_module(parts)
+
+SOON = Online(Constant(Strategy()), 1.0, None)  # the base and one neighbour: a decision in ten steps
+
+
+@pytest.mark.parametrize("kind", [parts.SimCLR, parts.MoCo, parts.DINO, parts.BenchmarkDINO])
+def test_lightlys_methods_are_measured_and_do_not_notice(
+    pl: Any, kind: Any, make_trainer: Build, tiny_vit: Build, told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Module(pl.LightningModule):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.method = kind(tiny_vit(dynamic_img_size=True, global_pool="avg"))
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            views = [view + 0.1 * torch.randn_like(view) for view in batch]
+            loss: Tensor = self.method.loss(views)
+            self.log("loss", loss)
+            return loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+
+    monkeypatch.setattr(online, "_CONFIDENCE", 2.0)
+    views = parts.crops(32, 32, 16, 16, batch=32)
+    data = DataLoader(TensorDataset(*views), batch_size=8)
+    modules = []
+    for plan in (SOON, Strategy()):
+        torch.manual_seed(1)
+        module = accelerate(Module(), plan)
+        make_trainer(max_epochs=5).fit(module, data)
+        modules.append(module)
+    assert not [line for line in told if "cannot be measured" in line]
+    assert sum("stay at base" in line for line in told) >= 1
+    assert same(*modules)
