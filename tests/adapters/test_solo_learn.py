@@ -1020,9 +1020,9 @@ def test_every_supported_method_of_solo_learn_trains_compressed_and_validates_pl
 
 
 @needs_solo
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ["mocov3", "simclr", "dino"])
 @pytest.mark.parametrize("pl", ["lightning.pytorch"], indirect=True)
-def test_every_supported_method_of_solo_learn_is_measured_and_does_not_notice(
+def test_solo_learns_own_methods_are_measured_and_do_not_notice(
     name: str,
     pl: Any,
     make_trainer: Build,
@@ -1034,7 +1034,7 @@ def test_every_supported_method_of_solo_learn_is_measured_and_does_not_notice(
     SOON.to_json(tmp_path / "soon.json")
     ends = []
     for keys_of_plan in ({"plan": str(tmp_path / "soon.json")}, {"token_dropout": 0}):
-        module, _ = fit_real(name, keys(**keys_of_plan), make_trainer(max_epochs=8, num_sanity_val_steps=0))
+        module, _ = fit_real(name, keys(**keys_of_plan), make_trainer(max_epochs=6, num_sanity_val_steps=0))
         ends.append(module.state_dict())
     told = capsys.readouterr().out
     assert "cannot be measured" not in told
