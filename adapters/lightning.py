@@ -60,6 +60,11 @@ class SequenceCompression:
     ``seq_tokens`` and ``seq_budget``. Other steps compute none of it, and none of it is ever on the device. What
     cannot be counted or logged is said once and left out: it never ends a run.
 
+    An online plan is measured by the module's own training step, after the optimizer's, within the plan's shares of
+    compute and time: ``online_decisions``, ``online_moves``, ``online_share_of_time`` and ``online_ca_mse`` are logged
+    too, all under ``seqcompress/``, and what was found is kept as ``seqcompress_schedule.json`` in the run's folder.
+    Where that cannot be done, one line says why, and the plan's preset is followed.
+
     On a device with memory of its own, the second step is run at the schedule's most expensive strategy, as soon
     as the optimizer has its state: a run that will not fit stops there and not at three quarters. The log says what
     the longest sequences need. Whenever a step does not fit, torch's error is raised as ever, and every rank that it
