@@ -14,6 +14,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from seqcompress.messages import by_script
@@ -21,8 +22,9 @@ from seqcompress.messages import by_script
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from seqcompress.adapters.online import Measured
     from seqcompress.encoders import CompressedPatchEmbed, Compression
-    from seqcompress.schedules import Schedule
+    from seqcompress.schedules import Online, Schedule
     from seqcompress.strategy import Strategy
     from seqcompress.training.budget import Budget
 
@@ -60,6 +62,11 @@ class SequenceCompression:
     ``seq_tokens`` and ``seq_budget``. Other steps compute none of it, and none of it is ever on the device. What
     cannot be counted or logged is said once and left out: it never ends a run.
 
+    An online plan is measured by the module's own training step, after the optimizer's, within the plan's shares of
+    compute and time: ``online_decisions``, ``online_moves``, ``online_share_of_time`` and ``online_ca_mse`` are logged
+    too, all under ``seqcompress/``, and what was found is kept as ``seqcompress_schedule.json`` in the run's folder.
+    Where that cannot be done, one line says why, and the plan's preset is followed.
+
     On a device with memory of its own, the second step is run at the schedule's most expensive strategy, as soon
     as the optimizer has its state: a run that will not fit stops there and not at three quarters. The log says what
     the longest sequences need. Whenever a step does not fit, torch's error is raised as ever, and every rank that it
@@ -74,6 +81,10 @@ class SequenceCompression:
     """The package's callback that may add an epoch in which nothing is trained."""
     finders: Any = ()
     """The package's callback that tries batch sizes, with no other callback there."""
+    silent: Any = None
+    """The package's logger that writes nothing."""
+    plain: Any = ()
+    """The package's strategies that leave a module's parameters and gradients whole."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,6 +107,9 @@ class SequenceCompression:
         self._length: _Length | None = None
         self._budget: Budget | None = None
         self._readings: _Readings | None = None
+        self._measured: Measured | None = None  # of an online plan
+        self._steps = 0  # that were done as the latest batch began
+        self._accumulated = 0  # batches since the optimizer's last step
         self._rehearsal_is_due = False
         self._rehearsing: Strategy | None = None
         self._logged: bool | None = None  # whether the Trainer logs the latest step; None before the first one
@@ -168,7 +182,7 @@ class SequenceCompression:
         if batch_idx == self._length.first_of_step(batch_idx):
             self._progress = self._length.begin_step(batch_idx)
             self._place = self._length.place(self._length.first_of_step(batch_idx))
-        step = _steps_done(trainer, pl_module)
+        step = self._steps = _steps_done(trainer, pl_module)
         for drive in self._drives:
             drive.follow(self._place, step, self._seed, self._progress, self._length.pace())
         if self._rehearsal_is_due and step > 0:
@@ -194,6 +208,11 @@ class SequenceCompression:
         self._guarded("log a step", lambda: self._log(trainer, pl_module, readings))
         if self._rehearsing is not None:
             self._end_rehearsal(pl_module.device, self._rehearsing)
+        self._accumulated += 1
+        if self._measured is not None and _steps_done(trainer, pl_module) != self._steps:
+            self._measured.after_step(batch, batch_idx, length.place(batch_idx + 1), self._accumulated)
+            self._accumulated = 0
+            self._take_over(self._measured)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Note how many batches the epoch really had."""
@@ -237,6 +256,8 @@ class SequenceCompression:
                         drive.finish()
                     else:
                         self._tell(drive.shortfall(self._done))
+                if self._measured is not None:
+                    self._keep_what_was_found(trainer, self._measured)
         self._loaded = self._state()
         self._forget()
 
@@ -254,6 +275,7 @@ class SequenceCompression:
             return self._loaded
         budget = self._budget
         units = None if budget is None else self._guarded("count the budget", lambda: budget.units * self._ranks)
+        online = self._loaded.get("online") if self._measured is None else self._measured.state_dict()
         return {
             "seed": self._seed,
             "units": self._loaded.get("units", 0.0) if units is None else units,
@@ -261,6 +283,7 @@ class SequenceCompression:
             "batches": self._length.batches,
             "plans": {drive.name: drive.compression.plan.to_json() for drive in self._drives},
             "forwards": self._forwards,
+            **({} if online is None else {"online": online}),
         }
 
     def _end_trials(self) -> None:
@@ -295,7 +318,7 @@ class SequenceCompression:
             if drive.compression not in kept:
                 drive.release(self)
         self._places, self._drives = places, []
-        self._budget = self._readings = self._rehearsing = None
+        self._budget = self._readings = self._rehearsing = self._measured = None
         self._rehearsal_is_due = False
         if not embeds:
             return
@@ -315,6 +338,9 @@ class SequenceCompression:
             self._length.check()
         if is_first:
             self._announce(embeds, self._progress if trainer.global_step else 0.0)  # as at the start
+        if is_first and not self._resuming:
+            self._loaded.pop("online", None)  # another fit's
+        self._begin_measuring(trainer, pl_module)
         for drive in self._drives:
             drive.take(self)
         self._ranks = trainer.world_size
@@ -336,6 +362,57 @@ class SequenceCompression:
         """What nobody else drives, and has not been run to its end."""
         drives = [_Drive(number, group) for number, group in enumerate(_groups(embeds))]
         return [drive for drive in drives if not drive.is_finished and not drive.is_others]
+
+    def _begin_measuring(self, trainer: Any, pl_module: Any) -> None:
+        """Have an online plan find itself; say so where it cannot, and follow its preset."""
+        drives = [drive for drive in self._drives if drive.is_online]
+        if not drives:
+            return
+        from seqcompress.adapters.online import Measured, reason_not_to
+
+        drive, self._accumulated = drives[0], 0
+        problem = reason_not_to(trainer, pl_module, self.plain)
+        if len(drives) > 1:
+            problem = "its encoders were compressed apart, and what is measured has to be compressed together"
+        if problem is None:
+            drive.compression.release(drive.compression.driver)  # another Trainer's callback, which is done
+            try:
+                tell = partial(self._say, drive)
+                measured = Measured(trainer, pl_module, drive.embeds, self._place, self.silent, tell)
+                if "online" in self._loaded:
+                    measured.load_state_dict(self._loaded["online"])
+                self._measured = measured
+                self._take_over(measured)
+            except (TypeError, ValueError, RuntimeError) as error:
+                problem = str(error)
+        if problem is not None:
+            self._say(drive, f"cannot be measured, and goes on with its preset: {problem}")
+
+    def _say(self, drive: _Drive, line: str, *, is_problem: bool = False) -> None:
+        self._tell(f"{drive.name}: {line}")
+
+    def _take_over(self, measured: Measured) -> None:
+        """Follow what was found so far."""
+        for drive in self._drives:
+            if drive.is_online:
+                drive.plan = measured.schedule
+
+    def _keep_what_was_found(self, trainer: Any, measured: Measured) -> None:
+        """Write it down as a plan for another run. Collective."""
+        from seqcompress.adapters.online import FILE
+
+        folder = self._guarded("find the run's folder", lambda: self._folder(trainer))
+        name = next(drive.name for drive in self._drives if drive.is_online)
+        kept = None
+        if folder is not None and self._speaks:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            kept = self._guarded("write the schedule", lambda: measured.schedule.to_json(Path(folder) / FILE))
+        where = f"; what it followed is a plan for the next: {Path(folder) / FILE}" if folder and kept else ""
+        self._tell(f"{name}: {measured.outcome()}{where}")
+
+    def _folder(self, trainer: Any) -> str:
+        """Where a run keeps its files. Collective."""
+        return str(trainer.log_dir or trainer.default_root_dir)
 
     def _go_on(self, embeds: dict[str, CompressedPatchEmbed]) -> None:
         """Take up what a checkpoint says of its run: at its end, there is nothing left of a schedule."""
@@ -432,8 +509,9 @@ class SequenceCompression:
         import torch
 
         values = readings.values()
+        online = {} if self._measured is None else self._measured.metrics()
         # On the CPU: of numbers, Lightning makes tensors on the device, and each of these waits for the device.
-        metrics = {name: torch.tensor(value, dtype=torch.float32) for name, value in values.items()}
+        metrics = {name: torch.tensor(value, dtype=torch.float32) for name, value in {**values, **online}.items()}
         # The public properties would read whatever else was logged, and wait for the device too.
         trainer._logger_connector._callback_metrics.update(metrics)
         trainer._logger_connector._logged_metrics.update(metrics)
@@ -595,7 +673,14 @@ class _Drive:
     @property
     def is_constant(self) -> bool:
         """Whether the plan is one strategy, which needs nobody to advance it."""
-        return len(self.plan.strategies()) == 1
+        return len(self.plan.strategies()) == 1 and not self.is_online
+
+    @property
+    def is_online(self) -> bool:
+        """Whether the plan asks for measuring; what it follows then is what was found so far."""
+        from seqcompress.schedules import Online
+
+        return isinstance(self.compression.plan, Online)
 
     @property
     def is_finished(self) -> bool:
@@ -628,7 +713,7 @@ class _Drive:
 
     def most_expensive(self) -> Strategy:
         """The strategy of the plan with the longest sequences."""
-        return max(self.plan.strategies(), key=self.tokens)
+        return max((*self.plan.strategies(), *self.compression.plan.strategies()), key=self.tokens)
 
     def follow(self, place: tuple[int, int], step: int, seed: int, progress: float, pace: float) -> None:
         """Put in force what the plan has at this place of the run, and have views made for what comes next.
@@ -679,6 +764,8 @@ class _Drive:
                 f"{who}: trains plain, at {self._at(Strategy())}, as its schedule has been run to its end; for another "
                 "run of it, call compress(model, plan) again"
             )
+        from seqcompress.schedules import Online
+
         what = f"{who}: trains at {self._at(start)}"
         if not self.is_constant:
             what += f" now, {self._at(end)} in the end"
@@ -690,6 +777,8 @@ class _Drive:
         if teachers:
             scales = any(strategy.patch_size is not None for strategy in self.plan.strategies())
             what += f"; its teacher gets {'the patch size' if scales else 'nothing of it'}"
+        if isinstance(plan := self.compression.plan, Online):
+            what += f"; this is a preset, until gradient error is measured to be less elsewhere, {_limits(plan)}"
         return what
 
     def shortfall(self, progress: float) -> str:
@@ -782,6 +871,11 @@ def _schedule_in(state: dict[str, Any], name: str) -> Schedule | None:
     return None if text is None else Schedule.from_json(text)
 
 
+def _limits(plan: Online) -> str:
+    time_too = "" if plan.time_share is None else f" and at most {plan.time_share:.0%} of its time"
+    return f"in at most {plan.compute_share:.0%} of the compute of training{time_too}"
+
+
 def _written(strategy: Strategy) -> str:
     from seqcompress.strategy import Strategy
 
@@ -790,8 +884,8 @@ def _written(strategy: Strategy) -> str:
 
 def _withdraw(trainer: Any) -> None:
     """Take the metrics of an earlier step from Lightning: where a step is logged since training stops, they are old."""
-    for name in _SHOWN_AS:
-        if (result := trainer._results.get(f"on_train_batch_end.{name}")) is not None:
+    for name, result in trainer._results.items():
+        if name.startswith("on_train_batch_end.seqcompress/"):
             result.has_reset = True
 
 

@@ -142,6 +142,15 @@ class SoloLearn(SequenceCompression):
         elif self._speaks:  # solo-learn's configs switch logging off
             print(f"seqcompress: {line}")
 
+    def _folder(self, trainer: Any) -> str:
+        """solo-learn's own folder of the run, if it writes checkpoints."""
+        folder = super()._folder(trainer)
+        for callback in trainer.callbacks:
+            kind = type(callback)
+            if (kind.__module__, kind.__qualname__) == ("solo.utils.checkpointer", "Checkpointer"):
+                folder = str(callback.path)
+        return folder
+
     def state_dict(self) -> dict[str, Any]:
         """That of any run; and plan and teacher's share, to be compared when the run goes on."""
         return {**super().state_dict(), **self._applied}

@@ -42,9 +42,10 @@ def compress(
         model: the encoder: a timm ``VisionTransformer`` or what wraps one (DDP, ``torch.compile``, Lightly's
             ``MaskedVisionTransformerTIMM``).
         plan: a [Strategy][seqcompress.Strategy] or its text ("drop 0.5, patch 32"), in force at once; a
-            [Schedule][seqcompress.schedules.Schedule], the name of a preset ("default", "gentle", "strong") or the path
-            of a schedule file, in force while something drives it: a
-            [SequenceScheduler][seqcompress.SequenceScheduler], the Lightning callback, or ``set_strategy`` by hand.
+            [Schedule][seqcompress.schedules.Schedule], the name of a preset ("default", "gentle", "strong", "online")
+            or the path of a schedule file, in force while something drives it: a
+            [SequenceScheduler][seqcompress.SequenceScheduler] (for "online", an
+            [OnlineScheduler][seqcompress.OnlineScheduler]), the Lightning callback, or ``set_strategy`` by hand.
             Until then the model runs uncompressed, and says so. Without plan and keywords: "default".
         teacher: the momentum encoder, of the same image size, patch size and width. Patch scaling then goes to both
             encoders and token dropout to ``model`` only: asymmetric dropout and symmetric scaling, as in the paper.

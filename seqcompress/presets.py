@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from seqcompress.schedules import Schedule, Stepwise
+from seqcompress.schedules import Online, Schedule, Stepwise
 from seqcompress.strategy import Strategy
 
 __all__ = ["DEFAULT", "PRESETS", "double_patch"]
@@ -27,7 +27,7 @@ def double_patch(patch: int, side: int) -> int:
     return min(fitting, key=lambda size: abs(size - 2 * patch), default=min(2 * patch, side))
 
 
-def _default(large: int) -> Schedule:
+def _default(large: int) -> Stepwise:
     return Stepwise(
         {
             0.0: Strategy(0.5, large),
@@ -46,5 +46,14 @@ def _strong(large: int) -> Schedule:
     return Stepwise({0.0: Strategy(0.5, large), 0.9: Strategy(0.0, large)})
 
 
+def _online(large: int) -> Schedule:
+    return Online(_default(large))
+
+
 DEFAULT = "default"
-PRESETS: dict[str, Callable[[int], Schedule]] = {DEFAULT: _default, "gentle": _gentle, "strong": _strong}
+PRESETS: dict[str, Callable[[int], Schedule]] = {
+    DEFAULT: _default,
+    "gentle": _gentle,
+    "strong": _strong,
+    "online": _online,
+}

@@ -21,7 +21,7 @@ from seqcompress.json_files import FieldError, check_names, read_json, take, tak
 from seqcompress.messages import described
 from seqcompress.strategy import Strategy
 
-__all__ = ["Constant", "Cosine", "Linear", "Schedule", "Stepwise"]
+__all__ = ["Constant", "Cosine", "Linear", "Online", "Schedule", "Stepwise"]
 
 _VERSION = 1
 
@@ -73,8 +73,10 @@ class Schedule(ABC):
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """The schedule as JSON text, written to ``path`` too if one is given."""
-        content = {"seqcompress_schedule": _VERSION, "kind": self.kind, **self._fields()}
-        return write_json(content, path)
+        return write_json(self._content(), path)
+
+    def _content(self) -> dict[str, Any]:
+        return {"seqcompress_schedule": _VERSION, "kind": self.kind, **self._fields()}
 
     @classmethod
     def from_json(cls, source: str | os.PathLike[str]) -> Schedule:
@@ -89,14 +91,18 @@ class Schedule(ABC):
         """
         fields, origin = read_json(source, "schedule")
         try:
-            take_version(fields, "seqcompress_schedule", _VERSION)
-            kind = take(fields, "kind")
-            kinds = {known.kind: known for known in (Constant, Linear, Cosine, Stepwise) if issubclass(known, cls)}
-            if not isinstance(kind, str) or kind not in kinds:
-                raise FieldError("kind", f"{kind!r} is not one of {', '.join(map(repr, kinds))}")
-            return kinds[kind]._from_fields(fields)
+            return cls._from_content(fields)
         except FieldError as error:
             raise ValueError(f"{origin}: {error}") from None
+
+    @classmethod
+    def _from_content(cls, fields: dict[str, Any]) -> Schedule:
+        take_version(fields, "seqcompress_schedule", _VERSION)
+        kind = take(fields, "kind")
+        kinds = {known.kind: known for known in (Constant, Linear, Cosine, Stepwise, Online) if issubclass(known, cls)}
+        if not isinstance(kind, str) or kind not in kinds:
+            raise FieldError("kind", f"{kind!r} is not one of {', '.join(map(repr, kinds))}")
+        return kinds[kind]._from_fields(fields)
 
 
 @dataclass(frozen=True)
@@ -243,6 +249,79 @@ class Stepwise(Schedule):
             return cls(stages)
         except ValueError as error:
             raise FieldError("stages", str(error)) from None
+
+
+@dataclass(frozen=True)
+class Online(Schedule):
+    """Finds itself while the run goes on, for a share of it; follows a preset until it has found something better.
+
+    Who drives has to measure: an [OnlineScheduler][seqcompress.OnlineScheduler], or the Lightning callback. Whoever
+    cannot follows the preset, and says so. See ``docs/online-schedule.md``.
+
+    Args:
+        preset: what holds until the first move; its last stage holds in the end in any case, if it has several.
+        compute_share: measuring takes at most this share of the encoders' FLOPs of training so far, in (0, 1].
+        time_share: and at most this share of the time of training so far, in (0, 1]; ``None`` for as long as it takes.
+            Where time is what limits, the moments of measuring depend on the machine.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: a share is out of range.
+    """
+
+    preset: Stepwise | Constant
+    compute_share: float = 0.03
+    time_share: float | None = 0.03
+    kind: ClassVar[str] = "online"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.preset, (Stepwise, Constant)):
+            raise TypeError(
+                f"preset must be a Stepwise or a Constant, for what is measured must last, got {described(self.preset)}"
+            )
+        object.__setattr__(self, "compute_share", _checked_share(self.compute_share, "compute_share"))
+        if self.time_share is not None:
+            object.__setattr__(self, "time_share", _checked_share(self.time_share, "time_share"))
+
+    def _at(self, progress: float) -> Strategy:
+        return self.preset(progress)
+
+    def at_step(self, step: int, total_steps: int) -> Strategy:
+        return self.preset.at_step(step, total_steps)
+
+    def strategies(self) -> tuple[Strategy, ...]:
+        return tuple(dict.fromkeys((*self.preset.strategies(), Strategy())))  # the base is always measured
+
+    def _fields(self) -> dict[str, Any]:
+        return {
+            "preset": self.preset._content(),
+            "compute_share": self.compute_share,
+            "time_share": self.time_share,
+        }
+
+    @classmethod
+    def _from_fields(cls, fields: Mapping[str, Any]) -> Online:
+        check_names(fields, ("preset", "compute_share", "time_share"))
+        preset = fields["preset"]
+        if not isinstance(preset, dict):
+            raise FieldError("preset", f"must be a schedule, got {described(preset)}")
+        try:
+            inner = Schedule._from_content(dict(preset))
+        except FieldError as error:
+            raise FieldError("preset", str(error)) from None
+        try:
+            return cls(inner, fields["compute_share"], fields["time_share"])  # type: ignore[arg-type]
+        except (TypeError, ValueError) as error:  # the message begins with the field
+            raise FieldError(str(error).partition(" ")[0], str(error)) from None
+
+
+def _checked_share(share: Any, name: str) -> float:
+    if isinstance(share, bool) or not isinstance(share, numbers.Real):
+        raise TypeError(f"{name} must be a number in (0, 1], got {described(share)}")
+    number: Any = share
+    if not 0 < number <= 1:
+        raise ValueError(f"{name} must be in (0, 1], got {described(share)}")
+    return float(number)
 
 
 @lru_cache(maxsize=16)

@@ -23,6 +23,8 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from seqcompress import Strategy, gradient_error
+from seqcompress.presets import PRESETS
+from seqcompress.schedules import Online
 
 FOLDER = Path(__file__).parent.parent / "benchmarks" / "time_to_accuracy"
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -104,7 +106,8 @@ def test_a_run_spends_its_budget_and_counts_what_arithmetic_gives(
 def test_an_online_schedule_pays_for_what_it_measures_and_goes_on_from_a_checkpoint(
     evidence: SimpleNamespace, small: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evidence.run, "MEASURING", 0.5)  # so that some dozens of steps pay for a decision
+    much = Online(PRESETS["default"](16), 0.5, None)  # so that some dozens of steps pay for a decision
+    monkeypatch.setitem(PRESETS, "online", lambda large: much)
     pixels = evidence.images.load_images(data / "train", 16, 40, tmp_path)
     settings = replace(small, method="moco", plan="online", budget=0.002)
     made = [evidence.run.Training(settings, pixels, torch.device("cpu")) for _ in range(2)]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 
 from lightning.pytorch.callbacks import BatchSizeFinder, Callback, StochasticWeightAveraging, Timer
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from seqcompress.adapters.solo_learn import SoloLearn
 
@@ -18,3 +20,5 @@ class SequenceCompressionCallback(SoloLearn, Callback):
     timers = Timer
     averaging = StochasticWeightAveraging
     finders = BatchSizeFinder
+    silent = DummyLogger
+    plain = (SingleDeviceStrategy, DDPStrategy)

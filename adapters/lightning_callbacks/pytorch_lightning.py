@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 
 from pytorch_lightning.callbacks import BatchSizeFinder, Callback, StochasticWeightAveraging, Timer
+from pytorch_lightning.loggers.logger import DummyLogger
+from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 
 from seqcompress.adapters.solo_learn import SoloLearn
 
@@ -18,3 +20,5 @@ class SequenceCompressionCallback(SoloLearn, Callback):
     timers = Timer
     averaging = StochasticWeightAveraging
     finders = BatchSizeFinder
+    silent = DummyLogger
+    plain = (SingleDeviceStrategy, DDPStrategy)

@@ -44,7 +44,6 @@ from seqcompress.presets import DEFAULT
 
 UNFINISHED = 3  # exit status of a run that --minutes has stopped
 ONLINE = "online"
-MEASURING = 0.03  # of the compute, for an online schedule
 CHECKPOINTS = Path.home() / ".cache" / "seqcompress" / "time_to_accuracy"
 RESULTS = Path(__file__).parent.parent / "results" / "time_to_accuracy"
 
@@ -140,8 +139,6 @@ def parse_plan(text: str) -> str | Strategy | Schedule:
     """
     if text == "none":
         return Strategy()
-    if text == ONLINE:
-        return DEFAULT
     if ":" in text:
         stages = (stage.partition(":") for stage in text.split(";"))
         try:
@@ -186,8 +183,8 @@ class Training:
         self.now = {"progress": 0.0}
         self.loss_of = self._loss_function(method)
         self.online = None
-        if settings.plan == ONLINE:  # begins as the default plan does
-            self.online = OnlineScheduler(method, self.loss_of, total_steps=self.total_steps, compute_share=MEASURING)
+        if settings.plan == ONLINE:
+            self.online = OnlineScheduler(method, self.loss_of, total_steps=self.total_steps)
         self.sequence_scheduler = self.online or SequenceScheduler(encoders, total_steps=self.total_steps)
         self.budget = Budget(encoders)
 
@@ -251,7 +248,8 @@ class Training:
         planned = copy.deepcopy(
             self.method.backbone
         )  # an encoder is driven by one scheduler, whose length is not known
-        schedule = SequenceScheduler(planned, total_steps=1).schedule
+        known = DEFAULT if self.settings.plan == ONLINE else None  # what will be found is not
+        schedule = SequenceScheduler(planned, known, total_steps=1).schedule
         a_thousand = self.computed_units(schedule, 1000) / 1000
         return max(2, round(self.settings.budget * 1e6 / a_thousand))
 
@@ -488,6 +486,14 @@ def _told(training: Training) -> str:
     )
 
 
+def _of_measuring(online: OnlineScheduler) -> dict[str, Any]:
+    return {
+        "measured_share": round(online.measured_share, 5),
+        "measured_share_of_time": round(online.measured_share_of_time, 5),
+        "decisions": [str(decision) for decision in online.decisions],
+    }
+
+
 def _report(training: Training, accuracy: dict[str, float], judged: int) -> dict[str, Any]:
     schedule = training.sequence_scheduler.schedule
     settings = training.settings
@@ -500,7 +506,7 @@ def _report(training: Training, accuracy: dict[str, float], judged: int) -> dict
         "epochs": round(training.total_steps / training.steps_per_epoch, 3),
         "units": round(training.units),
         "units_computed": round(training.computed_units(schedule, training.total_steps)),
-        **({"measured_share": round(training.online.measured_share, 5)} if training.online else {}),
+        **(_of_measuring(training.online) if training.online else {}),
         "seconds": {name: round(value, 1) for name, value in training.seconds.items()},
         "accuracy": {name: round(value, 5) for name, value in accuracy.items()},
         "judged_images": judged,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from seqcompress.compressors.token_dropout import SubsetStream
-from seqcompress.schedules import Constant, Schedule
+from seqcompress.schedules import Constant, Online, Schedule
 from seqcompress.strategy import Strategy
 
 __all__ = ["Compression", "SmallerViews"]
@@ -152,9 +152,11 @@ class Compression:
         if self.finished:
             return None
         whose = "nobody drives" if self._driver_name is None else f"{self._driver_name} drove, which is gone"
+        is_online = isinstance(self.plan, Online)
+        driver = "n OnlineScheduler(model, loss," if is_online else " SequenceScheduler(model,"
         return (
-            f"training is uncompressed: the encoder has a schedule that {whose}. Make and keep a "
-            "SequenceScheduler(model, total_steps=...), and call its step() after every training step; under "
+            f"training is uncompressed: the encoder has a schedule that {whose}. Make and keep a{driver} "
+            f"total_steps=...), and call its step({'batch' if is_online else ''}) after every training step; under "
             "Lightning, a callback does so. For a plain encoder, restore(model)"
         )
 

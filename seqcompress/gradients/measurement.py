@@ -330,6 +330,7 @@ def running(
     warm_up: bool = True,
     must_be_finite: bool = True,
     reported: set[str] | None = None,
+    strict: bool = False,
 ) -> Iterator[Runner]:
     """Run steps that leave no trace: in the end everything is as it was found, also after an error.
 
@@ -346,6 +347,7 @@ def running(
         must_be_finite: a loss or a gradient with infinite values or NaN is an error. Else such a gradient is used as
             it is, and one of a loss that is not finite is NaN.
         reported: names of what could not be put back that the user was told of, none of them twice.
+        strict: raise what would be a warning.
     """
     random_states = RandomStates()
     with _compressed(encoders) as compression:
@@ -363,6 +365,7 @@ def running(
             warm_up,
             must_be_finite,
             set() if reported is None else reported,
+            strict,
         )
         try:
             yield runner
@@ -388,6 +391,7 @@ class Runner:
         warm_up: bool,
         must_be_finite: bool,
         reported: set[str],
+        strict: bool,
     ) -> None:
         self._compression = compression
         self._embeds: list[CompressedPatchEmbed] = [measured.embed for measured in encoders]
@@ -401,6 +405,7 @@ class Runner:
         self._warm_up = warm_up
         self._must_be_finite = must_be_finite
         self._reported = reported
+        self._strict = strict
         self._order = random.Random(seed)
         self._flops = Flops(measured.encoder for measured in encoders)
         self._batch = Snapshot(())
@@ -416,8 +421,8 @@ class Runner:
         timed = [_BASE, *others] if self._timed else []
         warm_up = [self._run(batch, each, complete=self._timed) for each in timed or [_BASE]] if self._warm_up else []
         base = self._run(batch, _BASE, use=uses[_BASE])  # incomplete: its gradient must stay as it is
-        if warm_up:
-            _check_reproduced(warm_up[0].loss, base.loss)
+        if warm_up and (difference := _difference(warm_up[0].loss, base.loss)):
+            self._object(difference)
         spent: dict[Strategy, float] = {_BASE: base.flops}
         for strategy in self._order.sample(timed, len(timed)) or others:
             use = _nothing if strategy == _BASE else uses[strategy]
@@ -439,11 +444,15 @@ class Runner:
         changed = [name for name in self._state.not_restored() if name not in self._reported]
         if changed:
             self._reported.update(changed)
-            warnings.warn(
+            self._object(
                 f"measuring has changed what it cannot put back: {', '.join(changed)}. What step changes should be "
-                "tensors, random generators, lists, dicts, or attributes of objects of one's own.",
-                stacklevel=5,
+                "tensors, random generators, lists, dicts, or attributes of objects of one's own."
             )
+
+    def _object(self, problem: str) -> None:
+        if self._strict:
+            raise ValueError(problem)
+        warnings.warn(problem, stacklevel=6)
 
     def _run(self, batch: Any, strategy: Strategy, *, use: Use = _nothing, complete: bool = False) -> _Ran:
         """One step; a complete one goes on after the backward pass."""
@@ -456,7 +465,7 @@ class Runner:
         for embed in self._embeds:
             embed.tally.clear()
         where = f"step on batch {self._number} under {strategy!s}"
-        clock = _Clock(self._parameters[0].device)
+        clock = Clock(self._parameters[0].device)
         with torch.enable_grad(), clock, _Arrivals(self._parameters) as arrivals:
             loss = self._step(batch)
             if arrivals:
@@ -535,7 +544,7 @@ class _Arrivals:
         self._arrived[id(parameter)] = parameter  # type: ignore[assignment]
 
 
-class _Clock:
+class Clock:
     """Adds up the seconds spent in ``with`` blocks; waits for a CUDA device at both ends."""
 
     def __init__(self, device: torch.device) -> None:
@@ -555,13 +564,14 @@ class _Clock:
             torch.cuda.synchronize(self._device)
 
 
-def _check_reproduced(first: float, second: float) -> None:
-    if math.isfinite(first + second) and not math.isclose(first, second, rel_tol=1e-2, abs_tol=1e-6):
-        warnings.warn(
-            f"step is not reproducible: the same batch and random state gave the losses {first:.6g} and {second:.6g} "
-            "without compression. It changes something that was not found: pass that to protect=.",
-            stacklevel=4,
-        )
+def _difference(first: float, second: float) -> str | None:
+    """What is wrong with a step that gave these losses for the same batch, if anything is."""
+    if not math.isfinite(first + second) or math.isclose(first, second, rel_tol=1e-2, abs_tol=1e-6):
+        return None
+    return (
+        f"step is not reproducible: the same batch and random state gave the losses {first:.6g} and {second:.6g} "
+        "without compression. It changes something that was not found: pass that to protect=."
+    )
 
 
 def _check_loss(loss: object, where: str) -> None:

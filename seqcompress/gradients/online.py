@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,6 +24,7 @@ from seqcompress.encoders import CompressedPatchEmbed, Forward
 from seqcompress.gradients.measurement import (
     NO_GRADIENT,
     SKETCH_SIZE,
+    Clock,
     MeasuredEncoder,
     checked_strategies,
     measured_encoders,
@@ -32,10 +35,10 @@ from seqcompress.gradients.measurement import (
     seed_of,
 )
 from seqcompress.gradients.report import GradientErrorReport, canonical
-from seqcompress.gradients.statistics import Sketch, interquartile_mean, jackknife, norm2_of_mean, variance
+from seqcompress.gradients.statistics import Estimate, Sketch, interquartile_mean, jackknife, norm2_of_mean, variance
 from seqcompress.messages import by_script, described
 from seqcompress.presets import double_patch
-from seqcompress.schedules import Schedule, Stepwise
+from seqcompress.schedules import Constant, Online, Schedule, Stepwise
 from seqcompress.strategy import Strategy
 from seqcompress.training.cost import Flops, sequence_length
 from seqcompress.training.ranks import Ranks
@@ -47,6 +50,8 @@ _BASE = Strategy()
 _BATCHES = 4  # a decision
 _CONFIDENCE = 0.8
 _MOST_COMPARED = 4  # the base, the strategy in force, and a neighbour on either side
+_SHARE = 0.03
+_WAIT, _ANEW, _GO_ON, _DROP = range(4)  # what to do after a step: all ranks the same
 _RUNG = 0.75  # what a rung of the default ladder costs at most, relative to the next dearer one
 
 _logger = logging.getLogger(__name__)
@@ -113,6 +118,11 @@ class OnlineScheduler:
     rank. In a distributed run, gradients are averaged over the ranks, whether ``step`` does so or not, so that variance
     is that of the whole batch; and all ranks follow rank 0 as to when to measure and where to move.
 
+    Where the encoders were compressed with an [Online][seqcompress.schedules.Online] plan, such as "online", the run
+    follows the plan's preset until the first decision to move, and ends with the preset's last stage in any case;
+    nothing is measured in there. Measuring then keeps to the plan's share of the time as well. Where a step cannot be
+    measured or put back, it is put back as far as it can be, the reason is told once, and the preset goes on.
+
     What was found is ``schedule``, at any time: a [Stepwise][seqcompress.schedules.Stepwise] to save as JSON. Decisions
     are logged (level INFO, rank 0) and kept in ``decisions``.
 
@@ -126,7 +136,7 @@ class OnlineScheduler:
         total_steps: number of steps of the whole run, at least 1. Nothing is measured after these.
         compute_share: measuring takes at most this share of what training has taken so far, in (0, 1]. Both in the
             encoders' FLOPs, three for a forward that is differentiated against one for another, and so is the cost in
-            CA-MSE: reproducible, and blind to the rest of a step.
+            CA-MSE: reproducible, and blind to the rest of a step. By default, that of an online plan, or 0.03.
         protect: as for gradient_error.
 
     Raises:
@@ -157,12 +167,15 @@ class OnlineScheduler:
         strategies: Iterable[Strategy] | None = None,
         *,
         total_steps: int,
-        compute_share: float = 0.03,
+        compute_share: float | None = None,
         protect: object = (),
     ) -> None:
         embeds = compressed_embeds_of(model_or_models)
         if not callable(step):
             raise TypeError(f"step must be a function, got {described(step)}")
+        plan = _online_plan_of(embeds)
+        if compute_share is None:
+            compute_share = _SHARE if plan is None else plan.compute_share
         compute_share = _checked_share(compute_share)
         models = [model_or_models] if isinstance(model_or_models, nn.Module) else list(model_or_models)
         parameters = [value for value in nn.ModuleList(models).parameters() if value.requires_grad]
@@ -174,9 +187,10 @@ class OnlineScheduler:
         starts = list(dict.fromkeys(canonical(embed.compression.plan(0.0), own) for embed in embeds))
         if len(starts) > 1:
             raise ValueError(f"model_or_models must begin with one strategy, got {' / '.join(map(str, starts))}")
+        preset = _canonical(Constant(starts[0]) if plan is None else plan.preset, own)
         flops = Flops(measured.encoder for measured in encoders)
         wanted = _default_ladder(encoders, flops) if strategies is None else checked_strategies(strategies)
-        ladder = list(dict.fromkeys(canonical(strategy, own) for strategy in (*wanted, *starts, _BASE)))
+        ladder = list(dict.fromkeys(canonical(strategy, own) for strategy in (*wanted, *preset.strategies(), _BASE)))
         for encoder in encoders:
             encoder.check_strategies(ladder)
         if any(embed.compression.views is not None for embed in embeds) and any(rung.patch_size for rung in ladder):
@@ -184,11 +198,12 @@ class OnlineScheduler:
                 "model_or_models must not have scale_views for an online schedule with patch sizes: gradient error is "
                 "measured on full views"
             )
-        self._sequence = SequenceScheduler(model_or_models, Stepwise({0.0: starts[0]}), total_steps=total_steps)
+        self._sequence = SequenceScheduler(model_or_models, preset, total_steps=total_steps)
         for compression in {embed.compression for embed in self.embeds}:
             compression.claim(self._sequence, "an OnlineScheduler")
         self._ladder = tuple(_by_cost(ladder, encoders, flops))
         self._compute_share = compute_share
+        self._plan, self._preset = plan, preset
         self._loss = step
         self._roots = [*models, *(measured.encoder.model for measured in encoders), *objects_in(protect)]
         self._parameters = parameters
@@ -200,6 +215,9 @@ class OnlineScheduler:
         self._events: list[_Event] = []
         self._trained = self._measured = 0.0
         self._counted = self._tallies()
+        self._resumed_at = time.perf_counter()  # less what was measured since
+        self._seconds_before = self._seconds_trained = self._seconds_measured = 0.0
+        self._gave_up: int | None = None  # the step
         self._reported: set[str] = set()
         self._is_blind = False
         self._ranks = Ranks()
@@ -253,26 +271,49 @@ class OnlineScheduler:
         """FLOPs of measuring so far, relative to those of training so far."""
         return self._measured / self._trained if self._trained else 0.0
 
-    def step(self, batch: Any) -> None:
-        """Go on to the next step; measure, if the compute allows it, and decide.
+    @property
+    def measured_share_of_time(self) -> float:
+        """Seconds of measuring so far, relative to those of all else until the last step; of a resumed run in all."""
+        return self._seconds_measured / self._seconds_trained if self._seconds_trained else 0.0
+
+    @property
+    def is_measuring(self) -> bool:
+        """Whether it may measure again; not, once a step could not be measured under an online plan."""
+        return self._gave_up is None
+
+    def tell(self, line: str, *, is_problem: bool = False) -> None:
+        """Say something to the user, on rank 0: to this module's logger. For hosts that have loggers of their own."""
+        _logger.log(logging.WARNING if is_problem else logging.INFO, "%s", line)
+
+    def step(self, batch: Any, step: int | None = None, *, accumulated: int = 1) -> None:
+        """Go on to the next step, or to a given one; measure, if the share allows it, and decide.
 
         Args:
             batch: what the step that was just done has trained on: what the function ``step`` takes.
+            step: number of steps done, as for a SequenceScheduler.
+            accumulated: batches whose gradients the optimizer's step has averaged, ``batch`` being the last of these.
+                The variance of the whole step is then taken to be that of one batch, divided by their number.
 
         Raises:
             ValueError: while measuring, the model is in eval mode, or gradients are not there after the backward pass.
                 The model and the random states are as before.
             RuntimeError: the encoders were restored or compressed anew.
         """
-        self._sequence.step()
+        self._sequence.step(step)
+        self._seconds_trained = self._seconds_before + time.perf_counter() - self._resumed_at
         tallies = self._tallies()
         done = [now - before for now, before in zip(tallies, self._counted, strict=True)]
         self._counted = tallies
         self._trained += self._flops(done)
-        if self._ranks.agreed(int(self._can_afford(done))):
+        if not self.is_measuring:
+            return
+        verdict = self._ranks.agreed(self._verdict(done, accumulated))
+        if verdict in (_ANEW, _DROP):
+            self._events = []
+        if verdict in (_ANEW, _GO_ON):
             self._measure(batch)
             if len(self._events) == _BATCHES:
-                self._decide()
+                self._decide(accumulated)
 
     def most_expensive(self) -> Strategy:
         """The dearest strategy of the ladder. Measuring needs the memory of the base at any time."""
@@ -316,6 +357,9 @@ class OnlineScheduler:
             "compute_share": self._compute_share,
             "trained": self._trained,
             "measured": self._measured,
+            "seconds_trained": self._seconds_trained,
+            "seconds_measured": self._seconds_measured,
+            "gave_up": -1 if self._gave_up is None else self._gave_up,
             "events": json.dumps(events),
             "sketches": sketches,
             "decisions": json.dumps(decisions),
@@ -341,6 +385,8 @@ class OnlineScheduler:
                 encoder.check_strategies(ladder)
             share = _checked_share(state["compute_share"])
             trained, measured = (_checked_flops(state[name], name) for name in ("trained", "measured"))
+            seconds = [_checked_flops(state[name], name) for name in ("seconds_trained", "seconds_measured")]
+            gave_up = None if state["gave_up"] == -1 else _checked_steps(state["gave_up"], "gave_up")
             total, last = (_checked_steps(state[name], name) for name in ("total_steps", "last_step"))
             _checked_steps(state["seed"], "seed")
             decisions = [_read_decision(fields, last) for fields in _read_list(state["decisions"], "decisions")]
@@ -372,13 +418,18 @@ class OnlineScheduler:
             events = [event for event in events if set(event.sketches) == set(_compared(self._ladder, now))]
         if share != self._compute_share:
             changes["compute_share"] = (share, self._compute_share)
+        if self._plan is None:
+            self._preset = Stepwise({0.0: schedule(0.0)})
         if total != own:
             changes["total_steps"] = (total, own)
-            self._sequence.follow(_found(schedule(0.0), decisions, own))
+            self._sequence.follow(_found(self._preset, decisions, own, gave_up))
         if changes:
             warnings.warn(f"seqcompress: {by_script(changes, self.strategy)}", stacklevel=2)
         self._trained, self._measured = trained, measured
         self._decisions, self._events = decisions, events
+        self._gave_up = gave_up
+        self._seconds_before, self._seconds_measured = seconds
+        self._seconds_trained, self._resumed_at = self._seconds_before, time.perf_counter()
         self._counted = self._tallies()
 
     def _compared(self) -> list[Strategy]:
@@ -387,14 +438,24 @@ class OnlineScheduler:
     def _tallies(self) -> list[Counter[Forward]]:
         return [measured.embed.tally.copy() for measured in self._encoders]
 
-    def _can_afford(self, done: Sequence[Counter[Forward]]) -> bool:
-        """Whether the share allows to measure a step like this one; at first, as many as a decision needs."""
-        if self.last_step >= self.total_steps or not any(forward.graph for tally in done for forward in tally):
-            return False
+    def _verdict(self, done: Sequence[Counter[Forward]], accumulated: int) -> int:
+        """Whether the shares allow to measure a step like this one; at first, as many as a decision needs."""
+        is_over = self.last_step >= self.total_steps or self.progress >= _end_of(self._preset)
+        if is_over or not any(forward.graph for tally in done for forward in tally):
+            return _WAIT
         costs = {strategy: self._flops(_under(strategy, self._encoders, done)) for strategy in self._compared()}
-        batches = 1 if self._events else _BATCHES
-        needed = batches * sum(costs.values()) + self._extra(costs)
-        return self._measured + needed <= self._compute_share * self._trained
+        is_open = bool(self._events) and set(self._events[0].sketches) == set(costs)  # else, the preset has moved on
+        one, extra = sum(costs.values()) / accumulated, self._extra(costs) / accumulated
+        needed = one * (1 if is_open else _BATCHES) + extra
+        if self._measured + needed > self._compute_share * self._trained:
+            return _WAIT
+        if self._plan is not None and self._plan.time_share is not None:
+            seconds = self._seconds_trained
+            pace = self._seconds_measured / self._measured if self._measured else seconds / self._trained
+            expected = pace * (one * (_BATCHES - (len(self._events) if is_open else 0)) + extra)
+            if self._seconds_measured + expected > self._plan.time_share * seconds:
+                return _DROP if is_open else _WAIT
+        return _GO_ON if is_open else _ANEW
 
     def _extra(self, flops: Mapping[Strategy, float]) -> float:
         """The base's second run on the first batch of all, which tells whether ``step`` can be put back."""
@@ -411,44 +472,69 @@ class OnlineScheduler:
             self._is_blind = True
             return
         compared = self._compared()
-        for encoder in self._encoders:
-            encoder.check(compared)
         sketches: dict[Strategy, Tensor] = {}
 
         def keep(strategy: Strategy, gradient: list[Tensor]) -> None:
-            sketches[strategy] = self._ranks.mean(self._sketch(gradient))
+            sketches[strategy] = self._sketch(gradient)
 
-        with running(
-            self._encoders,
-            self._parameters,
-            self._loss,
-            None,
-            self._roots,
-            seed=seed_of(self._sequence.state_dict()["seed"], self._ranks.own),
-            first=self.last_step,
-            warm_up=not self._measured,
-            must_be_finite=False,  # a bad batch on one rank must not leave the others waiting
-            reported=self._reported,
-        ) as runner:
-            flops = runner.measure(batch, {strategy: partial(keep, strategy) for strategy in compared})
+        problem, flops = None, {}
+        clock = Clock(self._parameters[0].device)
+        try:
+            for encoder in self._encoders:
+                encoder.check(compared)
+            with (
+                clock,
+                running(
+                    self._encoders,
+                    self._parameters,
+                    self._loss,
+                    None,
+                    self._roots,
+                    seed=seed_of(self._sequence.state_dict()["seed"], self._ranks.own),
+                    first=self.last_step,
+                    warm_up=not self._measured,
+                    must_be_finite=False,  # a bad batch on one rank must not leave the others waiting
+                    reported=self._reported,
+                    strict=self._plan is not None,
+                ) as runner,
+            ):
+                flops = runner.measure(batch, {strategy: partial(keep, strategy) for strategy in compared})
+        except Exception as error:  # whatever a step raises that was never meant to be run twice
+            if self._plan is None:
+                raise
+            problem = (str(error).splitlines() or [""])[0] or type(error).__name__
+        self._seconds_measured += clock.seconds
+        self._resumed_at += clock.seconds
+        if self._plan is not None and float(self._ranks.mean(torch.tensor(float(problem is not None)))) > 0:
+            self._give_up(problem or "another process could not")
+            return
         self._measured += sum(flops.values()) + self._extra(flops)
+        sketches = {strategy: self._ranks.mean(sketch) for strategy, sketch in sketches.items()}
         bad = [strategy for strategy, sketch in sketches.items() if not bool(sketch.isfinite().all())]
         if bad:  # known to all ranks, as sketches are means over them
             if self._ranks.own == 0:
-                under = " / ".join(map(str, bad))
-                _logger.warning(
-                    "step %d: this measurement is dropped: its loss or gradient is not finite under %s",
-                    self.last_step,
-                    under,
-                )
+                what = f"its loss or gradient is not finite under {' / '.join(map(str, bad))}"
+                self.tell(f"step {self.last_step}: this measurement is dropped: {what}", is_problem=True)
             return
         self._events.append(_Event(sketches, flops))
 
-    def _decide(self) -> None:
+    def _give_up(self, problem: str) -> None:
+        self._gave_up, self._events = self.last_step, []
+        self._follow_what_was_found()
+        if self._ranks.own == 0:
+            self.tell(f"cannot be measured, and goes on with its preset: {problem}", is_problem=True)
+
+    def _follow_what_was_found(self) -> None:
+        self._sequence.follow(_found(self._preset, self._decisions, self.total_steps, self._gave_up))
+
+    def _decide(self, accumulated: int = 1) -> None:
         if not any(bool(event.sketches[_BASE].any()) for event in self._events):  # known to all ranks
-            raise ValueError(NO_GRADIENT)
+            if self._plan is None:
+                raise ValueError(NO_GRADIENT)
+            self._give_up(NO_GRADIENT)
+            return
         before = self.strategy
-        decision = OnlineDecision(self.last_step, before, before, self._report(), self.measured_share)
+        decision = OnlineDecision(self.last_step, before, before, self._report(accumulated), self.measured_share)
         others = [strategy for strategy in self._compared() if strategy != before]
         better = [strategy for strategy in others if decision.chance(strategy) >= _CONFIDENCE]
         after = min(better or [before], key=lambda strategy: decision.report[strategy].ca_mse)
@@ -456,18 +542,18 @@ class OnlineScheduler:
         decision = OnlineDecision(self.last_step, before, after, decision.report, decision.share)
         self._decisions.append(decision)
         self._events = []
-        self._sequence.follow(_found(self.schedule(0.0), self._decisions, self.total_steps))
+        self._follow_what_was_found()
         if self._ranks.own == 0:
-            _logger.info("%s", decision)
+            self.tell(str(decision))
 
-    def _report(self) -> GradientErrorReport:
+    def _report(self, accumulated: int) -> GradientErrorReport:
         base = [event.sketches[_BASE] for event in self._events]
         estimates = {}
         for strategy in self._compared():
             sketches = [event.sketches[strategy] for event in self._events]
             estimates[strategy] = {
                 "bias2": norm2_of_mean([mine - other for mine, other in zip(sketches, base, strict=True)]),
-                "variance": variance(sketches),
+                "variance": _divided(variance(sketches), accumulated),
                 "cost": jackknife(
                     interquartile_mean, [event.flops[strategy] / event.flops[_BASE] for event in self._events]
                 ),
@@ -482,10 +568,43 @@ class OnlineScheduler:
         )
 
 
-def _found(start: Strategy, decisions: Sequence[OnlineDecision], total_steps: int) -> Schedule:
-    """The schedule of these decisions."""
+def _online_plan_of(embeds: Sequence[CompressedPatchEmbed]) -> Online | None:
+    """The plan that asks to be measured, if they were compressed with one."""
+    plans = dict.fromkeys(embed.compression.plan for embed in embeds)
+    plan = next((plan for plan in plans if isinstance(plan, Online)), None)
+    if plan is not None and len(plans) > 1:
+        raise ValueError(f"model_or_models must have one plan where one is online, got {len(plans)}")
+    return plan
+
+
+def _canonical(preset: Stepwise | Constant, own_patch_size: int | None) -> Stepwise:
+    stages = preset.stages if isinstance(preset, Stepwise) else ((0.0, preset.strategy),)
+    return Stepwise({begin: canonical(strategy, own_patch_size) for begin, strategy in stages})
+
+
+def _end_of(preset: Stepwise) -> float:
+    """From where on nothing is measured: the last of several stages is the end of any run."""
+    return preset.stages[-1][0] if len(preset.stages) > 1 else math.inf
+
+
+def _found(
+    preset: Stepwise, decisions: Sequence[OnlineDecision], total_steps: int, gave_up: int | None = None
+) -> Stepwise:
+    """The preset until the first move, what was decided from there on, and the preset's end."""
     moves = {made.step / total_steps: made.after for made in decisions if made.after != made.before}
-    return Stepwise({0.0: start, **{progress: after for progress, after in moves.items() if progress <= 1.0}})
+    found = {begin: strategy for begin, strategy in preset.stages if begin < min(moves, default=2.0)}
+    found.update((progress, after) for progress, after in moves.items() if progress < min(1.0, _end_of(preset)))
+    if moves and gave_up is not None:
+        back = gave_up / total_steps
+        found[min(1.0, back)] = preset(min(1.0, back))
+        found.update((begin, strategy) for begin, strategy in preset.stages if begin > back)
+    found.update(preset.stages[-1:] if len(preset.stages) > 1 else ())
+    return Stepwise(found)
+
+
+def _divided(estimate: Estimate, number: int) -> Estimate:
+    rows = tuple(tuple(value / number for value in row) for row in estimate.leave_one_out)
+    return Estimate(estimate.value / number, rows)
 
 
 def _neighbours(ladder: Sequence[Strategy], strategy: Strategy) -> list[Strategy]:

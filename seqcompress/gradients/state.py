@@ -499,12 +499,15 @@ def _is_link(value: object) -> bool:
     return type(value).__name__ == "_lru_list_elem"
 
 
-def _is_hosts(module: str | None) -> bool:
-    return (module or "").partition(".")[0] in _HOSTS
+def _is_hosts(module: object) -> bool:
+    # A class made in C may have a descriptor there.
+    return isinstance(module, str) and module.partition(".")[0] in _HOSTS
 
 
-def _is_quiet(module: str) -> bool:
+def _is_quiet(module: object) -> bool:
     """Whether what an object of such a class keeps is nothing to tell of: caches, and the measurement's own."""
+    if not isinstance(module, str):
+        return False
     return module.partition(".")[0] in ("seqcompress", "logging") or (
         module.startswith("torch.") and not module.startswith("torch.utils.data")
     )

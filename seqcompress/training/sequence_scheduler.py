@@ -15,7 +15,7 @@ from torch import nn
 from seqcompress.compression import Plan, check_plan, compressed_embeds_of, resolve_plan
 from seqcompress.encoders import CompressedPatchEmbed, Compression, is_frozen
 from seqcompress.messages import by_script, described
-from seqcompress.schedules import Constant, Schedule
+from seqcompress.schedules import Constant, Online, Schedule
 from seqcompress.strategy import Strategy
 from seqcompress.training.cost import FORWARD_AND_BACKWARD, ViewCosts, sequence_length
 from seqcompress.training.ranks import Ranks
@@ -76,6 +76,13 @@ class SequenceScheduler:
             raise ValueError(f"schedule must be given for encoders that were compressed with {len(plans)} plans")
         (plan,) = plans
         check_plan(self._embeds, plan)
+        if isinstance(plan, Online):
+            warnings.warn(
+                "seqcompress: a SequenceScheduler measures nothing, and follows the preset of an online plan; to have "
+                "it measured, make an OnlineScheduler(model, loss, total_steps=...)",
+                stacklevel=2,
+            )
+            plan = plan.preset
         self._driven = [(embed, embed.compression) for embed in self._embeds]
         self._claim()
         self._told_of_the_end = False

@@ -30,7 +30,8 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 from seqcompress import Strategy, compress, get_strategy, is_compressed, num_tokens, relative_cost
 from seqcompress.adapters.solo_learn import METHODS, ForeachMomentumUpdater, Settings, accelerate, read_settings
-from seqcompress.schedules import Cosine, Linear, Schedule, Stepwise
+from seqcompress.gradients import online
+from seqcompress.schedules import Constant, Cosine, Linear, Online, Schedule, Stepwise
 
 HELPER = Path(__file__).with_name("solo_learn_module.py")
 _spec = importlib.util.spec_from_file_location(HELPER.stem, HELPER)
@@ -908,6 +909,42 @@ def test_hydra_composes_the_configs_of_the_package(name: str, tmp_path: Path) ->
     assert OmegaConf.to_container(config) == {"method": "mocov3", "seqcompress": yaml.safe_load(config_text(name))}
 
 
+# Online plans
+
+
+SOON = Online(Constant(Strategy()), 1.0, None)  # the base and one neighbour: a decision in ten steps
+
+
+def test_an_online_plan_is_measured_followed_and_kept_in_the_runs_folder(
+    make_method: Build,
+    make_trainer: Build,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(online, "_CONFIDENCE", 0.0)  # always moves
+    SOON.to_json(tmp_path / "soon.json")
+    method = make_method({**ON, "plan": str(tmp_path / "soon.json")})
+    trainer = make_trainer(max_epochs=5)
+    trainer.fit(method, contract.loader(), contract.validation_loader())
+    found = Schedule.from_json(tmp_path / "seqcompress_schedule.json")
+    assert found.at_step(0, 20) == Strategy()
+    assert len(found.strategies()) > 1
+    vit = method.backbone
+    assert tokens(method) == twice([num_tokens(vit, found.at_step(step, 20), 32) for step in range(20)])
+    assert f"is a plan for the next: {tmp_path / 'seqcompress_schedule.json'}" in capsys.readouterr().out
+    assert not is_compressed(method)
+
+
+def test_a_teacher_that_gets_both_is_compressed_apart_and_follows_the_preset(
+    make_method: Build, make_trainer: Build, capsys: pytest.CaptureFixture[str]
+) -> None:
+    method = make_method({**ON, "plan": "online", "teacher": "both"})
+    make_trainer(max_epochs=5).fit(method, contract.loader(), contract.validation_loader())
+    assert tokens(method) == tokens(method, "momentum_backbone") == twice(DEFAULT)
+    assert "cannot be measured, and goes on with its preset" in capsys.readouterr().out
+
+
 # solo-learn itself
 
 # Its methods' own configs, but for what makes them small.
@@ -980,6 +1017,29 @@ def test_every_supported_method_of_solo_learn_trains_compressed_and_validates_pl
         assert teacher == [5] * (len(teacher) // 2) + [17] * (len(teacher) // 2)
         assert len(teacher) in (2, 4)  # ReSSL's sees one crop
     assert not is_compressed(module)
+
+
+@needs_solo
+@pytest.mark.parametrize("name", ["mocov3", "simclr", "dino"])
+@pytest.mark.parametrize("pl", ["lightning.pytorch"], indirect=True)
+def test_solo_learns_own_methods_are_measured_and_do_not_notice(
+    name: str,
+    pl: Any,
+    make_trainer: Build,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(online, "_CONFIDENCE", 2.0)  # never moves
+    SOON.to_json(tmp_path / "soon.json")
+    ends = []
+    for keys_of_plan in ({"plan": str(tmp_path / "soon.json")}, {"token_dropout": 0}):
+        module, _ = fit_real(name, keys(**keys_of_plan), make_trainer(max_epochs=6, num_sanity_val_steps=0))
+        ends.append(module.state_dict())
+    told = capsys.readouterr().out
+    assert "cannot be measured" not in told
+    assert "stay at base" in told
+    assert_same_weights(*ends)
 
 
 @needs_solo
@@ -1065,6 +1125,19 @@ def test_solo_learns_own_script_is_accelerated_by_the_flag(pictures: Path, tmp_p
     assert len(logged["train_contrastive_loss_step"]) == 4
     outlook = "backbone: trains at drop 0.5, patch 16 (3 tokens a view) now, base (17 tokens a view) in the end"
     assert " ".join(run.stdout.split()).count(outlook) == 1  # whatever the width of the terminal
+
+
+@needs_solo
+def test_solo_learns_own_script_takes_an_online_plan(pictures: Path, tmp_path: Path) -> None:
+    SOON.to_json(tmp_path / "soon.json")
+    kept = ("checkpoint.enabled=true", f"++checkpoint.dir={tmp_path / 'trained'}", "max_epochs=10")
+    run = pretrain(
+        tmp_path, pictures, *VIT, "++seqcompress.enabled=true", f"++seqcompress.plan={tmp_path}/soon.json", *kept
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "the run decided" in run.stdout
+    (file,) = tmp_path.glob("trained/mocov3/*/seqcompress_schedule.json")
+    assert Schedule.from_json(file)(0.0) == Strategy()
 
 
 @needs_solo

@@ -1,0 +1,152 @@
+"""What measures under Lightning: the module's own training step, run on the batch that was just trained on.
+
+Used by [SequenceCompression][seqcompress.adapters.lightning.SequenceCompression] where a plan is online; nothing else
+imports it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from seqcompress import OnlineScheduler
+from seqcompress.encoders import CompressedPatchEmbed
+
+__all__ = ["FILE", "Measured", "reason_not_to"]
+
+FILE = "seqcompress_schedule.json"
+"""Name of the file, in the run's folder, that has what was found: a plan for the next run."""
+
+
+class Measured(OnlineScheduler):
+    """An online schedule that follows a Trainer's count of steps. Who made it drives; this one only measures.
+
+    Args:
+        trainer: the Trainer, in training.
+        pl_module: what it trains.
+        embeds: the compressed patch embeddings of the encoders with the plan.
+        place: steps done, and all steps of the run.
+        silent: a logger of the Lightning package's that writes nothing.
+        tell: takes what users are to know, in lines, and whether something is wrong.
+
+    Raises:
+        ValueError: the encoders have nothing to be measured by.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        pl_module: Any,
+        embeds: Sequence[CompressedPatchEmbed],
+        place: tuple[int, int],
+        silent: Callable[[], Any],
+        tell: Callable[..., None],
+    ) -> None:
+        self._tell = tell
+        self._module_step = _ModuleStep(trainer, pl_module, silent)
+        students = [embed.encoder.model for embed in embeds if embed.drops_tokens] or [embeds[0].encoder.model]
+        roots = [pl_module.training_step, pl_module]
+        super().__init__(students, self._module_step, total_steps=place[1], protect=roots)
+
+    def tell(self, line: str, *, is_problem: bool = False) -> None:
+        """To whoever made it."""
+        self._tell(line, is_problem=is_problem)
+
+    def after_step(self, batch: Any, batch_idx: int, place: tuple[int, int], accumulated: int) -> None:
+        """A step is done: measure, if it is time to."""
+        self._module_step.batch_idx = batch_idx
+        done = place[0] if place[1] == self.total_steps else round(place[0] / place[1] * self.total_steps)
+        self.step(batch, done, accumulated=accumulated)
+
+    def metrics(self) -> dict[str, float]:
+        """For a logger: decisions and moves so far, what measuring takes, and CA-MSE of what is in force."""
+        made = self.decisions
+        numbers = {
+            "decisions": float(len(made)),
+            "moves": float(sum(decision.after != decision.before for decision in made)),
+            "share_of_time": self.measured_share_of_time,
+        }
+        if made:
+            numbers["ca_mse"] = getattr(made[-1].report[made[-1].after], f"{made[-1].report.shown_prefix}ca_mse")
+        return {f"seqcompress/online_{name}": number for name, number in numbers.items()}
+
+    def outcome(self) -> str:
+        """One line at the end of a run."""
+        made = self.decisions
+        moves = sum(decision.after != decision.before for decision in made)
+        what = f"decided {len(made)} times and moved {moves} times" if made else "was too short to measure anything"
+        if not self.is_measuring and not made:
+            what = "could not be measured, and followed its preset"
+        return f"the run {what}; measuring took {self.measured_share_of_time:.1%} of the time of training"
+
+
+def reason_not_to(trainer: Any, pl_module: Any, plain: Any) -> str | None:
+    """Why a module's own training step cannot be run again without a trace; None if nothing is known to forbid it.
+
+    Args:
+        trainer: the Trainer.
+        pl_module: what it trains.
+        plain: the classes of strategies that leave parameters and gradients whole.
+    """
+    if not pl_module.automatic_optimization:
+        return "its training_step optimizes by hand"
+    if not isinstance(trainer.strategy, plain):
+        return f"{type(trainer.strategy).__name__} does not leave it whole gradients"
+    if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
+        return "its training_step draws its own batches"
+    return None
+
+
+class _ModuleStep:
+    """The loss of a batch by a LightningModule's ``training_step``, which logs nothing meanwhile."""
+
+    def __init__(self, trainer: Any, pl_module: Any, silent: Callable[[], Any]) -> None:
+        self._trainer, self._pl_module, self._silent = trainer, pl_module, silent
+        self._scale: float | None = None
+        self.batch_idx = 0
+
+    def __call__(self, batch: Any) -> Tensor:
+        module, step = self._pl_module, self._pl_module.training_step
+        takes = inspect.signature(step).parameters.values()
+        several = len(takes) > 1 or any(one.kind is one.VAR_POSITIONAL for one in takes)
+        with self._quiet(), self._trainer.precision_plugin.train_step_context():
+            output = step(batch, self.batch_idx) if several else step(batch)
+        loss = output["loss"] if isinstance(output, dict) else output
+        if not isinstance(loss, Tensor):
+            raise ValueError(f"{type(module).__name__}.training_step must return a loss to be measured, got none")
+        return loss * self._loss_scale()
+
+    def _loss_scale(self) -> float:
+        """As in training with 16 bits, where small gradients vanish; the same all the time, as scales are compared."""
+        scaler = getattr(self._trainer.precision_plugin, "scaler", None)
+        if scaler is None:
+            return 1.0
+        now = float(scaler.get_scale())
+        self._scale = now if self._scale is None else min(now, self._scale)
+        return self._scale
+
+    @contextmanager
+    def _quiet(self) -> Iterator[None]:
+        """Let nothing of a step reach the Trainer's metrics and loggers."""
+        module, trainer = self._pl_module, self._trainer
+        loggers = trainer.loggers
+        own = {name: vars(module)[name] for name in ("log", "log_dict") if name in vars(module)}
+        if loggers:
+            trainer.loggers = [self._silent() for _ in loggers]
+        module.log = module.log_dict = _ignore
+        try:
+            yield
+        finally:
+            if loggers:
+                trainer.loggers = loggers
+            for name in ("log", "log_dict"):
+                delattr(module, name)
+            vars(module).update(own)
+
+
+def _ignore(*args: object, **settings: object) -> None:
+    """What ``log`` is while nothing is to be logged."""
