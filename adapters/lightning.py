@@ -12,9 +12,11 @@ import math
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from seqcompress.messages import described
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,6 +37,7 @@ _SHOWN_AS = {  # in the progress bar: a terminal is narrow, it would cut a longe
     "seqcompress/budget": "seq_budget",
 }
 _SECONDS_SHOWN = 0.5  # nobody reads numbers that change faster, and the budget takes a moment to count
+_MOST_UNITS = 1e40  # of a budget, as it reads them
 _MOMENTS = 10**6  # in the time of a run
 _SAMPLES = 200  # of a schedule, to say what it will cost
 
@@ -238,9 +241,13 @@ class SequenceCompression:
         return self._state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state until training starts."""
+        """Keep the state until training starts.
+
+        Raises:
+            ValueError: a checkpoint's numbers are none that a run can go on with; nothing has been changed.
+        """
         if self._fitting:  # not what is tested in between
-            self._loaded, self._resuming = dict(state_dict), True
+            self._loaded, self._resuming = _checked_state(state_dict), True
 
     def _state(self) -> dict[str, Any]:
         if self._readings is None or self._length is None:
@@ -714,6 +721,27 @@ class _Readings:
         tokens = sequence_length(encoder, self._strategy)
         numbers = (self._strategy.token_dropout, patch_size, tokens, self._millions())
         return {name: float(number) for name, number in zip(_SHOWN_AS, numbers, strict=True) if number is not None}
+
+
+def _checked_state(state: Any) -> dict[str, Any]:
+    """A checkpoint's numbers, each where a run can go on with it."""
+    numbers: dict[str, tuple[Any, float, float]] = {
+        "seed": (int, 0, 2**64 - 1),
+        "units": ((int, float), 0, _MOST_UNITS),
+        "progress": ((int, float), 0, 1),
+        "batches": ((int, type(None)), 1, 2**64 - 1),
+    }
+    if not isinstance(state, Mapping):
+        raise ValueError(f"the state of seqcompress's callback must be a mapping, got {described(state)}")
+    for name, (kind, least, most) in numbers.items():
+        value = state.get(name, least)
+        in_range = isinstance(value, kind) and (value is None or least <= value <= most)
+        if isinstance(value, bool) or not in_range:
+            raise ValueError(
+                f"the state of seqcompress's callback must have a number from {least} to {most} as {name!r}, got "
+                f"{described(value)}"
+            )
+    return dict(state)
 
 
 def _embeds_by_place(pl_module: Any) -> dict[str, CompressedPatchEmbed]:

@@ -29,6 +29,9 @@ from seqcompress import (
 )
 from seqcompress.schedules import Constant
 
+CONFIG = torch._dynamo.config
+LIMIT = "recompile_limit" if hasattr(CONFIG, "recompile_limit") else "cache_size_limit"  # in torch 2.6
+STRICT = {"fail_on_recompile_limit_hit": True} if hasattr(CONFIG, "fail_on_recompile_limit_hit") else {}
 STEPS = 12
 STAGES = Stepwise({0.0: Strategy(0.5, 16), 0.25: Strategy(0.0, 16), 0.5: Strategy(0.5), 0.75: Strategy()})
 EVERY_STEP = Linear(Strategy(0.9), Strategy())
@@ -58,10 +61,7 @@ class Compiler:
 def compiler() -> Iterator[Compiler]:
     """Going on without compiling, once the limit is reached, is an error in the tests that use it."""
     torch._dynamo.reset()
-    strict = (
-        {"fail_on_recompile_limit_hit": True} if hasattr(torch._dynamo.config, "fail_on_recompile_limit_hit") else {}
-    )
-    with torch._dynamo.config.patch(recompile_limit=8, **strict):
+    with torch._dynamo.config.patch({LIMIT: 8, **STRICT}):
         yield Compiler()
     torch._dynamo.reset()
 

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import importlib
 import math
+import os
 import sys
 import tempfile
 import time
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "seqcompress-gradient
     except _UsageError as error:
         parser.error(str(error))
     except _WriteError as error:
-        _say(f"{prog}: error: argument --output: {error}; stages that are complete in the folder stay so")
+        _say(f"{prog}: error: {error}")
         return 1
     except KeyboardInterrupt:
         _say(f"interrupted; the same command goes on after the stages that are complete in {arguments.output}")
@@ -66,7 +67,7 @@ class _UsageError(Exception):
 
 
 class _WriteError(Exception):
-    """The folder cannot be written."""
+    """Results cannot be written."""
 
 
 @contextlib.contextmanager
@@ -74,7 +75,7 @@ def _writing() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _WriteError(str(error)) from None
+        raise _WriteError(f"argument --output: {error}; stages that are complete in the folder stay so") from None
 
 
 @dataclass(frozen=True)
@@ -216,7 +217,7 @@ def _run(arguments: argparse.Namespace) -> None:
         schedule.to_json(folder / "schedule.json")
         plot_gradient_error(reports, folder / "schedule.png", arguments.monotone)
         write_text(summary, folder / "summary.txt")
-    print(summary, end="")
+    _print(summary, folder / "summary.txt")
     _say(f"reports, pictures and schedule: {folder}")
 
 
@@ -478,6 +479,17 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _print(summary: str, file: Path) -> None:
+    try:
+        print(summary, end="", flush=True)
+    except OSError as error:
+        # What waits in the buffer would fail again as Python ends, and be told by it in lines of its own.
+        with open(os.devnull, "w") as nowhere, contextlib.suppress(OSError, ValueError):  # noqa: PTH123
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        raise _WriteError(f"standard output: {error}; the same summary is in {file}") from None
+
+
 def _say(line: str) -> None:
-    """Beside the progress bars; what is printed is the summary alone."""
-    print(line, file=sys.stderr, flush=True)
+    """Beside the progress bars; what is printed is the summary alone. Nobody has to be there to read it."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
