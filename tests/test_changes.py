@@ -146,7 +146,7 @@ class _AttentionByPlace(nn.Module):
         super().__init__()
         self.qkv, self.proj = nn.Linear(32, 96), nn.Linear(32, 32)
 
-    def forward(self, x: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         query, key, value = self.qkv(x).chunk(3, dim=-1)
         angle = torch.arange(x.shape[1]).unsqueeze(-1) * 0.3
         key = key * torch.cos(angle) + key.roll(1, -1) * torch.sin(angle)

@@ -111,11 +111,14 @@ def test_what_fx_traces_is_the_plain_model_in_either_mode_and_that_is_said(
 ) -> None:
     plain, vit = tiny_vit().train(training), compress(tiny_vit(), strategy).train(training)
     views = torch.randn(2, 3, 32, 32)
+    try:
+        expected = _tensors(look(plain).train(training)(views))
+    except TypeError as error:
+        pytest.skip(f"this version of timm cannot be traced: {error}")
     told = pytest.warns(UserWarning, match="a graph that it makes trains uncompressed")
     with told if training or look is _torchvisions else nullcontext():  # torchvision traces both
         graph = look(vit).train(training)
-    for found, expected in zip(_tensors(graph(views)), _tensors(look(plain).train(training)(views)), strict=True):
-        assert torch.equal(found, expected)
+    assert all(map(torch.equal, _tensors(graph(views)), expected))
     assert is_compressed(vit)
     vit.train()(views).sum().backward()
 
@@ -134,8 +137,9 @@ def test_an_evaluating_model_is_traced_exported_and_quantized_as_the_plain_one(t
     plain, views = tiny_vit().eval(), torch.randn(2, 3, 32, 32)
     vit = compress(copy.deepcopy(plain), Strategy(0.5, 16))
     assert torch.equal(torch.jit.trace(vit, views)(views), plain(views))
-    exported = torch.export.export(vit, (views,)).module()
-    torch.testing.assert_close(exported(views), plain(views), rtol=1e-5, atol=1e-5)
+    for strict in (True, False):
+        exported = torch.export.export(vit, (views,), strict=strict).module()
+        torch.testing.assert_close(exported(views), plain(views), rtol=1e-5, atol=1e-5)
     quantized = torch.ao.quantization.quantize_dynamic(vit, {nn.Linear})
     expected = torch.ao.quantization.quantize_dynamic(plain, {nn.Linear})
     assert torch.equal(quantized(views), expected(views))

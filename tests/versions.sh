@@ -40,7 +40,7 @@ for case in ${cases[@]}; do
 import importlib.metadata, sys
 names = ("torch", "timm", "lightning", "lightly", "transformers", "numpy")
 print(sys.version.split()[0], *(f"{name} {importlib.metadata.version(name)}" for name in names), sep=", ")' &&
-        "$folder/venv/bin/python" -m pytest -q -p no:cacheprovider $TESTS; then
+        "$folder/venv/bin/pytest" -q -p no:cacheprovider $TESTS; then
         echo "== $case: passed"
     else
         failed+=("$case")

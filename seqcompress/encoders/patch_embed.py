@@ -183,7 +183,7 @@ class CompressedPatchEmbed(nn.Module):
             return getattr(vars(self)["embed"], name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("__class__", "compression"):  # of this module, as FSDP does it, and not of the embedding inside
+        if name in ("__class__", "__dict__", "compression"):  # of this module, as FSDP and torch.export do it
             object.__setattr__(self, name, value)
         elif name == "parametrizations" and self._deleted is not None:
             self._refuse_parametrization(self._deleted)
