@@ -22,7 +22,7 @@ from seqcompress.gradients.measurement import gradient_error, measured_encoders,
 from seqcompress.gradients.report import CostKind, GradientErrorReport, canonical
 from seqcompress.gradients.schedule_search import best_schedule, explain_schedule, plot_gradient_error
 from seqcompress.gradients.training_step import TrainingStep
-from seqcompress.json_files import FieldError, read_json, take, take_version, write_json, write_text
+from seqcompress.json_files import FieldError, is_file, read_json, take, take_version, write_json, write_text
 from seqcompress.locations import LocationError, loaded, location, module_name
 from seqcompress.messages import described
 from seqcompress.strategy import Strategy
@@ -411,14 +411,21 @@ def _checkpoint(text: str) -> tuple[float | None, Path]:
     if progress is not None and not 0 <= progress <= 1:
         raise argparse.ArgumentTypeError(f"progress must be in [0, 1], got {before}")
     path = Path(text if progress is None else after)
-    if path.is_dir():
+    if _is_folder(path):
         raise argparse.ArgumentTypeError(
             f"{path} is a folder: a checkpoint must be one file. Of a sharded one, name a file in it, whose content "
             "tells it from others; FUNCTION gets that path and may load the folder around it"
         )
-    if not path.is_file():
+    if not is_file(path):
         raise argparse.ArgumentTypeError(f"there is no file {path}")
     return progress, path
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # can be no path at all
+        return False
 
 
 def _token_dropout(text: str) -> float:
