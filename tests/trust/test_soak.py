@@ -74,7 +74,7 @@ def _pair() -> tuple[nn.Module, nn.Module]:
 
 
 STEPS = [
-    pytest.param(300, id="some"),
+    pytest.param(200, id="some"),
     pytest.param(20_000, id="20000", marks=[pytest.mark.soak, pytest.mark.timeout(7200)]),
 ]
 linux = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads what Linux says of a process")
