@@ -16,7 +16,7 @@ TESTS="${TESTS:-$(ls tests/test_*.py tests/adapters/test_*.py tests/trust/test_*
 cases=("${@:-oldest-3.10 newest-3.10 newest-3.11 newest-3.12 newest-3.13}")
 
 python_of() {
-    command -v "$HOME/.pyenv/versions/$1".*/bin/python "python$1" | tail -n 1
+    command -v "$HOME/.pyenv/versions/$1".*/bin/python "python$1" | head -n 1
 }
 
 # "torch>=2.6" becomes "torch==2.6"; what the tests alone use may be any version that goes with these.
