@@ -231,7 +231,7 @@ def _state(models: list[nn.Module]) -> list[Any]:
     return state
 
 
-@pytest.mark.parametrize("times", [4, pytest.param(400, marks=[pytest.mark.soak, pytest.mark.timeout(3600)])])
+@pytest.mark.parametrize("times", [4, pytest.param(100, marks=[pytest.mark.soak, pytest.mark.timeout(3600)])])
 @pytest.mark.parametrize("make", OPERATIONS)
 def test_an_interrupt_at_any_of_its_operations_leaves_everything_as_it_was(
     make: Callable[[], Operation], times: int
