@@ -188,6 +188,7 @@ def test_gradient_checkpointing_needs_each_block_compiled_and_they_share_one_com
     assert compiler.compilations == 1
 
 
+@pytest.mark.skipif(not STRICT, reason="torch 2.6 compiles some more there")
 def test_stochastic_depth_brings_no_compilation_unless_each_block_is_compiled(
     tiny_vit: Any, compiler: Compiler
 ) -> None:
@@ -273,7 +274,9 @@ def test_a_whole_model_is_compiled_at_most_once_for_each_length_of_its_schedule(
     compiled = torch.compile(shallow, backend=compiler, dynamic=dynamic)
     for _ in range(STEPS + 1):
         _train(compiled, scheduler)
-    assert compiler.compilations == expected <= len(_lengths(shallow, plan))
+    assert compiler.compilations <= expected <= len(_lengths(shallow, plan))
+    if STRICT:  # torch 2.6 needs fewer
+        assert compiler.compilations == expected
 
 
 def test_a_whole_student_and_teacher_with_crops_and_validation_stay_within_the_limit(
