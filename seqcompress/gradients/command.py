@@ -491,7 +491,7 @@ def _print(summary: str, file: Path) -> None:
         print(summary, end="", flush=True)
     except OSError as error:
         # What waits in the buffer would fail again as Python ends, and be told by it in lines of its own.
-        with open(os.devnull, "w") as nowhere, contextlib.suppress(OSError, ValueError):  # noqa: PTH123
+        with Path(os.devnull).open("w") as nowhere, contextlib.suppress(OSError, ValueError):
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
         raise _WriteError(f"standard output: {error}; the same summary is in {file}") from None
 
