@@ -109,8 +109,9 @@ def _child(do: Callable[[], None]) -> Iterator[int]:
     yield process
 
 
-def _for_ever(write: Write, path: Path) -> Callable[[], None]:
+def _for_ever(write: Write, path: Path, begun: int) -> Callable[[], None]:
     def do() -> None:
+        os.write(begun, b".")
         while True:
             for second in (True, False):
                 write(path, second)
@@ -128,14 +129,17 @@ def kill(times: int, names: list[str], folder: Path) -> None:
         write(path, False)
         longest = min(1.0, max(0.02, 2 * (time.perf_counter() - started)))
         torn = 0
-        for _ in range(times):
-            with _child(_for_ever(write, path)) as process:
-                time.sleep(dice.uniform(0.002, longest))
+        waiting, begun = os.pipe()
+        tries = max(times, 40) if name == "truncating" else times  # which is to show that a torn file is seen
+        for _ in range(tries):
+            with _child(_for_ever(write, path, begun)) as process:
+                os.read(waiting, 1)
+                time.sleep(dice.uniform(0, longest))
                 os.kill(process, signal.SIGKILL)
                 _, status = os.waitpid(process, 0)
             assert os.WIFSIGNALED(status), f"{name}: ended by itself"
             torn += not (_records_are_whole(path) if name == "analysis" else path.read_bytes() in versions)
-        print("killed", name, times, torn, flush=True)
+        print("killed", name, tries, torn, flush=True)
 
 
 def full(folder: Path) -> None:
