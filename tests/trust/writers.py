@@ -11,6 +11,7 @@ often something else was there.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import resource
@@ -48,10 +49,12 @@ def _report(batches: int) -> GradientErrorReport:
 
 
 REPORTS = _report(3), _report(400)
+TEXTS = REPORTS[0].to_json(), REPORTS[1].to_json()
 
 
 def _naive(path: Path, second: bool) -> None:
-    path.write_text(REPORTS[second].to_json())
+    with path.open("w") as file:
+        json.dump(json.loads(TEXTS[second]), file, indent=2)
 
 
 def _records(path: Path, second: bool) -> None:
