@@ -274,8 +274,8 @@ def test_a_whole_model_is_compiled_at_most_once_for_each_length_of_its_schedule(
     compiled = torch.compile(shallow, backend=compiler, dynamic=dynamic)
     for _ in range(STEPS + 1):
         _train(compiled, scheduler)
-    assert compiler.compilations <= expected <= len(_lengths(shallow, plan))
-    if STRICT:  # torch 2.6 needs fewer
+    assert compiler.compilations <= len(_lengths(shallow, plan))
+    if STRICT:  # torch 2.6 counts otherwise
         assert compiler.compilations == expected
 
 
@@ -291,7 +291,9 @@ def test_a_whole_student_and_teacher_with_crops_and_validation_stay_within_the_l
         _train(student, scheduler, CROPS)
         _validate(student, 3)
     lengths_of_teacher = {num_tokens(shallow, strategy.without_dropout(), (64, 64)) for strategy in STAGES.strategies()}
-    assert compiler.compilations == 6 <= len(_lengths(shallow, STAGES, CROPS)) + len(lengths_of_teacher) + 1
+    assert compiler.compilations <= len(_lengths(shallow, STAGES, CROPS)) + len(lengths_of_teacher) + 1
+    if STRICT:
+        assert compiler.compilations == 6
 
 
 @pytest.mark.skipif(not hasattr(torch._dynamo.config, "fail_on_recompile_limit_hit"), reason="needs torch 2.7")
