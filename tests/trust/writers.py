@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from seqcompress import GradientErrorReport, Linear, Stepwise, Strategy, plot_schedule
+from seqcompress import GradientErrorReport, Linear, Stepwise, Strategy, plot_gradient_error
 from seqcompress.gradients.command import _Records, _Stage
 from seqcompress.gradients.statistics import Estimate
 from seqcompress.json_files import write_text
@@ -82,7 +82,7 @@ WRITERS: dict[str, Write] = {
     "report.csv": lambda path, second: REPORTS[second].to_csv(path),
     "summary.txt": lambda path, second: write_text(str(REPORTS[second]) * (1000 if second else 1), path),
     "report.png": lambda path, second: REPORTS[second].plot(path),
-    "schedule.png": lambda path, second: plot_schedule({0.0: REPORTS[0], 0.5 + 0.1 * second: REPORTS[0]}, path),
+    "schedule.png": lambda path, second: plot_gradient_error({0.0: REPORTS[0], 0.5 + 0.1 * second: REPORTS[0]}, path),
 }
 KILLED: dict[str, Write] = {"truncating": _naive, "analysis": _records, **WRITERS}
 
