@@ -12,12 +12,12 @@ import math
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from seqcompress.messages import by_script
+from seqcompress.messages import by_script, described
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,6 +39,7 @@ _SHOWN_AS = {  # in the progress bar: a terminal is narrow, it would cut a longe
     "seqcompress/budget": "seq_budget",
 }
 _SECONDS_SHOWN = 0.5  # nobody reads numbers that change faster, and the budget takes a moment to count
+_MOST_UNITS = 1e40  # of a budget, as it reads them
 _MOMENTS = 10**6  # in the time of a run
 _SAMPLES = 200  # of a schedule, to say what it will cost
 
@@ -266,9 +267,13 @@ class SequenceCompression:
         return self._state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state until training starts."""
+        """Keep the state until training starts.
+
+        Raises:
+            ValueError: a checkpoint's numbers are none that a run can go on with; nothing has been changed.
+        """
         if self._fitting:  # not what is tested in between
-            self._loaded, self._resuming = dict(state_dict), True
+            self._loaded, self._resuming = _checked_state(state_dict), True
 
     def _state(self) -> dict[str, Any]:
         if self._readings is None or self._length is None:
@@ -823,6 +828,27 @@ class _Readings:
         return {name: float(number) for name, number in zip(_SHOWN_AS, numbers, strict=True) if number is not None}
 
 
+def _checked_state(state: Any) -> dict[str, Any]:
+    """A checkpoint's numbers, each where a run can go on with it."""
+    numbers: dict[str, tuple[Any, float, float]] = {
+        "seed": (int, 0, 2**64 - 1),
+        "units": ((int, float), 0, _MOST_UNITS),
+        "progress": ((int, float), 0, 1),
+        "batches": ((int, type(None)), 1, 2**64 - 1),
+    }
+    if not isinstance(state, Mapping):
+        raise ValueError(f"the state of seqcompress's callback must be a mapping, got {described(state)}")
+    for name, (kind, least, most) in numbers.items():
+        value = state.get(name, least)
+        in_range = isinstance(value, kind) and (value is None or least <= value <= most)
+        if isinstance(value, bool) or not in_range:
+            raise ValueError(
+                f"the state of seqcompress's callback must have a number from {least} to {most} as {name!r}, got "
+                f"{described(value)}"
+            )
+    return dict(state)
+
+
 def _embeds_by_place(pl_module: Any) -> dict[str, CompressedPatchEmbed]:
     """The compressed patch embeddings that a module holds, by their names in it; each once."""
     from seqcompress.encoders import CompressedPatchEmbed
@@ -865,10 +891,11 @@ def _forwards_in(state: dict[str, Any]) -> list[int]:
 
 def _schedule_in(state: dict[str, Any], name: str) -> Schedule | None:
     """What an encoder was compressed with when a state was saved, if it says so."""
+    from seqcompress.json_files import json_text
     from seqcompress.schedules import Schedule
 
     text = state.get("plans", {}).get(name)
-    return None if text is None else Schedule.from_json(text)
+    return None if text is None else Schedule.from_json(json_text(text, "plans"))
 
 
 def _limits(plan: Online) -> str:

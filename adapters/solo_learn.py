@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from seqcompress.adapters.lightning import SequenceCompression
+from seqcompress.messages import described
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -237,26 +238,29 @@ def read_settings(section: object) -> Settings | None:
             hint = (
                 ": Hydra found no config of that name, and finds none at all after an editable install (pip install -e)"
             )
-        raise TypeError(f"seqcompress must hold keys, seqcompress.enabled=true for instance, got {section!r}{hint}")
+        raise TypeError(
+            f"seqcompress must hold keys, seqcompress.enabled=true for instance, got {described(section)}{hint}"
+        )
     given = _plain(section)
     for key in given:
         if key not in _KEYS:
-            close = difflib.get_close_matches(str(key), _KEYS, n=1)
+            key = str(key) if len(str(key)) <= 100 else described(key)
+            close = difflib.get_close_matches(key, _KEYS, n=1)
             hint = f" (did you mean seqcompress.{close[0]}?)" if close else ""
             raise ValueError(f"seqcompress.{key} is not known{hint}; known: {', '.join(_KEYS)}")
     if "enabled" not in given:
-        raise ValueError(f"seqcompress.enabled is missing: add ++seqcompress.enabled=true, got {given!r}")
+        raise ValueError(f"seqcompress.enabled is missing: add ++seqcompress.enabled=true, got {described(given)}")
     if not isinstance(given["enabled"], bool):
-        raise TypeError(f"seqcompress.enabled must be true or false, got {given['enabled']!r}")
+        raise TypeError(f"seqcompress.enabled must be true or false, got {described(given['enabled'])}")
     if not given["enabled"]:
         return None
     teacher = given.get("teacher")
     if "teacher" in given and teacher not in get_args(TeacherShare):
         kind = ValueError if isinstance(teacher, str) else TypeError
-        raise kind(f"seqcompress.teacher must be one of {', '.join(get_args(TeacherShare))}, got {teacher!r}")
+        raise kind(f"seqcompress.teacher must be one of {', '.join(get_args(TeacherShare))}, got {described(teacher)}")
     scale_views = given.get("scale_views", False)
     if not isinstance(scale_views, bool):
-        raise TypeError(f"seqcompress.scale_views must be true or false, got {scale_views!r}")
+        raise TypeError(f"seqcompress.scale_views must be true or false, got {described(scale_views)}")
     return Settings(_plan(given), teacher, scale_views)
 
 
@@ -300,8 +304,8 @@ def accelerate(method: Any, settings: Settings) -> Schedule:
         raise ValueError(f"seqcompress.teacher must be left out for method={name!r}, which has no momentum encoder")
     if settings.scale_views and settings.teacher not in (None, "patch_size"):
         raise ValueError(
-            f"seqcompress.scale_views=true needs seqcompress.teacher=patch_size, got {settings.teacher!r}: the "
-            "momentum encoder gets the same small views, and has to know of them"
+            f"seqcompress.scale_views=true needs seqcompress.teacher=patch_size, got {described(settings.teacher)}: "
+            "the momentum encoder gets the same small views, and has to know of them"
         )
     if is_compressed(method):
         raise ValueError(
@@ -361,7 +365,9 @@ def _plan(given: Mapping[str, Any]) -> Plan | None:
         raise ValueError(f"seqcompress takes one plan, got several: {' and '.join(used)}")
     if "plan" in given:
         if not isinstance(given["plan"], str):
-            raise TypeError(f"seqcompress.plan must be a preset's name or a schedule file, got {given['plan']!r}")
+            raise TypeError(
+                f"seqcompress.plan must be a preset's name or a schedule file, got {described(given['plan'])}"
+            )
         return str(given["plan"])
     try:
         if forms[1]:
@@ -370,7 +376,7 @@ def _plan(given: Mapping[str, Any]) -> Plan | None:
             return None
         kind = given.get("schedule")
         if kind not in _KINDS:
-            raise ValueError(f"schedule must be one of {', '.join(_KINDS)}, got {kind!r}")
+            raise ValueError(f"schedule must be one of {', '.join(_KINDS)}, got {described(kind)}")
         fields = {name: given[name] for name in forms[2] if name != "schedule"}
         if kind != "stepwise":
             fields.setdefault("end", {})

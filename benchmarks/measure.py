@@ -7,7 +7,6 @@ within every turn, and what is compared is compared within a turn; groups of var
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import platform
@@ -28,6 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 import seqcompress
+from seqcompress.json_files import write_json, write_text
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler tells of each time it starts
 
@@ -232,8 +232,8 @@ def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
 def write_report(path: Path, text: str, results: Mapping[str, Any]) -> None:
     """Write ``path``.md and ``path``.json."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".md").write_text(text)
-    path.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n")
+    write_text(text, path.with_suffix(".md"))
+    write_json(results, path.with_suffix(".json"))
 
 
 def uses_cpu_time(device: torch.device) -> bool:

@@ -92,7 +92,8 @@ def compiled(model: AnyModel, *, really: bool) -> AnyModel:
     """The model, its blocks compiled as ``docs/torch-compile.md`` recommends, or as it is."""
     if really:
         # Variants run the same code, which has one limit of compilations; a training run has one model.
-        torch._dynamo.config.recompile_limit = 64
+        limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+        setattr(torch._dynamo.config, limit, 64)
         torch._dynamo.config.fail_on_recompile_limit_hit = True
         blocks = model.blocks if hasattr(model, "blocks") else model.encoder.layer
         for part in [blocks] if isinstance(blocks, nn.Sequential) else blocks:

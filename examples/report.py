@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections.abc import Sequence
@@ -19,6 +18,8 @@ from evaluation import Point
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+
+from seqcompress.json_files import write_json
 
 UNITS = "1 unit: one forward pass of the uncompressed encoder on one view; a backward pass counts as two."
 
@@ -131,4 +132,4 @@ class Report:
                 "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             },
         }
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(content, path)

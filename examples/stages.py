@@ -24,6 +24,7 @@ from torch.optim import AdamW
 from tqdm import tqdm
 
 from seqcompress import OnlineScheduler, PolynomialDecayLR, SequenceScheduler, Strategy, TrainingStep, compress
+from seqcompress.json_files import replacing
 
 STAGES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -101,7 +102,8 @@ class Training:
     def _save(self, path: Path | None) -> None:
         if path is not None:
             state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-            torch.save({**state, "step": self.step, "settings": self.settings}, path)
+            with replacing(path) as beside:  # whoever is killed here keeps the checkpoint before
+                torch.save({**state, "step": self.step, "settings": self.settings}, beside)
 
 
 def at(checkpoint: Path) -> TrainingStep:

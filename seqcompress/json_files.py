@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +20,7 @@ __all__ = [
     "FieldError",
     "check_names",
     "is_file",
+    "json_text",
     "read_json",
     "replacing",
     "take",
@@ -28,11 +30,15 @@ __all__ = [
 ]
 
 
+_LONGEST_PATH = 4096  # of any system, in letters
+_LARGEST_FILE = 2**26  # bytes; a schedule has some hundred, a report of 50 strategies and 1000 batches 6 million
+
+
 class FieldError(ValueError):
     """Something is wrong with one field."""
 
     def __init__(self, name: str, problem: str) -> None:
-        super().__init__(f"field {name!r}: {problem}")
+        super().__init__(f"field {described(name)}: {problem}")
 
 
 def write_json(content: Mapping[str, Any], path: str | os.PathLike[str] | None) -> str:
@@ -96,24 +102,45 @@ def read_json(source: str | os.PathLike[str], what: str) -> tuple[dict[str, Any]
     Raises:
         TypeError: ``source`` is neither text nor path.
         FileNotFoundError: there is no such file.
-        ValueError: the content is not a JSON object.
+        ValueError: the content is not a JSON object, or the file has more than 64 MiB.
     """
     if not isinstance(source, (str, os.PathLike)):
         raise TypeError(f"source must be JSON text or a path, got {described(source)}")
     if isinstance(source, str) and source.lstrip().startswith(("{", "[")):
         origin, text = what, source
     else:
-        origin = f"{what} file {os.fspath(source)!r}"
+        path = os.fspath(source)
+        origin = f"{what} file {path!r}" if len(path) <= _LONGEST_PATH else f"{what} file of {len(path)} letters"
         if not is_file(source):
             raise FileNotFoundError(f"{origin} does not exist")
         try:
-            text = Path(source).read_text(encoding="utf-8")
+            with Path(source).open("rb") as file:
+                content = file.read(_LARGEST_FILE + 1)
+            if len(content) > _LARGEST_FILE:
+                raise ValueError(f"{origin} must have at most {_LARGEST_FILE // 2**20} MiB, got more")
+            text = content.decode("utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"{origin} is not UTF-8 text: {error}") from None
-    content = _parsed(text, origin)
-    if not isinstance(content, dict):
-        raise ValueError(f"{origin}: must be a JSON object, got {type(content).__name__}")
-    return content, origin
+    fields = _parsed(text, origin)
+    if not isinstance(fields, dict):
+        raise ValueError(f"{origin}: must be a JSON object, got {type(fields).__name__}")
+    return fields, origin
+
+
+def json_text(value: Any, name: str) -> str:
+    """A JSON object's text out of a saved state, for [read_json][seqcompress.json_files.read_json].
+
+    What comes out of a checkpoint names no file.
+
+    Raises:
+        TypeError: it is no text.
+        ValueError: it is another text, such as a path.
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be JSON text, got {described(value)}")
+    if not value.lstrip().startswith("{"):
+        raise ValueError(f"{name} must be JSON text of an object, got {described(value)}")
+    return value
 
 
 def is_file(path: str | os.PathLike[str]) -> bool:
@@ -135,7 +162,7 @@ def take_version(fields: dict[str, Any], name: str, supported: int) -> None:
     """Take out the field that says what the object is, and in which version."""
     version = take(fields, name)
     if isinstance(version, bool) or version != supported:
-        raise FieldError(name, f"version {version!r} is not supported; supported: {supported}")
+        raise FieldError(name, f"version {described(version)} is not supported; supported: {supported}")
 
 
 def check_names(fields: Mapping[str, Any], expected: tuple[str, ...]) -> None:
@@ -152,8 +179,7 @@ def _parsed(text: str, origin: str) -> Any:
     def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         content = dict(pairs)
         if len(content) != len(pairs):
-            names = [name for name, _ in pairs]
-            repeated = next(name for name in names if names.count(name) > 1)
+            ((repeated, _),) = Counter(name for name, _ in pairs).most_common(1)
             raise FieldError(repeated, "is there twice")
         return content
 

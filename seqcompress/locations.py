@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from seqcompress.json_files import is_file
+
 __all__ = ["LocationError", "loaded", "location", "module_name"]
 
 
@@ -21,7 +23,7 @@ def location(text: str) -> tuple[str, str]:
     where, _, name = text.rpartition(":")
     if not where or not name.isidentifier():
         raise argparse.ArgumentTypeError(f"must be package.module:function or path/to/file.py:function, got {text!r}")
-    if where.endswith(".py") and not Path(where).is_file():
+    if where.endswith(".py") and not is_file(where):
         raise argparse.ArgumentTypeError(f"there is no file {where}")
     return where, name
 
@@ -33,8 +35,8 @@ def loaded(where: str, name: str) -> Callable[..., Any]:
         LocationError: there is no such module or function. Errors of the user's own code stay what they are.
     """
     path = Path(where)
-    is_file, module_of = where.endswith(".py"), module_name(where)
-    sys.path.insert(0, str(path.parent.resolve()) if is_file else str(Path.cwd()))
+    of_file, module_of = where.endswith(".py"), module_name(where)
+    sys.path.insert(0, str(path.parent.resolve()) if of_file else str(Path.cwd()))
     try:
         module = importlib.import_module(module_of)
     except ModuleNotFoundError as error:
@@ -42,7 +44,7 @@ def loaded(where: str, name: str) -> Callable[..., Any]:
             raise  # something that it imports itself
         raise LocationError(f"there is no module {module_of}") from None
     found = getattr(module, "__file__", None)
-    if is_file and (found is None or not path.samefile(found)):
+    if of_file and (found is None or not path.samefile(found)):
         raise LocationError(f"{where} needs another name: {module_of} is {found or module!r}")
     function = getattr(module, name, None)
     if not callable(function):

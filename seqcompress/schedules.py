@@ -101,7 +101,7 @@ class Schedule(ABC):
         kind = take(fields, "kind")
         kinds = {known.kind: known for known in (Constant, Linear, Cosine, Stepwise, Online) if issubclass(known, cls)}
         if not isinstance(kind, str) or kind not in kinds:
-            raise FieldError("kind", f"{kind!r} is not one of {', '.join(map(repr, kinds))}")
+            raise FieldError("kind", f"{described(kind)} is not one of {', '.join(map(repr, kinds))}")
         return kinds[kind]._from_fields(fields)
 
 
@@ -207,7 +207,7 @@ class Stepwise(Schedule):
             _check_strategy(strategy, f"stages[{progress!r}]")
             checked[_checked_progress(progress, "stages: progress")] = strategy
         if 0.0 not in checked:
-            raise ValueError(f"stages must begin at progress 0, got {sorted(checked)}")
+            raise ValueError(f"stages must begin at progress 0, got {described(sorted(checked))}")
         object.__setattr__(self, "stages", tuple(sorted(checked.items(), key=lambda stage: stage[0])))
 
     def __repr__(self) -> str:

@@ -15,6 +15,7 @@ _DROPOUT = r"drop (?P<token_dropout>[0-9.e+-]+)"
 _PATCH = r"patch (?P<patch_size>[0-9]+)"
 _TEXT = re.compile(rf"base|{_DROPOUT}|{_PATCH}|{_DROPOUT.replace('token_dropout', 'both_dropout')}, "
                    rf"{_PATCH.replace('patch_size', 'both_size')}")  # fmt: skip
+_LARGEST_PATCH = 2**31 - 1  # no view has more; sides are multiplied, and written as text
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,7 @@ class Strategy:
 
     Args:
         token_dropout: share of the patch tokens that is dropped at random, in [0, 1).
-        patch_size: side of a patch in pixels, at least 1; ``None`` means the model's own.
+        patch_size: side of a patch in pixels, at least 1 and below 2**31; ``None`` means the model's own.
 
     Raises:
         TypeError: an argument is not a number (``token_dropout``) or not an integer (``patch_size``).
@@ -75,7 +76,7 @@ class Strategy:
         try:
             return cls(float(dropout), None if size is None else int(size))
         except ValueError as error:
-            raise ValueError(f"text {text!r} is not a strategy: {error}") from None
+            raise ValueError(f"text {described(text)} is not a strategy: {error}") from None
 
     def without_dropout(self) -> Strategy:
         """The part of this strategy that a teacher shares: its patch size."""
@@ -97,7 +98,7 @@ class Strategy:
             raise TypeError(f"a strategy must be an object with token_dropout and patch_size, got {described(fields)}")
         unknown = sorted(str(name) for name in fields if name not in ("token_dropout", "patch_size"))
         if unknown:
-            raise ValueError(f"unknown field {unknown[0]!r}: a strategy has token_dropout and patch_size")
+            raise ValueError(f"unknown field {described(unknown[0])}: a strategy has token_dropout and patch_size")
         return cls(**fields)
 
 
@@ -120,4 +121,6 @@ def _checked_patch_size(value: Any) -> int:
         raise TypeError(f"patch_size must be a whole number of pixels or None, got {described(value)}") from None
     if size < 1:
         raise ValueError(f"patch_size must be at least 1 pixel, got {described(value)}")
+    if size > _LARGEST_PATCH:
+        raise ValueError(f"patch_size must be at most {_LARGEST_PATCH} pixels, got {described(value)}")
     return size

@@ -104,7 +104,7 @@ def test_it_prints_in_millions(tiny_vit: Any) -> None:
 @pytest.mark.parametrize(
     "state",
     [None, [], 3.0, {}, {"units": None}, {"units": "3"}, {"units": True}, {"units": -1.0},
-     {"units": float("nan")}, {"units": float("inf")}, {"millions": 1.0}],
+     {"units": float("nan")}, {"units": float("inf")}, {"units": 1e299}, {"units": 10**41}, {"millions": 1.0}],
 )  # fmt: skip
 def test_a_bad_state_is_one_error_and_changes_nothing(state: Any, tiny_vit: Any) -> None:
     vit = compress(tiny_vit(), Strategy()).train()

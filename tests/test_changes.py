@@ -146,7 +146,7 @@ class _AttentionByPlace(nn.Module):
         super().__init__()
         self.qkv, self.proj = nn.Linear(32, 96), nn.Linear(32, 32)
 
-    def forward(self, x: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         query, key, value = self.qkv(x).chunk(3, dim=-1)
         angle = torch.arange(x.shape[1]).unsqueeze(-1) * 0.3
         key = key * torch.cos(angle) + key.roll(1, -1) * torch.sin(angle)
@@ -290,6 +290,20 @@ def test_a_block_that_is_adapted_after_compressing_leaves_everything_in_reach() 
     adapted.train()(VIEWS)
     assert budget.units > 0
     assert not is_compressed(restore(adapted))
+
+
+@pytest.mark.parametrize("kind", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
+def test_a_compressed_convolution_refuses_a_parametrization_and_is_as_before(kind: Any) -> None:
+    model = compress(_torchvision(), Strategy(0.5))
+    weight, state, features = model.conv_proj.weight, copy.deepcopy(model.state_dict()), model.eval()(VIEWS)
+    with pytest.raises(RuntimeError, match=r"weight of .* cannot be parametrized: restore\(model\), parametrize, and"):
+        kind(model.conv_proj)
+    assert model.conv_proj.weight is weight
+    assert type(model.conv_proj) is CompressedPatchEmbed
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert torch.equal(model.eval()(VIEWS), features)
+    kind(restore(model).conv_proj)
+    assert _tokens(compress(model.train(), Strategy(0.5)), model.encoder.layers[0], VIEWS).shape[1] == 9
 
 
 def test_a_copied_projection_keeps_its_parametrization() -> None:

@@ -7,9 +7,7 @@ import itertools
 import json
 import logging
 import math
-import subprocess
 import sys
-import time
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -205,30 +203,6 @@ def test_a_cost_of_nothing_is_refused() -> None:
     content["strategies"][1]["cost"]["value"] = 0
     with pytest.raises(ValueError, match=r"strategies\[1\].cost': must be above 0"):
         GradientErrorReport.from_json(json.dumps(content))
-
-
-WRITER = """
-import sys
-from seqcompress import GradientErrorReport
-report = GradientErrorReport.from_json(sys.argv[1])
-print("ready", flush=True)
-while True:
-    report.to_json(sys.argv[1])
-"""
-
-
-def test_a_process_that_is_killed_as_it_writes_leaves_a_whole_file(tmp_path: Path) -> None:
-    path = tmp_path / "report.json"
-    expected = _report({BASE: 1.0, HALF: 2.0, LARGE: 3.0}, noise=0.1)
-    expected.to_json(path)
-    for kill in range(8):
-        process = subprocess.Popen([sys.executable, "-c", WRITER, path], stdout=subprocess.PIPE)
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"ready\n"
-        time.sleep(0.01 + 0.007 * kill)
-        process.kill()
-        process.communicate()
-        assert GradientErrorReport.from_json(path) == expected
 
 
 def test_a_file_that_is_replaced_keeps_its_mode_and_a_link_its_target(tmp_path: Path) -> None:

@@ -102,13 +102,46 @@ def test_going_on_with_a_state_of_another_length_is_told(own: Any) -> None:
         ("total_steps", 0), ("total_steps", -3), ("total_steps", 2.5), ("total_steps", "10"), ("total_steps", True),
         ("total_steps", None), ("warmup_steps", -1), ("warmup_steps", 10), ("warmup_steps", 1.0),
         ("warmup_steps", None), ("warmup_steps", True), ("power", 0), ("power", -1.0), ("power", math.nan),
-        ("power", math.inf), ("power", "2"), ("power", None), ("power", True), ("share", 0.5), ("share", "budget"),
+        ("power", math.inf), ("power", "2"), ("power", None), ("power", True),
+        ("total_steps", 2**64), ("power", 10**400), ("share", 0.5), ("share", "budget"),
     ],
 )  # fmt: skip
 def test_a_bad_argument_is_one_error_that_names_it_and_changes_nothing(name: str, value: Any) -> None:
     optimizer = _optimizer(0.3)
     with pytest.raises((ValueError, TypeError), match=f"{name} must be") as raised:
         PolynomialDecayLR(optimizer, **{"total_steps": 10, name: value})
-    assert repr(value) in str(raised.value)
+    assert ("a number of very many digits" if value == 10**400 else repr(value)) in str(raised.value)
     assert optimizer.param_groups[0]["lr"] == 0.3
     assert "initial_lr" not in optimizer.param_groups[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("total_steps", 0), ("total_steps", 10**400), ("warmup_steps", 10), ("power", 1e299j), ("power", math.nan),
+        ("last_epoch", -1), ("last_epoch", 10**400), ("last_epoch", "5"), ("_step_count", None),
+        ("base_lrs", [1e299]), ("base_lrs", [math.nan]), ("base_lrs", []), ("base_lrs", "0"), ("_last_lr", [10**400]),
+        ("_last_lr", [torch.tensor(math.inf)]),
+    ],
+)  # fmt: skip
+def test_a_state_of_nonsense_is_one_error_that_names_the_field_and_changes_nothing(name: str, value: Any) -> None:
+    optimizer = _optimizer(0.3)
+    scheduler = PolynomialDecayLR(optimizer, 10)
+    before = scheduler.state_dict()
+    with pytest.raises(ValueError, match=f"state_dict is not a PolynomialDecayLR's: {name} must be"):
+        scheduler.load_state_dict({**before, name: value})
+    with pytest.raises(ValueError, match="state_dict must be a PolynomialDecayLR's, got None"):
+        scheduler.load_state_dict(None)  # type: ignore[arg-type]
+    assert scheduler.state_dict() == before
+
+
+def test_a_state_sets_nothing_but_what_a_state_has() -> None:
+    optimizer = _optimizer(0.3)
+    scheduler = PolynomialDecayLR(optimizer, 10)
+    others = {"optimizer": None, "_share": "budget", "step": print, "get_lr": print}
+    scheduler.load_state_dict({**scheduler.state_dict(), **others})
+    assert scheduler.optimizer is optimizer
+    assert vars(scheduler).keys().isdisjoint({"step", "get_lr"})
+    optimizer.step()
+    scheduler.step()
+    assert scheduler.get_last_lr() == [pytest.approx(0.3 * 0.81)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -200,6 +201,7 @@ _MISSING = object()
         ("plan", 3),
         ("forwards", 3),
         ("forwards", [-1]),
+        *((name, value) for name in ("total_steps", "last_step", "seed") for value in (2**64, 10**400, 1e299)),
     ],
 )
 def test_a_bad_state_is_one_error_that_names_the_field_and_changes_nothing(
@@ -219,7 +221,25 @@ def test_a_bad_state_is_one_error_that_names_the_field_and_changes_nothing(
     assert get_strategy(vit) == Strategy(0.5)
 
 
-@pytest.mark.parametrize("state", [None, 3, [], "state", {}])
+def test_a_state_names_no_file(tmp_path: Path, tiny_vit: Any) -> None:
+    scheduler = SequenceScheduler(compress(tiny_vit(), STAGES), total_steps=8)
+    STAGES.to_json(tmp_path / "plan.json")
+    with pytest.raises(ValueError, match="schedule must be JSON text of an object, got"):
+        scheduler.load_state_dict({**scheduler.state_dict(), "schedule": str(tmp_path / "plan.json")})
+
+
+def test_the_largest_numbers_of_a_state_break_nothing(tiny_vit: Any) -> None:
+    vit = compress(tiny_vit(), Linear(Strategy(0.5), Strategy()))
+    scheduler = SequenceScheduler(vit, total_steps=2**64 - 1)
+    scheduler.load_state_dict({**scheduler.state_dict(), "last_step": 2**63, "seed": 2**64 - 1})
+    assert scheduler.progress == pytest.approx(0.5)
+    assert 0 < scheduler.budget_share(2**63) < 1
+    vit.train()(torch.randn(1, 3, 32, 32))
+    scheduler.step()
+    assert scheduler.last_step == 2**63 + 1
+
+
+@pytest.mark.parametrize("state", [None, 3, [], "state", {}, {1: 2, "schedule": "{}"}])
 def test_what_is_no_state_is_refused(state: Any, tiny_vit: Any) -> None:
     scheduler = SequenceScheduler(compress(tiny_vit(), STAGES), total_steps=8)
     with pytest.raises(ValueError, match="state must"):

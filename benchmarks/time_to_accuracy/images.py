@@ -18,6 +18,8 @@ from torch.nn import functional as F
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
+from seqcompress.json_files import replacing
+
 _LUMA = (0.299, 0.587, 0.114)
 _TO_YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -71,9 +73,8 @@ def load_images(folder: Path, size: int, number: int, cache: Path) -> Images:
     pixels = torch.stack([shape(found[index][0]) for index in chosen])
     labels = torch.tensor([found.targets[index] for index in chosen])
     cache.mkdir(parents=True, exist_ok=True)
-    unfinished = kept.with_suffix(".part")
-    torch.save((pixels, labels), unfinished)
-    unfinished.replace(kept)
+    with replacing(kept) as beside:
+        torch.save((pixels, labels), beside)
     return Images(pixels, labels)
 
 

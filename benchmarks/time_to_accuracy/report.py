@@ -23,6 +23,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from seqcompress.json_files import write_text
+
 RESULTS = Path(__file__).parent.parent / "results" / "time_to_accuracy"
 PAGE = Path(__file__).parent.parent.parent / "docs" / "evidence.md"
 METRICS = {"knn": "k-NN", "linear": "linear probe"}
@@ -345,7 +347,7 @@ def branches_table(found: Mapping[str, Any]) -> str:
 
 def load_branches(folder: Path) -> list[dict[str, Any]]:
     """All that branches.py has found, and compared."""
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("[!.]*.json"))]
     return [each for each in found if "correlation" in each]
 
 
@@ -446,7 +448,7 @@ def fill(page: Path, tables: dict[str, str]) -> None:
     for name, table in tables.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)"
         text = re.sub(pattern, lambda found, table=table: f"{found[1]}\n{table}\n\n{found[2]}", text, flags=re.DOTALL)
-    page.write_text(text)
+    write_text(text, page)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -459,7 +461,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not runs:
         parser.error(f"--results must hold JSON files of runs, found none in {options.results}")
     written = tables(runs, load(options.results / "tuning"), load_branches(options.results / "branches"))
-    (options.results / "summary.json").write_text(json.dumps(summary(runs), indent=1) + "\n")
+    write_text(json.dumps(summary(runs), indent=1) + "\n", options.results / "summary.json")
     if options.page.is_file():
         fill(options.page, written)
         (options.page.parent / "images").mkdir(exist_ok=True)

@@ -40,6 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import seqcompress
 from seqcompress import Budget, OnlineScheduler, Schedule, SequenceScheduler, Stepwise, Strategy
+from seqcompress.json_files import replacing, write_text
 from seqcompress.presets import DEFAULT
 
 UNFINISHED = 3  # exit status of a run that --minutes has stopped
@@ -532,16 +533,13 @@ def _hardware(device: torch.device) -> str:
 def _save(state: dict[str, Any], path: Path) -> None:
     """All of it or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".part")
-    torch.save(state, unfinished)
-    unfinished.replace(path)
+    with replacing(path) as beside:
+        torch.save(state, beside)
 
 
 def _write(report: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".part")
-    unfinished.write_text(json.dumps(report, indent=1) + "\n")
-    unfinished.replace(path)
+    write_text(json.dumps(report, indent=1) + "\n", path)
 
 
 def _flops(encoder: nn.Module, size: int) -> int:

@@ -12,8 +12,9 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+import weakref
 from collections import Counter
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, distributed, nn
@@ -89,6 +90,7 @@ class CompressedPatchEmbed(nn.Module):
     _compression: Compression
     _watched: tuple[nn.Parameter, int] | None  # one that is trained, and its version when last looked at
     _is_copy: bool
+    _deleted: tuple[str, weakref.ref[nn.Parameter]] | None  # the last parameter that was taken out
     selection: Selection | None  # of the last forward in train mode; None where that was the plain model's
 
     _OWN = frozenset(
@@ -112,6 +114,7 @@ class CompressedPatchEmbed(nn.Module):
             "_pending",
             "_joined",
             "_joining",
+            "_deleted",
         }
     )
 
@@ -141,6 +144,7 @@ class CompressedPatchEmbed(nn.Module):
             _joining=False,
             _watched=None,
             _is_copy=False,
+            _deleted=None,
             selection=None,
         )
         self.compression = compression
@@ -155,6 +159,7 @@ class CompressedPatchEmbed(nn.Module):
             "_pending": None,
             "_joined": None,
             "_joining": False,
+            "_deleted": None,
         }
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
@@ -178,8 +183,10 @@ class CompressedPatchEmbed(nn.Module):
             return getattr(vars(self)["embed"], name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("__class__", "compression"):  # of this module, as FSDP does it, and not of the embedding inside
+        if name in ("__class__", "__dict__", "compression"):  # of this module, as FSDP and torch.export do it
             object.__setattr__(self, name, value)
+        elif name == "parametrizations" and self._deleted is not None:
+            self._refuse_parametrization(self._deleted)
         elif name in self._OWN or name == "forward":  # what is put around this forward calls this one
             vars(self)[name] = value
         else:
@@ -191,7 +198,19 @@ class CompressedPatchEmbed(nn.Module):
         if name == "forward":
             del vars(self)[name]
         else:
+            value = vars(self)["_parameters"].get(name)
             delattr(self.embed, name)
+            vars(self)["_deleted"] = None if value is None else (name, weakref.ref(value))
+
+    def _refuse_parametrization(self, deleted: tuple[str, weakref.ref[nn.Parameter]]) -> NoReturn:
+        """torch puts the parameter's new values in its place on this module's class, where the embedding has none."""
+        name, value = deleted
+        object.__setattr__(self, "__class__", CompressedPatchEmbed)
+        self.embed.register_parameter(name, value())
+        raise RuntimeError(
+            f"{name} of a compressed encoder's patch embedding cannot be parametrized: restore(model), parametrize, "
+            "and compress it again"
+        )
 
     def train(self, mode: bool = True) -> CompressedPatchEmbed:
         self.embed.training = mode
@@ -278,11 +297,22 @@ class CompressedPatchEmbed(nn.Module):
     def forward(self, views: Tensor) -> Tensor:
         """Embed views (B, C, H, W): all of their patches, or those that are kept, (B, K, D)."""
         if isinstance(views, torch.fx.Proxy):
-            raise RuntimeError("a compressed encoder cannot be traced by torch.fx: restore(model) first")
+            return self._traced(views)
         if self.is_training:
             return self._forward_in_training(views)
         if not self.drops_tokens and not _is_exporting():
             self._count_in_eval(views)
+        return self.embed.forward(views)
+
+    def _traced(self, views: torch.fx.Proxy) -> Any:
+        """What torch.fx sees, whatever is in force: a graph has no place for what changes from forward to forward."""
+        self._pending = self._joined = self.selection = None
+        self._joining = False
+        if self.is_training:
+            self._warn(
+                "traced",
+                "torch.fx traces the plain model, in train mode too: a graph that it makes trains uncompressed",
+            )
         return self.embed.forward(views)
 
     def __prepare_scriptable__(self) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import timm
 import torch
-from packaging.version import Version
 from timm.layers.format import Format, nchw_to
 from timm.layers.patch_embed import PatchEmbed
 from timm.models.naflexvit import NaFlexVit
@@ -22,11 +21,9 @@ from seqcompress.encoders.patch_embed import CompressedPatchEmbed, When
 from seqcompress.encoders.probe import tokens_at
 from seqcompress.encoders.registry import register
 from seqcompress.strategy import Strategy
+from seqcompress.versions import check_version
 
-_OLDEST_TIMM = "1.0.26"
-
-if Version(timm.__version__) < Version(_OLDEST_TIMM):
-    raise ImportError(f"timm {timm.__version__} is not supported; supported: timm >= {_OLDEST_TIMM}")
+check_version("timm", timm.__version__)
 
 
 @register

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import importlib
 import math
+import os
 import sys
 import tempfile
 import time
@@ -21,7 +22,7 @@ from seqcompress.gradients.measurement import gradient_error, measured_encoders,
 from seqcompress.gradients.report import CostKind, GradientErrorReport, canonical
 from seqcompress.gradients.schedule_search import best_schedule, explain_schedule, plot_gradient_error
 from seqcompress.gradients.training_step import TrainingStep
-from seqcompress.json_files import FieldError, read_json, take, take_version, write_json, write_text
+from seqcompress.json_files import FieldError, is_file, read_json, take, take_version, write_json, write_text
 from seqcompress.locations import LocationError, loaded, location, module_name
 from seqcompress.messages import described
 from seqcompress.strategy import Strategy
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "seqcompress-gradient
     except _UsageError as error:
         parser.error(str(error))
     except _WriteError as error:
-        _say(f"{prog}: error: argument --output: {error}; stages that are complete in the folder stay so")
+        _say(f"{prog}: error: {error}")
         return 1
     except KeyboardInterrupt:
         _say(f"interrupted; the same command goes on after the stages that are complete in {arguments.output}")
@@ -66,7 +67,7 @@ class _UsageError(Exception):
 
 
 class _WriteError(Exception):
-    """The folder cannot be written."""
+    """Results cannot be written."""
 
 
 @contextlib.contextmanager
@@ -74,7 +75,7 @@ def _writing() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _WriteError(str(error)) from None
+        raise _WriteError(f"argument --output: {error}; stages that are complete in the folder stay so") from None
 
 
 @dataclass(frozen=True)
@@ -216,7 +217,7 @@ def _run(arguments: argparse.Namespace) -> None:
         schedule.to_json(folder / "schedule.json")
         plot_gradient_error(reports, folder / "schedule.png", arguments.monotone)
         write_text(summary, folder / "summary.txt")
-    print(summary, end="")
+    _print(summary, folder / "summary.txt")
     _say(f"reports, pictures and schedule: {folder}")
 
 
@@ -410,14 +411,21 @@ def _checkpoint(text: str) -> tuple[float | None, Path]:
     if progress is not None and not 0 <= progress <= 1:
         raise argparse.ArgumentTypeError(f"progress must be in [0, 1], got {before}")
     path = Path(text if progress is None else after)
-    if path.is_dir():
+    if _is_folder(path):
         raise argparse.ArgumentTypeError(
             f"{path} is a folder: a checkpoint must be one file. Of a sharded one, name a file in it, whose content "
             "tells it from others; FUNCTION gets that path and may load the folder around it"
         )
-    if not path.is_file():
+    if not is_file(path):
         raise argparse.ArgumentTypeError(f"there is no file {path}")
     return progress, path
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # can be no path at all
+        return False
 
 
 def _token_dropout(text: str) -> float:
@@ -478,6 +486,17 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _print(summary: str, file: Path) -> None:
+    try:
+        print(summary, end="", flush=True)
+    except OSError as error:
+        # What waits in the buffer would fail again as Python ends, and be told by it in lines of its own.
+        with Path(os.devnull).open("w") as nowhere, contextlib.suppress(OSError, ValueError):
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        raise _WriteError(f"standard output: {error}; the same summary is in {file}") from None
+
+
 def _say(line: str) -> None:
-    """Beside the progress bars; what is printed is the summary alone."""
-    print(line, file=sys.stderr, flush=True)
+    """Beside the progress bars; what is printed is the summary alone. Nobody has to be there to read it."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)

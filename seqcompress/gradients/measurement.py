@@ -273,8 +273,20 @@ def _compressed(encoders: Sequence[MeasuredEncoder]) -> Iterator[Compression]:
                 undo.append(embed.register_forward_pre_hook(stream, prepend=True).remove)
         yield compression
     finally:
-        for reset in reversed(undo):
-            reset()
+        _complete(*reversed(undo))
+
+
+def _complete(*undo: Callable[[], object]) -> None:
+    """Do all of it, each of which may be done twice: Ctrl-C on the way waits until everything is as it was."""
+    interrupt = None
+    for each in undo:
+        try:
+            each()
+        except KeyboardInterrupt as error:
+            interrupt = error
+            each()
+    if interrupt is not None:
+        raise interrupt
 
 
 class _Reset:
@@ -370,8 +382,7 @@ def running(
         try:
             yield runner
         finally:
-            runner.put_back()
-            random_states.restore()
+            _complete(runner.put_back, random_states.restore)
 
 
 class Runner:

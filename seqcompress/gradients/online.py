@@ -36,6 +36,7 @@ from seqcompress.gradients.measurement import (
 )
 from seqcompress.gradients.report import GradientErrorReport, canonical
 from seqcompress.gradients.statistics import Estimate, Sketch, interquartile_mean, jackknife, norm2_of_mean, variance
+from seqcompress.json_files import json_text
 from seqcompress.messages import by_script, described
 from seqcompress.presets import double_patch
 from seqcompress.schedules import Constant, Online, Schedule, Stepwise
@@ -383,6 +384,8 @@ class OnlineScheduler:
             ladder = tuple(map(Strategy.parse, _read_list(state["ladder"], "ladder")))
             for encoder in self._encoders:
                 encoder.check_strategies(ladder)
+            if _BASE not in ladder or list(ladder) != _by_cost(dict.fromkeys(ladder), self._encoders, self._flops):
+                raise ValueError(f"ladder must be of rising cost, with the base, got {' / '.join(map(str, ladder))}")
             share = _checked_share(state["compute_share"])
             trained, measured = (_checked_flops(state[name], name) for name in ("trained", "measured"))
             seconds = [_checked_flops(state[name], name) for name in ("seconds_trained", "seconds_measured")]
@@ -392,7 +395,7 @@ class OnlineScheduler:
             decisions = [_read_decision(fields, last) for fields in _read_list(state["decisions"], "decisions")]
             sketches = _read_sketches(state["sketches"], (_BATCHES - 1, _MOST_COMPARED, *self._sketch.shape))
             events = _read_events(_read_list(state["events"], "events"), sketches)
-            schedule = Schedule.from_json(state["schedule"])
+            schedule = Schedule.from_json(json_text(state["schedule"], "schedule"))
             for strategy in (*schedule.strategies(), *(decision.after for decision in decisions)):
                 if strategy not in ladder:
                     raise ValueError(f"schedule and decisions must be of strategies of the ladder, got {strategy!s}")
@@ -715,7 +718,7 @@ def _read_decision(fields: Mapping[str, Any], last_step: int) -> OnlineDecision:
         step=step,
         before=Strategy.parse(fields["before"]),
         after=Strategy.parse(fields["after"]),
-        report=GradientErrorReport.from_json(fields["report"]),
+        report=GradientErrorReport.from_json(json_text(fields["report"], "decisions' report")),
         share=float(share),
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +14,8 @@ from seqcompress.strategy import Strategy
 from seqcompress.training.cost import Flops, sequence_length
 
 __all__ = ["Budget"]
+
+_MOST_UNITS = 1e40  # what is read of a state: more than all machines will ever do, and far from an overflow
 
 
 class Budget:
@@ -78,9 +79,9 @@ class Budget:
             ValueError: the state is not a budget's; nothing has been changed.
         """
         units = state.get("units") if isinstance(state, Mapping) else None
-        if isinstance(units, bool) or not isinstance(units, (int, float)) or not 0 <= units <= sys.float_info.max:
+        if isinstance(units, bool) or not isinstance(units, (int, float)) or not 0 <= units <= _MOST_UNITS:
             raise ValueError(
-                f"state must be a Budget's: 'units' must be a number of at least 0, got {described(state)}"
+                f"state must be a Budget's: 'units' must be a number from 0 to {_MOST_UNITS:g}, got {described(state)}"
             )
         self.reset()
         self._earlier = float(units)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 import operator
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +16,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from seqcompress.messages import described
 
 __all__ = ["PolynomialDecayLR"]
+
+_MANY = 2**64  # more steps than any run has
+_MOST = 1e40  # a learning rate that is read
 
 
 class PolynomialDecayLR(LRScheduler):
@@ -58,18 +61,12 @@ class PolynomialDecayLR(LRScheduler):
         share: Callable[[int], float] | None = None,
         last_epoch: int = -1,
     ) -> None:
-        total_steps, warmup_steps = _whole(total_steps, "total_steps"), _whole(warmup_steps, "warmup_steps")
-        if total_steps < 1:
-            raise ValueError(f"total_steps must be a whole number of at least 1, got {described(total_steps)}")
-        if not 0 <= warmup_steps < total_steps:
-            raise ValueError(f"warmup_steps must be a whole number in [0, total_steps), got {described(warmup_steps)}")
-        if isinstance(power, bool) or not isinstance(power, numbers.Real) or not 0 < power < math.inf:
-            raise ValueError(f"power must be a finite number above 0, got {described(power)}")
+        total_steps, warmup_steps, power = _checked_curve(total_steps, warmup_steps, power)
         if share is not None and not callable(share):
             raise ValueError(f"share must be a function of the number of steps, got {described(share)}")
         self.total_steps: int = total_steps
         self.warmup_steps: int = warmup_steps
-        self.power: float = float(power)
+        self.power: float = power
         self._share: Callable[[int], float] | None = share
         super().__init__(optimizer, last_epoch)
 
@@ -83,7 +80,12 @@ class PolynomialDecayLR(LRScheduler):
         return {name: value for name, value in super().state_dict().items() if name != "_share"}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in every torch scheduler: goes on with the saved lengths and power, and says so if they are others."""
+        """As in every torch scheduler: goes on with the saved lengths and power, and says so if they are others.
+
+        Raises:
+            ValueError: the state is not such a scheduler's; the message names the field, and nothing has been changed.
+        """
+        state_dict = self._checked_state(state_dict)
         for name in ("total_steps", "warmup_steps", "power"):
             own = getattr(self, name)
             if name in state_dict and state_dict[name] != own:
@@ -94,6 +96,26 @@ class PolynomialDecayLR(LRScheduler):
                 )
         super().load_state_dict(state_dict)
 
+    def _checked_state(self, state: Any) -> dict[str, Any]:
+        """What a state has of this scheduler's own fields: torch would set any attribute, the optimizer included."""
+        if not isinstance(state, Mapping):
+            raise ValueError(f"state_dict must be a PolynomialDecayLR's, got {described(state)}")
+        own = self.state_dict()
+        known = {name: value for name, value in state.items() if name in own}
+        try:
+            whole = {**own, **known}
+            _checked_curve(*(whole[name] for name in ("total_steps", "warmup_steps", "power")))
+            for name in ("last_epoch", "_step_count"):
+                if not 0 <= _whole(whole[name], name) < _MANY:
+                    raise ValueError(f"{name} must be a whole number of at least 0, got {described(whole[name])}")
+            for name in ("base_lrs", "_last_lr"):
+                rates = whole[name]
+                if not isinstance(rates, list) or len(rates) != len(own[name]) or not all(map(_is_rate, rates)):
+                    raise ValueError(f"{name} must be {len(own[name])} learning rates, got {described(rates)}")
+        except ValueError as error:
+            raise ValueError(f"state_dict is not a PolynomialDecayLR's: {error}") from None
+        return known
+
     def _factor(self, step: int) -> float:
         if step < self.warmup_steps:
             return (step + 1) / (self.warmup_steps + 1)
@@ -102,6 +124,23 @@ class PolynomialDecayLR(LRScheduler):
 
     def _spent(self, step: int) -> float:
         return step / self.total_steps if self._share is None else self._share(step)
+
+
+def _checked_curve(total_steps: Any, warmup_steps: Any, power: Any) -> tuple[int, int, float]:
+    total_steps, warmup_steps = _whole(total_steps, "total_steps"), _whole(warmup_steps, "warmup_steps")
+    if not 1 <= total_steps < _MANY:
+        raise ValueError(f"total_steps must be a whole number of at least 1, below 2**64, got {described(total_steps)}")
+    if not 0 <= warmup_steps < total_steps:
+        raise ValueError(f"warmup_steps must be a whole number in [0, total_steps), got {described(warmup_steps)}")
+    if isinstance(power, bool) or not isinstance(power, numbers.Real) or not 0 < power <= sys.float_info.max:
+        raise ValueError(f"power must be a finite number above 0, got {described(power)}")
+    return total_steps, warmup_steps, float(power)
+
+
+def _is_rate(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
+        return False
+    return value.numel() == 1 and bool(value.isfinite()) if isinstance(value, Tensor) else abs(value) < _MOST
 
 
 def _whole(value: Any, name: str) -> int:

@@ -14,6 +14,7 @@ from torch import nn
 
 from seqcompress.compression import Plan, check_plan, compressed_embeds_of, resolve_plan
 from seqcompress.encoders import CompressedPatchEmbed, Compression, is_frozen
+from seqcompress.json_files import json_text
 from seqcompress.messages import by_script, described
 from seqcompress.schedules import Constant, Online, Schedule
 from seqcompress.strategy import Strategy
@@ -22,6 +23,7 @@ from seqcompress.training.ranks import Ranks
 
 __all__ = ["SequenceScheduler", "checked_count"]
 
+_MANY = 2**64  # more steps than any run has, and the end of a seed's range
 _LOOKED_AT = 10_000  # steps of a run at which a schedule is asked for its cost, at most
 
 
@@ -233,7 +235,7 @@ class SequenceScheduler:
             raise ValueError(f"state must be a SequenceScheduler's state_dict(), got {described(state)}")
         for name in ("schedule", "total_steps", "last_step", "seed"):
             if name not in state:
-                raise ValueError(f"state must have the field {name!r}, got {described(sorted(state))}")
+                raise ValueError(f"state must have the field {name!r}, got {described(list(state))}")
         try:
             schedule = _read_schedule(state["schedule"], "schedule")
             plan = _read_schedule(state.get("plan", state["schedule"]), "plan")
@@ -294,10 +296,8 @@ def _refuse_copied_teachers(embeds: Sequence[CompressedPatchEmbed]) -> None:
 
 
 def _read_schedule(text: Any, name: str) -> Schedule:
-    if not isinstance(text, str):
-        raise TypeError(f"{name} must be a schedule's JSON text, got {described(text)}")
     try:
-        return Schedule.from_json(text)
+        return Schedule.from_json(json_text(text, name))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 
@@ -314,6 +314,7 @@ def checked_count(value: Any, name: str, *, at_least: int) -> int:
         count = operator.index(value)
     except TypeError:
         raise TypeError(f"{name} must be a whole number, got {described(value)}") from None
-    if isinstance(value, bool) or count < at_least:
-        raise ValueError(f"{name} must be a whole number of at least {at_least}, got {described(value)}")
+    if isinstance(value, bool) or not at_least <= count < _MANY:
+        expected = "below 2**64" if count >= _MANY else f"of at least {at_least}"
+        raise ValueError(f"{name} must be a whole number {expected}, got {described(value)}")
     return count

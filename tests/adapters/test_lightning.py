@@ -324,6 +324,26 @@ def test_a_resumed_run_is_the_run_that_never_stopped(
     assert second.callback_metrics[budget].item() == pytest.approx(first.callback_metrics[budget].item(), rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("seed", 10**400), ("seed", -1), ("seed", 1.5), ("units", 1e299), ("units", math.nan), ("progress", 2),
+     ("progress", "0.5"), ("batches", 0), ("batches", True)],
+)  # fmt: skip
+def test_numbers_of_a_checkpoint_that_no_run_can_go_on_with_are_one_error(
+    make_pair: Build, make_trainer: Build, images: Images, tmp_path: Path, name: str, value: Any
+) -> None:
+    trainer = make_trainer(max_epochs=1)
+    trainer.fit(accelerate(make_pair(), RELAXING), images)
+    (callback,) = our_callbacks(trainer)
+    before = callback.state_dict()
+    with pytest.raises(ValueError, match=f"callback must have a number from .* as '{name}', got"):
+        callback.load_state_dict({**before, name: value})
+    with pytest.raises(ValueError, match="must be a mapping, got None"):
+        callback.load_state_dict(None)
+    assert callback.state_dict() == before
+    callback.load_state_dict(before)
+
+
 def test_other_seeds_drop_other_tokens(make_pair: Build, make_trainer: Build, images: Images) -> None:
     losses = []
     for seed in (5, 5, 6):
