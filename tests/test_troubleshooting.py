@@ -16,6 +16,10 @@ GAP = "…"
 
 # What the package says where nothing is wrong: figures, tables, names of kinds of ViT, and parts of longer messages.
 NO_MESSAGES = (
+    "in at most …",
+    "and at most …",
+    "; what it followed",
+    "; this is a preset",
     "a model's name in timm",
     "any ViT in which one convolution",
     "timm.models.",

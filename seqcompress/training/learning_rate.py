@@ -132,9 +132,10 @@ def _checked_curve(total_steps: Any, warmup_steps: Any, power: Any) -> tuple[int
         raise ValueError(f"total_steps must be a whole number of at least 1, below 2**64, got {described(total_steps)}")
     if not 0 <= warmup_steps < total_steps:
         raise ValueError(f"warmup_steps must be a whole number in [0, total_steps), got {described(warmup_steps)}")
-    if isinstance(power, bool) or not isinstance(power, numbers.Real) or not 0 < power <= sys.float_info.max:
+    number: Any = power
+    if isinstance(power, bool) or not isinstance(power, numbers.Real) or not 0 < number <= sys.float_info.max:
         raise ValueError(f"power must be a finite number above 0, got {described(power)}")
-    return total_steps, warmup_steps, float(power)
+    return total_steps, warmup_steps, float(number)
 
 
 def _is_rate(value: Any) -> bool:
