@@ -29,7 +29,7 @@ def pytorch_lightning_callbacks() -> list[Any]:
     """Entry point for ``pytorch_lightning``."""
     import pytorch_lightning
 
-    if _is_too_old("pytorch-lightning", pytorch_lightning.__version__)  # type: ignore[attr-defined]:
+    if _is_too_old("pytorch-lightning", pytorch_lightning.__version__):  # type: ignore[attr-defined]
         return []
     from seqcompress.adapters.lightning_callbacks.pytorch_lightning import SequenceCompressionCallback
 
