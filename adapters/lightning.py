@@ -279,11 +279,16 @@ class SequenceCompression:
         if self._readings is None or self._length is None:
             return self._loaded
         budget = self._budget
-        units = None if budget is None else self._guarded("count the budget", lambda: budget.units * self._ranks)
+        spent = None if budget is None else self._guarded("count the budget", budget.state_dict)
+        if spent is None:
+            spent = {name: self._loaded[name] for name in ("units", "flops_of_unit") if name in self._loaded}
+        else:
+            spent["units"] *= self._ranks
         online = self._loaded.get("online") if self._measured is None else self._measured.state_dict()
         return {
             "seed": self._seed,
-            "units": self._loaded.get("units", 0.0) if units is None else units,
+            "units": 0.0,
+            **spent,
             "progress": self._done,
             "batches": self._length.batches,
             "plans": {drive.name: drive.compression.plan.to_json() for drive in self._drives},
@@ -475,7 +480,7 @@ class SequenceCompression:
 
         budget = Budget(pl_module)
         if "units" in self._loaded:
-            budget.load_state_dict({"units": self._loaded["units"] / self._ranks})
+            budget.load_state_dict({**self._loaded, "units": self._loaded["units"] / self._ranks})
         return budget
 
     def _units_in_millions(self) -> float | None:

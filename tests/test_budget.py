@@ -104,15 +104,17 @@ def test_it_prints_in_millions(tiny_vit: Any) -> None:
 @pytest.mark.parametrize(
     "state",
     [None, [], 3.0, {}, {"units": None}, {"units": "3"}, {"units": True}, {"units": -1.0},
-     {"units": float("nan")}, {"units": float("inf")}, {"units": 1e299}, {"units": 10**41}, {"millions": 1.0}],
+     {"units": float("nan")}, {"units": float("inf")}, {"units": 1e299}, {"units": 10**41}, {"millions": 1.0},
+     {"units": 1.0, "flops_of_unit": 5}, {"units": 1.0, "flops_of_unit": [0]}, {"units": 1.0, "flops_of_unit": [1.5]}],
 )  # fmt: skip
 def test_a_bad_state_is_one_error_and_changes_nothing(state: Any, tiny_vit: Any) -> None:
     vit = compress(tiny_vit(), Strategy()).train()
     budget = Budget(vit)
     vit(torch.randn(1, 3, 32, 32))
-    with pytest.raises(ValueError, match="'units'") as raised:
+    with pytest.raises(ValueError, match=r"'units'|'flops_of_unit'") as raised:
         budget.load_state_dict(state)
-    assert repr(state) in str(raised.value)
+    wrong = state["flops_of_unit"] if isinstance(state, dict) and "flops_of_unit" in state else state
+    assert repr(wrong) in str(raised.value)
     assert budget.units == 3.0
 
 
@@ -158,6 +160,20 @@ def test_what_was_spent_stays_spent_when_the_image_size_changes(tiny_vit: Any) -
     vit(torch.randn(4, 3, 64, 64))
     larger = encoder_flops(find_encoder(vit), 65) / encoder_flops(find_encoder(vit), 17)
     assert budget.units == pytest.approx(12.0 * (1 + larger))
+
+
+def test_a_loaded_state_brings_its_unit_whatever_size_the_encoder_has_by_then(tiny_vit: Any) -> None:
+    vit = compress(tiny_vit(dynamic_img_size=True), Strategy()).train()
+    budget = Budget(vit)
+    vit.set_input_size(64)
+    saved = json.loads(json.dumps(budget.state_dict()))
+    goes_on, another = Budget(vit), Budget(vit)
+    goes_on.load_state_dict(saved)
+    another.load_state_dict({"units": 0.0})  # says nothing of its unit
+    vit(torch.randn(4, 3, 64, 64))
+    larger = encoder_flops(find_encoder(vit), 65) / encoder_flops(find_encoder(vit), 17)
+    assert goes_on.units == pytest.approx(12.0 * larger)
+    assert another.units == pytest.approx(12.0)
 
 
 def _teacher_in_eval_mode(tiny_vit: Any) -> tuple[Any, Any, Budget]:

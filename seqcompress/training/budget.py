@@ -22,10 +22,10 @@ class Budget:
     """Counts what was really spent on the encoders, in units.
 
     One unit is one forward pass of the uncompressed encoder on one view of the size it was built for as the budget is
-    made. A view that passes forward only (a teacher's) costs its relative cost, one that passes forward and backward
-    three times that. Each forward in train mode counts with the tokens it really had, and so does a teacher's in eval
-    mode while its student is in train mode. Evaluation does not count, and neither do the re-runs of gradient
-    checkpointing.
+    made, or as the budget was made whose state is loaded. A view that passes forward only (a teacher's) costs its
+    relative cost, one that passes forward and backward three times that. Each forward in train mode counts with the
+    tokens it really had, and so does a teacher's in eval mode while its student is in train mode. Evaluation does not
+    count, and neither do the re-runs of gradient checkpointing.
 
     Args:
         model_or_models: compressed encoders, or modules that contain them; a student's teacher counts too, and the
@@ -47,7 +47,9 @@ class Budget:
 
     def __init__(self, model_or_models: nn.Module | Sequence[nn.Module]) -> None:
         embeds = compressed_embeds_of(model_or_models)
-        self._embeds = list(dict.fromkeys(partner for embed in embeds for partner in (embed, *embed.partners())))
+        # Their partners come last: among them may be one whose place a copy has taken.
+        partners = [partner for embed in embeds for partner in embed.partners()]
+        self._embeds = list(dict.fromkeys([*embeds, *partners]))
         self._flops = Flops(embed.encoder for embed in self._embeds)
         self._units = [self._unit(number) for number in range(len(self._embeds))]
         self._prices: dict[tuple[int, Forward], float] = {}
@@ -68,12 +70,12 @@ class Budget:
         """Start again from zero."""
         self._earlier, self._offset = 0.0, self._counted()
 
-    def state_dict(self) -> dict[str, float]:
-        """What a checkpoint must keep."""
-        return {"units": self.units}
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must keep: the units, and the FLOPs of one in each encoder. Plain values only."""
+        return {"units": self.units, "flops_of_unit": list(self._units)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on counting from a saved state.
+        """Go on counting from a saved state, in its units; its encoders must be these, in their order.
 
         Raises:
             ValueError: the state is not a budget's; nothing has been changed.
@@ -83,6 +85,13 @@ class Budget:
             raise ValueError(
                 f"state must be a Budget's: 'units' must be a number from 0 to {_MOST_UNITS:g}, got {described(state)}"
             )
+        flops = state.get("flops_of_unit", self._units)
+        if not isinstance(flops, list) or not all(type(each) is int and 0 < each <= _MOST_UNITS for each in flops):
+            raise ValueError(
+                "state must be a Budget's: 'flops_of_unit' must be a list of positive whole numbers, got "
+                f"{described(flops)}"
+            )
+        self._units, self._prices = [*flops, *self._units[len(flops) :]][: len(self._units)], {}
         self.reset()
         self._earlier = float(units)
 

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,9 @@ from seqcompress import (
     set_strategy,
 )
 from seqcompress.adapters.lightly import accelerate
+from seqcompress.encoders import find_encoder
 from seqcompress.schedules import Linear, Stepwise
+from seqcompress.training.cost import encoder_flops
 
 RELAXING = Linear(Strategy(0.75), Strategy())
 TOKENS_OF_8_STEPS = [5, 7, 8, 9, 11, 13, 14, 17]  # 1 + round(4 + 1.5 * step), and the end's
@@ -525,6 +528,38 @@ def test_what_an_interrupted_fit_has_spent_stays_spent(make_pair: Build, make_tr
     assert steps > 5
     assert trainer.callback_metrics[BUDGET].item() == pytest.approx(
         spent(module.backbone, *[Strategy(0.5)] * steps), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("meanwhile", ["nothing", "interrupted", "replaced"])
+def test_a_unit_stays_what_it_was_when_images_grow(make_pair: Build, make_trainer: Build, meanwhile: str) -> None:
+    module, trainer = accelerate(make_pair(), Strategy(0.5)), make_trainer(max_epochs=3)
+    of_a_step = spent(module.backbone, Strategy(0.5))
+
+    def views() -> Images:
+        pixels = 64 if module.current_epoch else 32
+        return DataLoader(TensorDataset(torch.ones(4, 3, pixels, pixels)), batch_size=4)
+
+    def change() -> None:
+        if module.current_epoch == 0:
+            module.backbone.set_input_size(64)
+            module.backbone_momentum.set_input_size(64)
+        elif module.current_epoch == 1 and meanwhile == "replaced":
+            module.backbone = copy.deepcopy(module.backbone)
+        elif module.current_epoch == 1 and meanwhile == "interrupted" and len(module.tokens) == 2:
+            raise KeyboardInterrupt
+
+    module.train_dataloader, module.on_train_epoch_end = views, change
+    trainer.reload_dataloaders_every_n_epochs = 1
+    module.configure_optimizers = lambda: torch.optim.SGD(module.backbone.blocks.parameters(), lr=0.05)
+    with pytest.raises(SystemExit) if meanwhile == "interrupted" else nullcontext():
+        trainer.fit(module)
+    if meanwhile == "interrupted":
+        trainer.fit(module)
+    full, half, whole = (encoder_flops(find_encoder(module.backbone), tokens) for tokens in (17, 33, 65))
+    assert module.tokens == [9, 33, 33]
+    assert trainer.callback_metrics[BUDGET].item() == pytest.approx(
+        of_a_step + 2 * 4 * (3 * half + whole) / full / 1e6, rel=1e-4
     )
 
 
