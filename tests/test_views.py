@@ -16,7 +16,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -931,12 +931,24 @@ def test_what_helps_is_told_at_the_call(tiny_vit: Any) -> None:
         scale_views(loader_of(crop_to(64)), vit)
 
 
+class _OwnBlur(torch.nn.Module):
+    """Has its name from what it wraps."""
+
+    def __init__(self, kornia_op: torch.nn.Module) -> None:
+        super().__init__()
+        self.kornia_op = kornia_op
+
+    def forward(self, views: Tensor) -> Tensor:
+        return cast(Tensor, self.kornia_op(views))
+
+
 def _on_the_device(name: str) -> torch.nn.Module:
     import kornia.augmentation as K
 
     blur = K.RandomGaussianBlur((9, 9), (0.1, 2.0), p=1.0)
     return {
         "kornia": lambda: K.AugmentationSequential(K.RandomResizedCrop((32, 32)), blur),
+        "kornia's blur in a module": lambda: torch.nn.Sequential(K.RandomResizedCrop((32, 32)), _OwnBlur(blur)),
         "kornia in a Sequential": lambda: torch.nn.Sequential(K.RandomResizedCrop((32, 32)), K.RandomHorizontalFlip()),
         "kornia's random crop": lambda: K.AugmentationSequential(K.Resize((40, 40)), K.RandomCrop((32, 32))),
         "kornia's centre crop": lambda: K.AugmentationSequential(K.Resize((40, 40)), K.CenterCrop(32)),
@@ -949,7 +961,7 @@ def _on_the_device(name: str) -> torch.nn.Module:
     "name",
     [
         *("kornia", "kornia in a Sequential", "kornia's random crop", "kornia's centre crop"),
-        *("torchvision", "torchvision in a Sequential"),
+        *("kornia's blur in a module", "torchvision", "torchvision in a Sequential"),
     ],
 )
 def test_transforms_of_whole_batches_follow_at_every_call(name: str, tiny_vit: Any, first_tokens: Any) -> None:

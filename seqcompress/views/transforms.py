@@ -1,8 +1,8 @@
 """What in an augmentation pipeline depends on the size of a view: one description, for loaders and for modules.
 
-Known are torchvision's transforms (v1 and v2), what Lightly, solo-learn and timm add to them, and kornia's. They are
-known by their names, so none of these packages is imported. Only attributes and plain lists are looked at: no sample
-is made, and nothing is called that is the data set's.
+Known are torchvision's transforms (v1 and v2), what Lightly, solo-learn and timm add to them, and kornia's, also within
+stable-pretraining's modules. They are known by their names, so none of these packages is imported. Only attributes and
+plain lists are looked at: no sample is made, and nothing is called that is the data set's.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ _KNOWN: dict[tuple[str, str], dict[str, Scaling]] = {
 _RESIZES = ("Resize", "RandomResizedCrop", "RandomResizedCropAndInterpolation")
 _WINDOWS = ("RandomCrop", "CenterCrop")
 _FOLDERS = ("DatasetFolder",)
-_PIPELINES = ("Compose", "Sequential", "RandomApply", "RandomChoice", "RandomOrder")
+_PIPELINES = ("Compose", "GPUCompose", "Sequential", "RandomApply", "RandomChoice", "RandomOrder")
 _IN_PIXELS = re.compile(r"kernel_size|ksize|radius|sigma")
 _FULL = "_seqcompress_full"
 """Attribute of all that is scaled: its settings' values for full views, and those that were put in their place."""
@@ -372,12 +372,17 @@ def _check_unknown(held: object) -> None:
     if not callable(held) or of_network:
         return
     settings = [name for name in (*vars(held), *(getattr(held, "flags", None) or ())) if _IN_PIXELS.match(name)]
-    if settings or "blur" in kind.__name__.lower():
+    if settings or ("blur" in kind.__name__.lower() and not _holds_known_blur(held)):
         what = f" with {settings[0]} in pixels" if settings else ""
         raise ValueError(
             f"loader has a {kind.__module__}.{kind.__qualname__}{what}, which is not known and so cannot be scaled; "
             f"known: {known()}"
         )
+
+
+def _holds_known_blur(wrapper: object) -> bool:
+    """Whether it has its name from what it wraps, as stable-pretraining's modules have around kornia's."""
+    return any("blur" in (_known_as(held) or ("", ""))[1].lower() for held in objects_in(wrapper))
 
 
 def _pipelines(dataset: object) -> list[list[Any]]:
