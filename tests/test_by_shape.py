@@ -593,6 +593,14 @@ def test_a_teacher_in_eval_mode_leaves_it_to_the_model_to_refuse_a_list(tiny_vit
         teacher.eval()([torch.zeros(2, 3, 32, 32)])
 
 
+def test_a_vit_that_keeps_its_patches_in_a_map_is_refused_with_the_list_of_what_is_supported() -> None:
+    from timm.models.vision_transformer_sam import VisionTransformerSAM
+
+    sam = VisionTransformerSAM(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
+    with pytest.raises(TypeError, match=r"got a tensor of shape \(1, 4, 4, 32\)\. Supported: Meta's DinoVision"):
+        compress(sam, token_dropout=0.5)
+
+
 class ConvolutionalStem(LikeDino):
     def __init__(self) -> None:
         super().__init__()

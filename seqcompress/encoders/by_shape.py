@@ -25,7 +25,7 @@ from seqcompress.encoders.encoder import Encoder, Size
 from seqcompress.encoders.hooks import Hook, hook_in, join_at, leave, look_behind
 from seqcompress.encoders.patch_embed import CompressedPatchEmbed, When
 from seqcompress.encoders.probe import call_of, difference, first_tensor, tensors_in, tokens_at, undisturbed
-from seqcompress.encoders.registry import register
+from seqcompress.encoders.registry import register, supported
 from seqcompress.strategy import Strategy
 
 _SIZE_NAMES = ("image_size", "img_size")
@@ -209,7 +209,7 @@ class AnyVisionTransformer(Encoder):
         if len(tokens) != 3 or tokens[1] < patches:
             raise TypeError(
                 f"a {type(self.model).__name__} must bring {patches} patches to its first block, got a tensor of "
-                f"shape {tuple(tokens)}"
+                f"shape {tuple(tokens)}. Supported: {supported()}."
             )
         return tokens[1] - patches
 
