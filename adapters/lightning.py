@@ -205,7 +205,7 @@ class SequenceCompression:
             return
         self._batches = batch_idx + 1
         self._done = length.share(self._batches)
-        readings.note()
+        readings.take_reading()
         self._guarded("log a step", lambda: self._log(trainer, pl_module, readings))
         if self._rehearsing is not None:
             self._end_rehearsal(pl_module.device, self._rehearsing)
@@ -811,9 +811,9 @@ class _Readings:
     def __init__(self, embeds: list[CompressedPatchEmbed], millions: Callable[[], float | None]) -> None:
         self._student = next((embed for embed in embeds if embed.drops_tokens), embeds[0])
         self._millions = millions
-        self.note()
+        self.take_reading()
 
-    def note(self) -> None:
+    def take_reading(self) -> None:
         """A step is done."""
         from seqcompress.encoders import is_frozen
         from seqcompress.strategy import Strategy

@@ -25,8 +25,8 @@ def by_script(changes: dict[str, tuple[object, object]], now: object) -> str:
         changes: by name, what the checkpoint has and what the script says.
         now: the strategy that follows.
     """
-    listed = ", ".join(f"{name} {_short(own)} (was {_short(saved)})" for name, (saved, own) in changes.items())
-    return f"goes on from its step by what this script says, not by the checkpoint: {listed}; now at {now}"
+    differences = ", ".join(f"{name} {_short(own)} (was {_short(saved)})" for name, (saved, own) in changes.items())
+    return f"goes on from its step by what this script says, not by the checkpoint: {differences}; now at {now}"
 
 
 def _short(value: object) -> str:

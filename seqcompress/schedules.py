@@ -229,11 +229,11 @@ class Stepwise(Schedule):
     @classmethod
     def _from_fields(cls, fields: Mapping[str, Any]) -> Stepwise:
         check_names(fields, ("stages",))
-        listed = fields["stages"]
-        if not isinstance(listed, list) or not listed:
-            raise FieldError("stages", f"must be a list of stages, got {described(listed)}")
+        entries = fields["stages"]
+        if not isinstance(entries, list) or not entries:
+            raise FieldError("stages", f"must be a list of stages, got {described(entries)}")
         stages: dict[float, Strategy] = {}
-        for index, stage in enumerate(listed):
+        for index, stage in enumerate(entries):
             name = f"stages[{index}]"
             if not isinstance(stage, dict) or "progress" not in stage:
                 raise FieldError(name, f"must be an object with 'progress', got {described(stage)}")

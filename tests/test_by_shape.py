@@ -573,6 +573,34 @@ def test_crops_in_one_list_are_refused_while_compressed() -> None:
     assert [len(tokens) for tokens in compress(model, Strategy()).train().forward_list(crops)] == [2, 4]
 
 
+@pytest.mark.parametrize("strategy", [Strategy(), Strategy(0.5)], ids=str)
+@pytest.mark.parametrize("views", [[torch.zeros(2, 3, 32, 32)] * 2, (torch.zeros(2, 3, 32, 32),), "views"], ids=type)
+def test_views_that_are_no_tensor_are_refused_in_one_line(views: Any, strategy: Strategy) -> None:
+    number = f" of {len(views)}" if not isinstance(views, str) else ""
+    model = compress(LikeDino(), strategy).train()
+    given = rf"views must be a tensor of shape \(B, C, H, W\), got a {type(views).__name__}{number}: a LikeDino takes"
+    with pytest.raises(TypeError, match=given):
+        model.patch_embed.proj(views)
+    model(torch.zeros(2, 3, 32, 32))  # nothing is left waiting
+
+
+def test_a_teacher_in_eval_mode_leaves_it_to_the_model_to_refuse_a_list(tiny_vit: Any) -> None:
+    student, teacher = tiny_vit().train(), tiny_vit()
+    compress(student, Strategy(0.5), teacher=teacher)
+    with pytest.raises(AttributeError, match="'list' object has no attribute 'shape'"):
+        tiny_vit().eval()([torch.zeros(2, 3, 32, 32)])
+    with pytest.raises(AttributeError, match="'list' object has no attribute 'shape'"):
+        teacher.eval()([torch.zeros(2, 3, 32, 32)])
+
+
+def test_a_vit_that_keeps_its_patches_in_a_map_is_refused_with_the_list_of_what_is_supported() -> None:
+    from timm.models.vision_transformer_sam import VisionTransformerSAM
+
+    sam = VisionTransformerSAM(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
+    with pytest.raises(TypeError, match=r"got a tensor of shape \(1, 4, 4, 32\)\. Supported: Meta's DinoVision"):
+        compress(sam, token_dropout=0.5)
+
+
 class ConvolutionalStem(LikeDino):
     def __init__(self) -> None:
         super().__init__()

@@ -25,7 +25,7 @@ from seqcompress.encoders.encoder import Encoder, Size
 from seqcompress.encoders.hooks import Hook, hook_in, join_at, leave, look_behind
 from seqcompress.encoders.patch_embed import CompressedPatchEmbed, When
 from seqcompress.encoders.probe import call_of, difference, first_tensor, tensors_in, tokens_at, undisturbed
-from seqcompress.encoders.registry import register
+from seqcompress.encoders.registry import register, supported
 from seqcompress.strategy import Strategy
 
 _SIZE_NAMES = ("image_size", "img_size")
@@ -209,7 +209,7 @@ class AnyVisionTransformer(Encoder):
         if len(tokens) != 3 or tokens[1] < patches:
             raise TypeError(
                 f"a {type(self.model).__name__} must bring {patches} patches to its first block, got a tensor of "
-                f"shape {tuple(tokens)}"
+                f"shape {tuple(tokens)}. Supported: {supported()}."
             )
         return tokens[1] - patches
 
@@ -322,12 +322,12 @@ class AnyVisionTransformer(Encoder):
         made: dict[int, nn.Module] = {}
         seen: list[Tensor] = []  # alive, so that none of them has another's id
 
-        def note(module: nn.Module, args: Any, output: Any) -> None:
+        def remember(module: nn.Module, args: Any, output: Any) -> None:
             for value in tensors_in(output):
                 seen.append(value)
                 made.setdefault(id(value), module)
 
-        call = self._run_with(lambda module: module.register_forward_hook(note))
+        call = self._run_with(lambda module: module.register_forward_hook(remember))
         given = [value for value in tensors_in(call) if value.ndim == 2]
         makers = {made.get(id(value)) for value in given if len(value) == math.prod(self._own_grid)}
         return makers.pop() if len(makers) == 1 else None
@@ -337,11 +337,11 @@ class AnyVisionTransformer(Encoder):
         tokens = self.num_prefix_tokens + math.prod(self._own_grid)
         seen: list[nn.Module] = []
 
-        def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+        def remember(module: nn.Module, args: tuple[Any, ...]) -> None:
             if args and isinstance(args[0], Tensor) and args[0].shape[:-1] == (1, tokens) and module not in seen:
                 seen.append(module)
 
-        self._run_with(lambda module: module.register_forward_pre_hook(note))
+        self._run_with(lambda module: module.register_forward_pre_hook(remember))
         return [*seen, self.blocks[0]]
 
     def _run_with(self, hook: Callable[[nn.Module], RemovableHandle]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -406,10 +406,10 @@ def _lists_of_blocks(model: nn.Module, path: str = "", *, equal: bool = True) ->
             yield from _lists_of_blocks(child, inner, equal=equal)
 
 
-def _blocks_in(listed: nn.Module) -> list[nn.Module]:
+def _blocks_in(container: nn.Module) -> list[nn.Module]:
     """Those of a list, and of the pieces that it may be cut in, which DINOv2 fills up with what does nothing."""
     found: list[nn.Module] = []
-    for child in listed.children():
+    for child in container.children():
         if isinstance(child, (nn.ModuleList, nn.Sequential)):
             found += _blocks_in(child)
         elif not isinstance(child, nn.Identity):

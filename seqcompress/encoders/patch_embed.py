@@ -81,7 +81,7 @@ class CompressedPatchEmbed(nn.Module):
     blank_per_view: bool  # whether the model takes the batch size from its images: its tokens must be as many
     places: tuple[nn.Module, ...]  # where patches may meet their positions: what has our hooks
     trial: Trial | None  # what to do while a probe runs
-    is_probed: bool  # whether one runs, so that nothing is to be counted or told
+    is_probed: bool  # whether one runs, so that nothing is to be counted or warned of
     _warned: set[str]
     _looked_at: set[Size]  # sizes of views
     _pending: _Pending | None
@@ -343,7 +343,9 @@ class CompressedPatchEmbed(nn.Module):
         """A teacher may train its student in eval mode: plain, and not for nothing."""
         if self.is_probed or not any(partner.drops_tokens and partner.is_training for partner in self.partners()):
             return
-        grid = self.encoder.plain_grid((views.shape[2], views.shape[3])) if views.ndim == 4 else None
+        if not isinstance(views, Tensor) or views.ndim != 4:
+            return  # for the model to refuse
+        grid = self.encoder.plain_grid((views.shape[2], views.shape[3]))
         if grid is None:
             return
         tokens = self.encoder.num_prefix_tokens + math.prod(grid)
@@ -456,6 +458,12 @@ class CompressedPatchEmbed(nn.Module):
             )
 
     def _select(self, views: Tensor) -> Selection | None:
+        if not isinstance(views, Tensor):
+            number = f" of {len(views)}" if isinstance(views, (list, tuple)) else ""
+            raise TypeError(
+                f"views must be a tensor of shape (B, C, H, W), got a {type(views).__name__}{number}: "
+                f"a {type(self.encoder.model).__name__} takes the views of one size at a time"
+            )
         if views.ndim != 4:
             raise ValueError(f"views must have the shape (B, C, H, W), got {tuple(views.shape)}")
         graph = _builds_graph(views, self.encoder.model)

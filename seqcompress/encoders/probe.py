@@ -257,7 +257,7 @@ def _sequences(encoder: Any, views: Tensor, length: int) -> list[Tensor]:
     last = encoder.blocks[-1]
     found: list[Tensor] = []
 
-    def note(module: nn.Module, args: Any, output: Any) -> None:
+    def remember(module: nn.Module, args: Any, output: Any) -> None:
         with suppress(LookupError):
             tokens = first_tensor(output)
             if tokens.ndim == 3 and tokens.shape[:2] == (1, length):
@@ -268,7 +268,7 @@ def _sequences(encoder: Any, views: Tensor, length: int) -> list[Tensor]:
     looked_at = {module: None for block in (encoder.blocks[0], last) for module in block.modules()}
     with ExitStack() as hooked:
         for module in looked_at:
-            hooked.enter_context(module.register_forward_hook(note))
+            hooked.enter_context(module.register_forward_hook(remember))
         try:
             encoder.model.forward(views)
         except Reached:

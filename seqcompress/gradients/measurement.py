@@ -163,11 +163,11 @@ def gradient_error(
         sketch_size=sketch or SKETCH_SIZE,
         sketch_only=sketch is not None,
     )
-    uses: dict[Strategy, Use] = {
+    consumers: dict[Strategy, GradientConsumer] = {
         _BASE: moments.begin,
         **{strategy: partial(moments.add, strategy) for strategy in others},
     }
-    costs: dict[Strategy, list[float]] = {strategy: [] for strategy in uses}
+    costs: dict[Strategy, list[float]] = {strategy: [] for strategy in consumers}
     complete = True
     with (
         _as_before(batches) as generators,
@@ -175,7 +175,7 @@ def gradient_error(
     ):
         try:
             for batch in bar(_drawn(batches, generators)):
-                spent = runner.measure(batch, uses)
+                spent = runner.measure(batch, consumers)
                 del batch  # before the next is made
                 for strategy, amount in spent.items():
                     costs[strategy].append(amount / spent[_BASE])
@@ -312,7 +312,7 @@ class _Detach:
         self.embed.release()
 
 
-Use: TypeAlias = Callable[[list[Tensor]], None]
+GradientConsumer: TypeAlias = Callable[[list[Tensor]], None]
 """What takes the gradient of one run. It is the run's own: the next run makes a new one."""
 
 
@@ -320,7 +320,7 @@ def _nothing(gradient: list[Tensor]) -> None:
     """What the time alone is taken of."""
 
 
-class _Ran(NamedTuple):
+class _StepResult(NamedTuple):
     """One step that was run."""
 
     loss: float
@@ -421,23 +421,23 @@ class Runner:
         self._flops = Flops(measured.encoder for measured in encoders)
         self._batch = Snapshot(())
 
-    def measure(self, batch: Any, uses: Mapping[Strategy, Use]) -> dict[Strategy, float]:
+    def measure(self, batch: Any, consumers: Mapping[Strategy, GradientConsumer]) -> dict[Strategy, float]:
         """Run one batch under strategies, the base among them and first, and let their gradients be used.
 
         Returns:
             Seconds or FLOPs of each.
         """
         self._batch = Snapshot([batch])
-        others = [strategy for strategy in uses if strategy != _BASE]
+        others = [strategy for strategy in consumers if strategy != _BASE]
         timed = [_BASE, *others] if self._timed else []
         warm_up = [self._run(batch, each, complete=self._timed) for each in timed or [_BASE]] if self._warm_up else []
-        base = self._run(batch, _BASE, use=uses[_BASE])  # incomplete: its gradient must stay as it is
+        base = self._run(batch, _BASE, consume=consumers[_BASE])  # incomplete: its gradient must stay as it is
         if warm_up and (difference := _difference(warm_up[0].loss, base.loss)):
             self._object(difference)
         spent: dict[Strategy, float] = {_BASE: base.flops}
         for strategy in self._order.sample(timed, len(timed)) or others:
-            use = _nothing if strategy == _BASE else uses[strategy]
-            ran = self._run(batch, strategy, use=use, complete=self._timed)
+            consume = _nothing if strategy == _BASE else consumers[strategy]
+            ran = self._run(batch, strategy, consume=consume, complete=self._timed)
             spent[strategy] = ran.seconds if self._timed else ran.flops
         self.put_back()
         self._report_changes()
@@ -465,7 +465,9 @@ class Runner:
             raise ValueError(problem)
         warnings.warn(problem, stacklevel=6)
 
-    def _run(self, batch: Any, strategy: Strategy, *, use: Use = _nothing, complete: bool = False) -> _Ran:
+    def _run(
+        self, batch: Any, strategy: Strategy, *, consume: GradientConsumer = _nothing, complete: bool = False
+    ) -> _StepResult:
         """One step; a complete one goes on after the backward pass."""
         self.put_back()
         self._state.clear_gradients()
@@ -498,12 +500,12 @@ class Runner:
                 )
         self._check_gradients(arrivals, where)
         gradient = self._gradient(where)  # whatever the loss: all ranks of a sharded model gather it
-        use(gradient if math.isfinite(value) else self._no_gradient())
+        consume(gradient if math.isfinite(value) else self._no_gradient())
         flops = self._flops(embed.tally for embed in self._embeds)
         if complete and self._after_backward is not None:
             with clock:
                 self._after_backward()
-        return _Ran(value, clock.seconds, flops)
+        return _StepResult(value, clock.seconds, flops)
 
     def _gradient(self, where: str) -> list[Tensor]:
         gradient = [

@@ -319,9 +319,9 @@ def _report(fields: dict[str, Any]) -> GradientErrorReport:
     own = fields["own_patch_size"]
     if own is not None:
         _checked(fields, "own_patch_size", int, lambda value: value >= 1, "a whole number of at least 1, or null")
-    listed = _checked(fields, "strategies", list, bool, "a list of strategies")
+    entries = _checked(fields, "strategies", list, bool, "a list of strategies")
     strategies: dict[Strategy, dict[str, Estimate]] = {}
-    for index, entry in enumerate(listed):
+    for index, entry in enumerate(entries):
         place = f"strategies[{index}]"
         if not isinstance(entry, dict):
             raise FieldError(place, f"must be an object, got {described(entry)}")

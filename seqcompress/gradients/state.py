@@ -99,7 +99,7 @@ class Snapshot:
             self._undo.append((name, binding.restore))
         for name, value in reach.found:
             self._save(value, name)
-        self._marks = [_mark(value) for _, value in self._watched]
+        self._marks = [_fingerprint(value) for _, value in self._watched]
 
     def restore(self) -> None:
         """Put everything back."""
@@ -111,7 +111,9 @@ class Snapshot:
 
     def not_restored(self) -> list[str]:
         """Names of what has changed since the snapshot and could not be put back; to be asked after ``restore``."""
-        changed = [name for (name, value), mark in zip(self._watched, self._marks, strict=True) if _mark(value) != mark]
+        changed = [
+            name for (name, value), mark in zip(self._watched, self._marks, strict=True) if _fingerprint(value) != mark
+        ]
         return list(dict.fromkeys([*self._failed, *changed]))
 
     def clear_gradients(self) -> None:
@@ -369,13 +371,13 @@ class Reach:
 class _Binding:
     """One name, and the object that it was bound to."""
 
-    def __init__(self, get: Callable[[], Any], put: Callable[[Any], None]) -> None:
-        self._get, self._put = get, put
+    def __init__(self, get: Callable[[], Any], bind_to: Callable[[Any], None]) -> None:
+        self._read_value, self._bind_to = get, bind_to
         self.kept = get()
 
     def restore(self) -> None:
-        if self._get() is not self.kept:
-            self._put(self.kept)
+        if self._read_value() is not self.kept:
+            self._bind_to(self.kept)
 
     @classmethod
     def of_cell(cls, cell: CellType) -> _Binding:
@@ -385,53 +387,53 @@ class _Binding:
             except ValueError:  # a name that has no value yet
                 return _ABSENT
 
-        def put(value: Any) -> None:
+        def bind_to(value: Any) -> None:
             if value is _ABSENT:
                 del cell.cell_contents
             else:
                 cell.cell_contents = value
 
-        return cls(get, put)
+        return cls(get, bind_to)
 
     @classmethod
     def of_item(cls, namespace: dict[str, Any], key: str) -> _Binding:
-        def put(value: Any) -> None:
+        def bind_to(value: Any) -> None:
             if value is _ABSENT:
                 del namespace[key]
             else:
                 namespace[key] = value
 
-        return cls(lambda: namespace.get(key, _ABSENT), put)
+        return cls(lambda: namespace.get(key, _ABSENT), bind_to)
 
     @classmethod
     def of_attribute(cls, owner: Any, key: str) -> _Binding:
-        def put(value: Any) -> None:
+        def bind_to(value: Any) -> None:
             if value is _ABSENT:
                 delattr(owner, key)
             else:
                 setattr(owner, key, value)
 
-        return cls(lambda: getattr(owner, key, _ABSENT), put)
+        return cls(lambda: getattr(owner, key, _ABSENT), bind_to)
 
     @classmethod
     def of_context(cls, variable: contextvars.ContextVar[Any]) -> _Binding:
-        def put(value: Any) -> None:
+        def bind_to(value: Any) -> None:
             if value is _ABSENT:
                 raise LookupError("a context variable cannot lose its value again")
             variable.set(value)
 
-        return cls(lambda: variable.get(_ABSENT), put)
+        return cls(lambda: variable.get(_ABSENT), bind_to)
 
     @classmethod
     def of_names(cls, kind: type) -> _Binding:
         """The attributes that a class has, not what they are bound to."""
 
-        def put(names: frozenset[str]) -> None:
+        def bind_to(names: frozenset[str]) -> None:
             for name in vars(kind).keys() - names:
                 if not name.startswith("__"):
                     delattr(kind, name)
 
-        return cls(lambda: frozenset(vars(kind)), put)
+        return cls(lambda: frozenset(vars(kind)), bind_to)
 
 
 class _SavedTensor:
@@ -515,8 +517,8 @@ def _is_quiet(module: object) -> bool:
 
 def _slots(value: object) -> list[str]:
     slots = [vars(kind).get("__slots__", ()) for kind in type(value).__mro__ if not _is_hosts(kind.__module__)]
-    listed = [name for names in slots for name in ((names,) if isinstance(names, str) else names)]
-    return [name for name in listed if not name.startswith("__")]
+    names_of_slots = [name for names in slots for name in ((names,) if isinstance(names, str) else names)]
+    return [name for name in names_of_slots if not name.startswith("__")]
 
 
 def _is_freed(tensor: Tensor) -> bool:
@@ -534,7 +536,7 @@ def _is_expanded(tensor: Tensor) -> bool:
     return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 
-def _mark(value: Any) -> object:
+def _fingerprint(value: Any) -> object:
     """Something cheap to compare that differs if an object has changed, as far as it can be seen from outside."""
     try:
         if isinstance(value, Tensor):

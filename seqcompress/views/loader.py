@@ -90,7 +90,7 @@ def scale_views(loader: Maker, model: nn.Module) -> Maker:
         problem = trial.conflict(patch_size)
         if problem is not None:
             raise ValueError(f"loader: {problem}")
-        trial.note(patch_size)
+        trial.expect_views_for(patch_size)
     if not patch_sizes:
         _say(f"no strategy of the plan has patches larger than the encoder's own {max(base)} px: all views stay full")
     for size in sorted(full):
@@ -203,7 +203,7 @@ class FollowingCollate(_Following):
         super().__init__(views, full, channels)
         self.collate, self.workers = collate, workers
         self._dataset: Callable[[], Any] = _nothing
-        # For all workers: whether a batch came out wrong, the size it should have had and its own, and if that was told
+        # For all workers: whether a batch came out wrong, the size it should have had and its own, and if that was said
         self._wrong = torch.zeros(6, dtype=torch.int64).share_memory_()
 
     def attach(self, dataset: Any) -> None:
@@ -354,7 +354,7 @@ class FollowingModule(_Following):
         self._expect(transforms.full)
         self._made_for = self.views.wanted_now()
         if self._made_for is not None:
-            self.views.note(self._made_for)
+            self.views.expect_views_for(self._made_for)
             transforms.apply(self._made_for)
 
     def __call__(self, module: nn.Module, args: Any, made: Any) -> None:

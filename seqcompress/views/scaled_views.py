@@ -74,7 +74,7 @@ class ScaledViews:
         """Expect views of these sizes.
 
         Args:
-            follower: what makes them; asked for sizes that are not known. Those of this process are told of changes.
+            follower: what makes them; asked for sizes that are not known. Those of this process learn of changes.
             full: sizes of its views at the encoder's own patch size.
             lookahead: steps between the making of a view and its use.
         """
@@ -131,7 +131,7 @@ class ScaledViews:
         for follower in list(self._followers):
             follower.sizes()
 
-    def note(self, patch_size: int | None) -> None:
+    def expect_views_for(self, patch_size: int | None) -> None:
         """Views for this patch size may arrive from now on."""
         for full in self._full:
             size = scaled_size(full, patch_size, self.base)
@@ -180,7 +180,7 @@ class ScaledViews:
         return patch_size if small else None
 
     def _share(self, patch_size: int | None) -> None:
-        self.note(patch_size)
+        self.expect_views_for(patch_size)
         self.shared.fill_(patch_size or 0)
 
     def _make(self, patch_size: int | None) -> None:

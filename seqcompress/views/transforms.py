@@ -53,15 +53,15 @@ def _length(value: Any, ratios: Ratios, power: int = 1) -> Any:
     return float(value * max(ratios) ** power)
 
 
-def _area(value: Any, ratios: Ratios) -> Any:
+def _length_squared(value: Any, ratios: Ratios) -> Any:
     """The strength of an elastic distortion: noise gets weaker with the width of its blur, which is a length, too."""
     return _length(value, ratios, power=2)
 
 
-def _odd(value: Any, ratios: Ratios) -> Any:
+def _kernel_size(value: Any, ratios: Ratios) -> Any:
     """The size of a kernel, which has a pixel in its middle."""
     if isinstance(value, Sequence):
-        return _like(value, [_odd(item, ratios) for item in value])
+        return _like(value, [_kernel_size(item, ratios) for item in value])
     return max(3, 2 * round((value * max(ratios) - 1) / 2) + 1) if value > 1 else value
 
 
@@ -80,8 +80,8 @@ _KNOWN: dict[tuple[str, str], dict[str, Scaling]] = {
     ("torchvision", "CenterCrop"): {"size": _sides},
     ("torchvision", "Resize"): {"size": _sides, "max_size": _pixels},
     ("torchvision", "Pad"): {"padding": _pixels},
-    ("torchvision", "GaussianBlur"): {"kernel_size": _odd, "sigma": _length},
-    ("torchvision", "ElasticTransform"): {"alpha": _area, "sigma": _length},
+    ("torchvision", "GaussianBlur"): {"kernel_size": _kernel_size, "sigma": _length},
+    ("torchvision", "ElasticTransform"): {"alpha": _length_squared, "sigma": _length},
     ("torchvision", "GaussianNoise"): {},  # its sigma is one of intensity
     ("torchvision", "DatasetFolder"): {"loader": _loader},
     ("timm", "RandomResizedCropAndInterpolation"): {"size": _sides},
@@ -97,9 +97,13 @@ _KNOWN: dict[tuple[str, str], dict[str, Scaling]] = {
     ("kornia", "RandomCrop"): {"flags.size": _sides, "flags.padding": _pixels, "_param_generator.size": _sides},
     ("kornia", "CenterCrop"): {"size": _sides, "flags.size": _sides},
     ("kornia", "Resize"): {"flags.size": _sides, "_param_generator.output_size": _sides},
-    ("kornia", "RandomGaussianBlur"): {"flags.kernel_size": _odd, "_param_generator.sigma": _length},
+    ("kornia", "RandomGaussianBlur"): {"flags.kernel_size": _kernel_size, "_param_generator.sigma": _length},
     # Its alpha is a part of the view, of noise that gets weaker with the width of its blur.
-    ("kornia", "RandomElasticTransform"): {"flags.kernel_size": _odd, "flags.sigma": _length, "flags.alpha": _length},
+    ("kornia", "RandomElasticTransform"): {
+        "flags.kernel_size": _kernel_size,
+        "flags.sigma": _length,
+        "flags.alpha": _length,
+    },
 }
 _RESIZES = ("Resize", "RandomResizedCrop", "RandomResizedCropAndInterpolation")
 _WINDOWS = ("RandomCrop", "CenterCrop")
@@ -156,7 +160,7 @@ class ScaledTransforms:
             for name, scaling in rules.items():
                 if _has(held, name):
                     self._settings.append((held, name, _full_value(held, name), scaling, view))
-            if _is(held, *_RESIZES, *_WINDOWS):
+            if _has_kind(held, *_RESIZES, *_WINDOWS):
                 if view is None:
                     raise ValueError(
                         f"loader has a {type(held).__name__} that leaves the size of views to the image: give it "
@@ -172,7 +176,7 @@ class ScaledTransforms:
             raise ValueError(_no_crop(root))
         for held in held_by_root:
             for part in held if isinstance(held, (list, tuple)) and len(held) > 0 and _holds_datasets(held) else ():
-                if not any(_is(step, *_RESIZES, *_WINDOWS) for step in objects_in(part)):
+                if not any(_has_kind(step, *_RESIZES, *_WINDOWS) for step in objects_in(part)):
                     raise ValueError(f"{_no_crop(part)}; every part of the data set must have one")
 
     def apply(self, patch_size: int | None) -> None:
@@ -360,7 +364,7 @@ def _package(named: object) -> str:
     return str(getattr(named, "__module__", "")).partition(".")[0]
 
 
-def _is(held: object, *names: str) -> bool:
+def _has_kind(held: object, *names: str) -> bool:
     known_as = _known_as(held)
     return known_as is not None and known_as[1] in names
 
@@ -424,20 +428,20 @@ def _steps(pipeline: Any) -> Iterable[Any]:
 
 def _size_of(held: object) -> Size | None:
     """Height and width of what comes out of a transform, if it alone decides."""
-    if not _is(held, *_RESIZES, *_WINDOWS):
+    if not _has_kind(held, *_RESIZES, *_WINDOWS):
         return None
     name = "flags.size" if _package(type(held)) == "kornia" else "size"
     size = _full_value(held, name) if _has(held, name) else None
     if isinstance(size, Sequence):
         return (int(size[0]), int(size[1])) if len(size) == 2 else None
-    return None if size is None or _is(held, "Resize") else (size, size)
+    return None if size is None or _has_kind(held, "Resize") else (size, size)
 
 
 def _views_of_pipelines(pipelines: list[list[Any]]) -> dict[int, Size | None]:
     """For every step of a pipeline, the size of the full views that leave it: the last crop's."""
     views: dict[int, Size | None] = {}
     for steps in pipelines:
-        sizing = [step for step in steps if _is(step, *_RESIZES, *_WINDOWS)]
+        sizing = [step for step in steps if _has_kind(step, *_RESIZES, *_WINDOWS)]
         if sizing:
             view = _size_of(sizing[-1])
             views.update((id(step), view) for step in steps if id(step) not in views)
@@ -448,7 +452,7 @@ def _check_order(pipelines: list[list[Any]], held_by_root: list[Any]) -> None:
     """Raise ValueError unless what is measured in pixels of a view comes after what gives the view its size."""
     sized: set[int] = set()  # whatever comes after a resize
     for steps in pipelines:
-        resizing = next((number for number, step in enumerate(steps) if _is(step, *_RESIZES)), None)
+        resizing = next((number for number, step in enumerate(steps) if _has_kind(step, *_RESIZES)), None)
         if resizing is None:
             continue
         earlier = [step for step in steps[:resizing] if _rules(step)]
@@ -459,7 +463,7 @@ def _check_order(pipelines: list[list[Any]], held_by_root: list[Any]) -> None:
             )
         sized.update(id(step) for step in steps[resizing + 1 :])
     for held in held_by_root:
-        if _is(held, *_WINDOWS) and id(held) not in sized:
+        if _has_kind(held, *_WINDOWS) and id(held) not in sized:
             raise ValueError(
                 f"loader has a {type(held).__name__} of the image as it is: a smaller one would show less of it. Put a "
                 "Resize before it, in one Compose, or use RandomResizedCrop"
