@@ -42,7 +42,7 @@ __all__ = ["gradient_error"]
 Batch = TypeVar("Batch")
 
 NO_GRADIENT = (
-    "step must give model a gradient, got one of zeros without compression on every batch: something may take it in "
+    "step must give model a gradient, got one of zeros under every strategy on every batch: something may take it in "
     "the backward pass, such as an optimizer that steps in a parameter's hook"
 )
 SKETCH_SIZE = 2**15  # for leave-one-out values; models with fewer parameters need no sketch
@@ -603,7 +603,9 @@ def _report(
     complete: bool,
 ) -> GradientErrorReport:
     batches = moments.num_batches
-    if moments.base_norm2().value == moments.base_variance().value == 0.0:
+    gradients = [(moments.base_norm2(), moments.base_variance())]
+    gradients += [(moments.bias2(strategy), moments.variance(strategy)) for strategy in costs if strategy != _BASE]
+    if all(mean.value == spread.value == 0.0 for mean, spread in gradients):
         raise ValueError(NO_GRADIENT)
     estimates = {}
     for strategy, ratios in costs.items():

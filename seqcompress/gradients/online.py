@@ -531,7 +531,8 @@ class OnlineScheduler:
         self._sequence.follow(_found(self._preset, self._decisions, self.total_steps, self._gave_up))
 
     def _decide(self, accumulated: int = 1) -> None:
-        if not any(bool(event.sketches[_BASE].any()) for event in self._events):  # known to all ranks
+        sketches = [sketch for event in self._events for sketch in event.sketches.values()]  # the same on all ranks
+        if not any(map(torch.any, sketches)):
             if self._plan is None:
                 raise ValueError(NO_GRADIENT)
             self._give_up(NO_GRADIENT)
