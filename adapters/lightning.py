@@ -815,21 +815,21 @@ class _Readings:
 
     def take_reading(self) -> None:
         """A step is done."""
-        from seqcompress.encoders import is_frozen
-        from seqcompress.strategy import Strategy
-
-        # As long as all of it is frozen, a student builds no graph, and runs plain.
-        is_plain = self._student.when == "grad" and is_frozen(self._student.encoder.model)
-        self._strategy = Strategy() if is_plain else self._student.strategy
+        self._strategy = self._student.strategy
 
     def values(self) -> dict[str, float]:
         """The metrics of the latest step."""
+        from seqcompress.encoders import is_frozen
+        from seqcompress.strategy import Strategy
         from seqcompress.training.cost import sequence_length
 
         encoder = self._student.encoder
-        patch_size = self._strategy.patch_size or min(encoder.patch_size)
-        tokens = sequence_length(encoder, self._strategy)
-        numbers = (self._strategy.token_dropout, patch_size, tokens, self._millions())
+        # As long as all of it is frozen, a student builds no graph, and runs plain.
+        is_plain = self._student.when == "grad" and is_frozen(encoder.model)
+        strategy = Strategy() if is_plain else self._strategy
+        patch_size = strategy.patch_size or min(encoder.patch_size)
+        tokens = sequence_length(encoder, strategy)
+        numbers = (strategy.token_dropout, patch_size, tokens, self._millions())
         return {name: float(number) for name, number in zip(_SHOWN_AS, numbers, strict=True) if number is not None}
 
 

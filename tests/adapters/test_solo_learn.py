@@ -962,7 +962,7 @@ def scripts() -> Path:
     return Path(importlib.import_module("solo").__file__).parents[1]  # type: ignore[arg-type]
 
 
-def real_config(name: str, section: Any) -> Any:
+def real_config(name: str, section: Any, max_epochs: int = 1) -> Any:
     file = "barlow" if name == "barlow_twins" else name
     published = OmegaConf.load(scripts() / "scripts" / "pretrain" / "cifar" / f"{file}.yaml")
     arguments = {key: 64 if key in NARROW else value for key, value in published.method_kwargs.items()}
@@ -974,7 +974,7 @@ def real_config(name: str, section: Any) -> Any:
         "data": {"dataset": "custom", "num_classes": 10, "num_large_crops": 2, "num_small_crops": 0},
         "optimizer": {"name": "adamw", "batch_size": 16, "lr": 1e-4, "classifier_lr": 1e-4, "weight_decay": 0.0},
         "scheduler": {"name": "warmup_cosine", "warmup_epochs": 0},
-        "max_epochs": 1,
+        "max_epochs": max_epochs,
         "momentum": OmegaConf.select(published, "momentum", default={}),
     }
     if section is not contract.ABSENT:
@@ -985,7 +985,7 @@ def real_config(name: str, section: Any) -> Any:
 def fit_real(name: str, section: Any, trainer: Any) -> tuple[Any, list[Any]]:
     """Two training steps and one of validation; what each encoder saw."""
     torch.manual_seed(0)
-    module = importlib.import_module("solo.methods").METHODS[name](real_config(name, section))
+    module = importlib.import_module("solo.methods").METHODS[name](real_config(name, section, trainer.max_epochs))
     seen: list[Any] = []
     for encoder in ("backbone", "momentum_backbone"):
         if hasattr(module, encoder):
