@@ -227,7 +227,10 @@ def test_nothing_draws_before_a_picture_is_asked_for() -> None:
         (["plan", "models_of_plan_test:linear"], "MODEL: model must be a supported ViT, got "),
         (["plan", "resnet18"], "MODEL: model must be a supported ViT, got "),
         (["plan", MODEL, "--image-size", "32"], "--image-size: is for a model of timm's"),
-        (["plan", MODEL, "weak"], "PLAN for this MODEL: plan must be one of 'default', 'gentle', 'strong', a strategy"),
+        (
+            ["plan", MODEL, "weak"],
+            "PLAN for this MODEL: plan must be one of 'default', 'gentle', 'strong', 'online', a strategy",
+        ),
         (["plan", MODEL, "plan.json"], "PLAN: schedule file 'plan.json' does not exist"),
         (["plan", MODEL, "patch 64"], "PLAN for this MODEL: model: "),
         (["plan", MODEL, "--steps", "0"], "--steps: must be at least 1, got 0"),

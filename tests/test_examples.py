@@ -339,7 +339,8 @@ def test_stages_of_an_accelerated_run_are_kept_too(
 
 def test_there_is_a_notebook_for_each_way_in() -> None:
     names = [path.stem for path in sorted(EXAMPLES.glob("*.ipynb"))]
-    assert names == ["gradient_error", "lightly_dino", "lightly_moco", "lightly_simclr", "solo_learn"]
+    ways = ["gradient_error", "hugging_face_dinov3", "lightly_dino", "lightly_moco", "lightly_simclr", "solo_learn"]
+    assert names == ways
 
 
 def test_what_the_quickstart_writes_is_no_part_of_the_repository() -> None:

@@ -109,7 +109,7 @@ def test_an_online_schedule_pays_for_what_it_measures_and_goes_on_from_a_checkpo
     much = Online(PRESETS["default"](16), 0.5, None)  # so that some dozens of steps pay for a decision
     monkeypatch.setitem(PRESETS, "online", lambda large: much)
     pixels = evidence.images.load_images(data / "train", 16, 40, tmp_path)
-    settings = replace(small, method="moco", plan="online", budget=0.002)
+    settings = replace(small, method="moco", plan="online", budget=0.004)
     made = [evidence.run.Training(settings, pixels, torch.device("cpu")) for _ in range(2)]
     whole, second = made
     default = evidence.run.Training(replace(settings, plan="default"), pixels, torch.device("cpu"))
