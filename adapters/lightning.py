@@ -39,7 +39,6 @@ _SHOWN_AS = {  # in the progress bar: a terminal is narrow, it would cut a longe
     "seqcompress/budget": "seq_budget",
 }
 _SECONDS_SHOWN = 0.5  # nobody reads numbers that change faster, and the budget takes a moment to count
-_MOST_UNITS = 1e40  # of a budget, as it reads them
 _MOMENTS = 10**6  # in the time of a run
 _SAMPLES = 200  # of a schedule, to say what it will cost
 
@@ -413,11 +412,15 @@ class SequenceCompression:
 
         folder = self._guarded("find the run's folder", lambda: self._folder(trainer))
         name = next(drive.name for drive in self._drives if drive.is_online)
-        kept = None
-        if folder is not None and self._speaks:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            kept = self._guarded("write the schedule", lambda: measured.schedule.to_json(Path(folder) / FILE))
-        where = f"; what it followed is a plan for the next: {Path(folder) / FILE}" if folder and kept else ""
+
+        def write() -> Path:
+            file = Path(str(folder)) / FILE
+            file.parent.mkdir(parents=True, exist_ok=True)
+            measured.schedule.to_json(file)
+            return file
+
+        kept = None if folder is None or not self._speaks else self._guarded("write the schedule", write)
+        where = "" if kept is None else f"; what it followed is a plan for the next: {kept}"
         self._tell(f"{name}: {measured.outcome()}{where}")
 
     def _folder(self, trainer: Any) -> str:
@@ -835,9 +838,11 @@ class _Readings:
 
 def _checked_state(state: Any) -> dict[str, Any]:
     """A checkpoint's numbers, each where a run can go on with it."""
+    from seqcompress.training.budget import MOST_UNITS
+
     numbers: dict[str, tuple[Any, float, float]] = {
         "seed": (int, 0, 2**64 - 1),
-        "units": ((int, float), 0, _MOST_UNITS),
+        "units": ((int, float), 0, MOST_UNITS),
         "progress": ((int, float), 0, 1),
         "batches": ((int, type(None)), 1, 2**64 - 1),
     }

@@ -67,18 +67,23 @@ class Measured(OnlineScheduler):
         made = self.decisions
         numbers = {
             "decisions": float(len(made)),
-            "moves": float(sum(decision.after != decision.before for decision in made)),
+            "moves": float(self._moves),
             "share_of_time": self.measured_share_of_time,
         }
         if made:
             numbers["ca_mse"] = getattr(made[-1].report[made[-1].after], f"{made[-1].report.shown_prefix}ca_mse")
         return {f"seqcompress/online_{name}": number for name, number in numbers.items()}
 
+    @property
+    def _moves(self) -> int:
+        return sum(decision.after != decision.before for decision in self.decisions)
+
     def outcome(self) -> str:
         """One line at the end of a run."""
         made = self.decisions
-        moves = sum(decision.after != decision.before for decision in made)
-        what = f"decided {len(made)} times and moved {moves} times" if made else "was too short to measure anything"
+        what = f"decided {len(made)} times and moved {self._moves} times"
+        if not made:
+            what = "was too short to measure anything"
         if not self.is_measuring and not made:
             what = "could not be measured, and followed its preset"
         return f"the run {what}; measuring took {self.measured_share_of_time:.1%} of the time of training"

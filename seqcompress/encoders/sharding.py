@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,21 +18,20 @@ __all__ = ["is_flattened", "is_wrapped", "past_wrappers", "shapes_of", "whole", 
 
 def wrapped_by_fsdp(module: nn.Module) -> nn.Module | None:
     """What ``FullyShardedDataParallel`` wraps, or None for a module of any other kind."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # whoever wraps has imported it
-    return module.module if fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel) else None
+    return module.module if isinstance(module, _wrapper()) else None
 
 
 @contextmanager
 def past_wrappers(model: nn.Module) -> Iterator[None]:
     """Have a model run its blocks directly: around them, FullyShardedDataParallel would gather weights of its own."""
     put_back = []
+    wrapper = _wrapper()
     try:
-        for module in list(model.modules()):
+        for module in list(model.modules()) if wrapper else ():
             for name, child in module._modules.items():
-                inner = None if child is None else wrapped_by_fsdp(child)
-                if child is not None and inner is not None and wrapped_by_fsdp(module) is None:
+                if isinstance(child, wrapper) and not isinstance(module, wrapper):
                     put_back.append((module, name, child))
-                    module._modules[name] = inner
+                    module._modules[name] = child.module
         yield
     finally:
         for module, name, child in put_back:
@@ -53,13 +53,20 @@ def is_flattened(shapes: dict[str, torch.Size], whole: dict[str, torch.Size]) ->
 
 def is_wrapped(model: nn.Module) -> bool:
     """Whether FullyShardedDataParallel is around something in it, or around itself."""
-    return any(wrapped_by_fsdp(module) is not None for module in model.modules())
+    wrapper = _wrapper()
+    return any(isinstance(module, wrapper) for module in model.modules())
 
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor of which each process may hold a part, as under ``fully_shard``; collective for such a one."""
     gathered: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return gathered
+
+
+def _wrapper() -> Any:
+    """The class that wraps, as isinstance takes it: none where it was never imported, as whoever wraps has done."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return () if fsdp is None else fsdp.FullyShardedDataParallel
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

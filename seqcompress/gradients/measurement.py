@@ -603,10 +603,7 @@ def _report(
     complete: bool,
 ) -> GradientErrorReport:
     batches = moments.num_batches
-    gradients = [(moments.base_norm2(), moments.base_variance())]
-    gradients += [(moments.bias2(strategy), moments.variance(strategy)) for strategy in costs if strategy != _BASE]
-    if all(mean.value == spread.value == 0.0 for mean, spread in gradients):
-        raise ValueError(NO_GRADIENT)
+    base_norm2 = moments.base_norm2()
     estimates = {}
     for strategy, ratios in costs.items():
         base = strategy == _BASE
@@ -615,9 +612,12 @@ def _report(
             "variance": moments.base_variance() if base else moments.variance(strategy),
             "cost": jackknife(interquartile_mean, ratios[:batches]),
         }
+    errors = [each[name].value for each in estimates.values() for name in ("bias2", "variance")]
+    if not any((base_norm2.value, *errors)):
+        raise ValueError(NO_GRADIENT)
     return GradientErrorReport.from_estimates(
         estimates,
-        moments.base_norm2(),
+        base_norm2,
         num_batches=batches,
         cost_kind=cost_kind,
         own_patch_size=own_patch_size,

@@ -13,9 +13,9 @@ from seqcompress.messages import described
 from seqcompress.strategy import Strategy
 from seqcompress.training.cost import Flops, sequence_length
 
-__all__ = ["Budget"]
+__all__ = ["MOST_UNITS", "Budget"]
 
-_MOST_UNITS = 1e40  # what is read of a state: more than all machines will ever do, and far from an overflow
+MOST_UNITS = 1e40  # what is read of a state: more than all machines will ever do, and far from an overflow
 
 
 class Budget:
@@ -81,12 +81,12 @@ class Budget:
             ValueError: the state is not a budget's; nothing has been changed.
         """
         units = state.get("units") if isinstance(state, Mapping) else None
-        if isinstance(units, bool) or not isinstance(units, (int, float)) or not 0 <= units <= _MOST_UNITS:
+        if isinstance(units, bool) or not isinstance(units, (int, float)) or not 0 <= units <= MOST_UNITS:
             raise ValueError(
-                f"state must be a Budget's: 'units' must be a number from 0 to {_MOST_UNITS:g}, got {described(state)}"
+                f"state must be a Budget's: 'units' must be a number from 0 to {MOST_UNITS:g}, got {described(state)}"
             )
         flops = state.get("flops_of_unit", self._units)
-        if not isinstance(flops, list) or not all(type(each) is int and 0 < each <= _MOST_UNITS for each in flops):
+        if not isinstance(flops, list) or not all(type(each) is int and 0 < each <= MOST_UNITS for each in flops):
             raise ValueError(
                 "state must be a Budget's: 'flops_of_unit' must be a list of positive whole numbers, got "
                 f"{described(flops)}"

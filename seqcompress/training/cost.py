@@ -99,16 +99,16 @@ def encoder_flops(encoder: Encoder, tokens: int) -> int:
 
 def flops_by_tokens(encoder: Encoder) -> Callable[[int], int]:
     """``encoder_flops`` of an encoder as it is now, for many lengths."""
-    size = sum(map(math.prod, encoder.shapes.values()))
+    size = sum(parameter.numel() for parameter in encoder.model.parameters())
     known = _known.get(encoder.model)
     if known is None or known.size != size:  # somebody may have replaced its head, or its blocks
-        known = _known[encoder.model] = _FlopsByTokens(size)
-    prefix, projection = encoder.num_prefix_tokens, encoder.projection_size
+        known = _known[encoder.model] = _FlopsByTokens(size, encoder.projection_size)
+    prefix = encoder.num_prefix_tokens
 
     def flops(tokens: int) -> int:
         if tokens not in known.counted:
             known.counted[tokens] = _flops_of(known, encoder, tokens)
-        return 2 * (tokens - prefix) * projection + known.counted[tokens]
+        return 2 * (tokens - prefix) * known.projection + known.counted[tokens]
 
     return flops
 
@@ -176,7 +176,8 @@ class ViewCosts:
 class _FlopsByTokens:
     """What is known of an encoder's FLOPs after its embedding."""
 
-    size: int  # numbers in its parameters and buffers
+    size: int  # parameters it had, on this process
+    projection: int  # weights of its projection, as a whole
     counted: dict[int, int] = field(default_factory=dict)
     growth: tuple[int, int, int, int] | None = None  # those of a length, their first and second difference from there
     is_quadratic: bool | None = None  # None before it was looked at

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import importlib
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,21 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 
-@pytest.fixture(params=["lightning.pytorch", "pytorch_lightning"])
-def pl(request: pytest.FixtureRequest) -> Any:
-    """One Lightning package after the other."""
-    return importlib.import_module(request.param)
+@pytest.fixture
+def told(pl: Any) -> Iterator[list[str]]:
+    """What the callback says to users of a Lightning package, line by line."""
+    lines: list[str] = []
+
+    class Noting(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    logger, handler = logging.getLogger(f"{pl.__name__}.seqcompress"), Noting()
+    logger.addHandler(handler)
+    try:
+        yield lines
+    finally:
+        logger.removeHandler(handler)
 
 
 @pytest.fixture

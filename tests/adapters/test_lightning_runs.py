@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -39,23 +39,6 @@ BUDGET = "seqcompress/budget"
 
 Build = Callable[..., Any]
 Images = DataLoader[Any]
-
-
-@pytest.fixture
-def told(pl: Any) -> Iterator[list[str]]:
-    """What the callback says to users of a Lightning package, line by line."""
-    lines: list[str] = []
-
-    class Noting(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            lines.append(record.getMessage())
-
-    logger, handler = logging.getLogger(f"{pl.__name__}.seqcompress"), Noting()
-    logger.addHandler(handler)
-    try:
-        yield lines
-    finally:
-        logger.removeHandler(handler)
 
 
 def batches(number: int, size: int = 4) -> Images:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
-import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -36,23 +35,6 @@ Build = Callable[..., Any]
 def loader(batches: int) -> DataLoader[Any]:
     pixels = torch.randn(4 * batches, 3, 32, 32, generator=torch.Generator().manual_seed(5))
     return DataLoader(TensorDataset(pixels), batch_size=4)
-
-
-@pytest.fixture
-def told(pl: Any) -> Iterator[list[str]]:
-    """What the callback says to users of a Lightning package, line by line."""
-    lines: list[str] = []
-
-    class Noting(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            lines.append(record.getMessage())
-
-    logger, handler = logging.getLogger(f"{pl.__name__}.seqcompress"), Noting()
-    logger.addHandler(handler)
-    try:
-        yield lines
-    finally:
-        logger.removeHandler(handler)
 
 
 @pytest.fixture
@@ -257,6 +239,17 @@ def test_by_default_a_run_that_is_too_short_is_the_preset_and_says_so(
     assert "in at most 3% of the compute of training and at most 3% of its time" in told[0]
     assert "the run was too short to measure anything; measuring took 0.0% of the time of training" in told[-1]
     assert Schedule.from_json(tmp_path / "seqcompress_schedule.json") == PRESETS["default"](16)
+
+
+def test_a_folder_that_cannot_be_made_ends_no_run_and_is_told_of_once(
+    make_pair: Build, make_trainer: Build, tmp_path: Path, told: list[str]
+) -> None:
+    (tmp_path / "file").write_text("where the run's folder should be")
+    trainer = make_trainer(max_epochs=1, default_root_dir=tmp_path / "file" / "run")
+    trainer.fit(accelerate(make_pair(), "online"), loader(4))
+    assert trainer.global_step == 4
+    assert sum("could not write the schedule: NotADirectoryError" in line for line in told) == 1
+    assert "is a plan for the next" not in told[-1]
 
 
 def test_encoders_that_were_compressed_apart_follow_their_presets(

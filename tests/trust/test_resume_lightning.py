@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,12 +25,6 @@ EVERY_KIND = Stepwise(
     }
 )
 EPOCHS, BATCHES = 3, 5  # of an epoch, whose last one is a step of its own under accumulation
-
-
-@pytest.fixture(params=["lightning.pytorch", "pytorch_lightning"])
-def pl(request: pytest.FixtureRequest) -> Any:
-    """One Lightning package after the other."""
-    return importlib.import_module(request.param)
 
 
 @pytest.fixture
