@@ -11,7 +11,7 @@ import itertools
 import random
 import threading
 import weakref
-from collections import ChainMap, deque
+from collections import ChainMap, OrderedDict, deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from queue import SimpleQueue
@@ -928,6 +928,30 @@ def test_an_optimizer_that_parameters_hold_themselves_is_put_back(tiny_vit: Any)
     with pytest.raises(ValueError, match=r"base must leave its gradients in \.grad, got 30 of 30 that were gone"):
         gradient_error(vit, _loss_of(vit), _loader(), [HALF], cost="flops")
     assert all(map(torch.equal, momenta, before))
+
+
+class _LoadsWhatIsAskedFor(OrderedDict[str, Any]):
+    """As transformers' maps of models, which import all of them."""
+
+    def items(self) -> Any:
+        raise ValueError("nobody asked for all of it")
+
+    def __iter__(self) -> Any:
+        raise ValueError("nobody asked for all of it")
+
+
+class _Counts:
+    loaded = _LoadsWhatIsAskedFor()
+
+    def __call__(self, vit: nn.Module, views: Tensor) -> Tensor:
+        self.loaded["views"] = len(views)
+        return vit(views).square().mean()
+
+
+def test_a_map_that_loads_what_it_is_asked_for_is_put_back_and_not_asked(tiny_vit: Any) -> None:
+    vit, step = tiny_vit(), _Counts()
+    gradient_error(vit, lambda batch: step(vit, batch), _loader(), [HALF], cost="flops")
+    assert len(_Counts.loaded) == 0
 
 
 def test_a_gradient_of_zeros_on_every_batch_is_an_error(tiny_vit: Any) -> None:

@@ -239,13 +239,13 @@ class Reach:
         elif isinstance(value, (dict, MappingProxyType)):
             if isinstance(value, dict):
                 self.found.append((name, value))
-            for key, item in list(value.items()):
+            for key, item in _contents(value):
                 self._follow(key, name, depth)
                 self._follow(item, f"{name}[{key!r}]" if isinstance(key, _Plain) else name, depth)
         elif isinstance(value, (list, set, deque)):
             self.found.append((name, value))
             if len(value) <= _TOO_MANY:
-                for item in list(value):
+                for item in _contents(value):
                     self._follow(item, f"{name}[...]", depth)
         elif isinstance(value, (tuple, frozenset)):
             for item in value:
@@ -581,10 +581,10 @@ def _undo_of(value: Any) -> Callable[[], object] | None:
 
 
 def _undo_of_container(value: Any) -> Callable[[], None]:
-    kept = list(value.items() if isinstance(value, dict) else value)
+    kept = _contents(value)
 
     def undo() -> None:
-        now = list(value.items() if isinstance(value, dict) else value)
+        now = _contents(value)
         if len(now) == len(kept) and all(map(_same, now, kept)):
             return
         value.clear()
@@ -595,6 +595,22 @@ def _undo_of_container(value: Any) -> Callable[[], None]:
             (value.update if isinstance(value, set) else value.extend)(kept)
 
     return undo
+
+
+def _contents(container: Any) -> list[Any]:
+    """What a container holds, pairs of a mapping, as the built-in class says: those made of it may load or compute.
+
+    Transformers' maps of all its models import every one of them when they are asked for their items.
+    """
+    if isinstance(container, collections.OrderedDict):
+        return list(collections.OrderedDict.items(container))
+    if isinstance(container, dict):
+        return list(dict.items(container))
+    if isinstance(container, list):
+        return list(list.__iter__(container))
+    if isinstance(container, set):
+        return list(set.__iter__(container))
+    return list(container.items() if isinstance(container, MappingProxyType) else container)
 
 
 def _undo_of_array(value: Any) -> Callable[[], None]:
