@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -262,16 +263,23 @@ def test_an_interrupt_at_any_of_its_operations_leaves_everything_as_it_was(
 
 
 class _Dies(FakeData):
-    """Whose worker is killed at one of its first images, once: later ones may leave batches that none can fetch."""
+    """Whose worker is killed at its first image, once, while the run waits for the other one's.
+
+    Later, batches may be left that torch can no longer fetch, and in the middle of a step it says so in other words.
+    """
 
     def __init__(self, marker: str, **settings: Any) -> None:
         super().__init__(size=48, image_size=(3, 64, 64), **settings)
-        self.marker = marker
+        self.marker = Path(marker)
 
     def __getitem__(self, index: int) -> Any:
-        if index == 4 and torch.utils.data.get_worker_info() is not None and not os.path.exists(self.marker):  # noqa: PTH110
-            Path(self.marker).touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+        if torch.utils.data.get_worker_info() is not None and not self.marker.exists():
+            if index == 4:
+                self.marker.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            while not self.marker.exists():
+                time.sleep(0.01)
+            time.sleep(0.5)
         return super().__getitem__(index)
 
 
