@@ -357,10 +357,26 @@ def test_interpolated_positions_of_hugging_face_are_the_plain_models(size: tuple
     patches_among(tokens[:, 1:], every[:, 1:])
 
 
+@pytest.mark.parametrize("kind", ["Dinov2", "Dinov2WithRegisters", "DINOv3ViT"])
+@pytest.mark.parametrize("strategy", [Strategy(0.5), Strategy(0.0, 16)], ids=str)
+def test_a_backbone_that_folds_its_features_to_maps_is_refused_before_it_trains(kind: str, strategy: Strategy) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{kind}Config")(**HUGGING_FACE, reshape_hidden_states=True)
+    model = getattr(transformers, f"{kind}Backbone")(config).train()
+    words = f"model: reshape_hidden_states must be False in the config of a {kind}Backbone, which folds"
+    with pytest.raises(ValueError, match=words):
+        compress(model, strategy)
+    assert not is_compressed(model)
+    assert compress(model, Strategy())(VIEWS).feature_maps[0].shape == (4, 32, 4, 4)
+    with pytest.raises(ValueError, match=words):
+        set_strategy(model, strategy)
+
+
 def test_a_feature_map_of_dropped_patches_is_refused() -> None:
     transformers = pytest.importorskip("transformers")
-    model = transformers.Dinov2Backbone(transformers.Dinov2Config(**HUGGING_FACE)).train()
+    model = transformers.Dinov2Backbone(transformers.Dinov2Config(**HUGGING_FACE, reshape_hidden_states=False)).train()
     compress(model, Strategy(0.5))
+    model.config.reshape_hidden_states = True
     with pytest.raises(RuntimeError, match="no feature map of 4 x 4, but 8 patches"):
         model(VIEWS)
     assert model.eval()(VIEWS).feature_maps[0].shape == (4, 32, 4, 4)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -66,24 +66,39 @@ class _LookAtCall(Hook):
                     f"{name} must be None while a compressed encoder trains, got a mask of shape {tuple(value.shape)}: "
                     "masked tokens cannot be combined with compression"
                 )
+            if isinstance(value, Tensor) and value.ndim == 4:
+                view = (value.shape[2], value.shape[3])
+                if encoder.plain_grid(view) is None and self.embed.compression.full_size(view) != view:
+                    size = encoder.image_size
+                    raise ValueError(
+                        f"views must be of {size[0]} x {size[1]} px, which is all that a {type(module).__name__} "
+                        f"takes, got {view[0]} x {view[1]} px as the loader makes them: leave scale_views out, or have "
+                        "the model interpolate (interpolate_pos_encoding=True)"
+                    )
 
 
 class _RefuseMaps(Hook):
     """Forward hook of the whole model: what it folds to a map is none, where patches are dropped or larger."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        selection = self.embed.selection if self.embed.is_training and self.embed.trial is None else None
-        if selection is None or (grid := self.embed.encoder.plain_grid(selection.view)) is None:
+        selection = self.embed.selection
+        if selection is None:
             return
-        if selection.patches == math.prod(grid):
-            return
+        grid, numbers = self.embed.encoder.plain_grid(selection.view), self.embed.encoder.width * selection.patches
         for value in tensors_in(output):
-            one_view = self.embed.encoder.width * selection.patches
-            if value.ndim == 4 and value.shape[-2:] == grid and value.numel() == len(value) * one_view:
-                raise RuntimeError(
-                    f"a compressed encoder that trains has no feature map of {grid[0]} x {grid[1]}, but "
-                    f"{selection.patches} patches: use its eval mode, or features that are sequences"
-                )
+            if value.ndim == 4 and value.shape[-2:] == grid and value.numel() == len(value) * numbers:
+                refuse_map(self.embed)
+
+
+def refuse_map(embed: CompressedPatchEmbed) -> None:
+    """Raise RuntimeError if the last forward has left no patches that make a map of the plain model's grid."""
+    selection = embed.selection if embed.is_training and embed.trial is None else None
+    grid = None if selection is None else embed.encoder.plain_grid(selection.view)
+    if selection is not None and grid is not None and selection.patches != math.prod(grid):
+        raise RuntimeError(
+            f"a compressed encoder that trains has no feature map of {grid[0]} x {grid[1]}, but {selection.patches} "
+            "patches: use its eval mode, or features that are sequences"
+        )
 
 
 class _RotationsOfGrid(Hook):
@@ -222,6 +237,17 @@ class AnyVisionTransformer(Encoder):
         grid = (view[0] // patch[0], view[1] // patch[1])
         takes_it = view == self.image_size or self.interpolates or self._takes_other_sizes
         return grid if min(grid) > 0 and takes_it else None
+
+    def check(self, strategies: Iterable[Strategy]) -> None:
+        strategies = tuple(strategies)
+        super().check(strategies)
+        config = getattr(self.model, "config", None)
+        folds = hasattr(self.model, "out_features") and getattr(config, "reshape_hidden_states", False)
+        if folds and any(strategy not in (Strategy(), Strategy(0.0, min(self.patch_size))) for strategy in strategies):
+            raise ValueError(
+                f"reshape_hidden_states must be False in the config of a {type(self.model).__name__}, which folds its "
+                "features to maps else: patches that are dropped or larger make none"
+            )
 
     @property
     def patch_embed(self) -> Any:

@@ -6,19 +6,20 @@ DINOv3's answers with the grid as well, for which rotations are made anew for ev
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from seqcompress.compressors.selection import Selection
-from seqcompress.encoders.by_shape import AnyVisionTransformer, KeptRotations
+from seqcompress.encoders.by_shape import AnyVisionTransformer, KeptRotations, refuse_map
 from seqcompress.encoders.hooks import look_behind
 from seqcompress.encoders.patch_embed import CompressedPatchEmbed
 from seqcompress.encoders.registry import register
 from seqcompress.strategy import Strategy
 
-_PREPARES = "prepare_tokens_with_masks"
+_PREPARES, _LAYERS = "prepare_tokens_with_masks", "get_intermediate_layers"
 
 
 @register
@@ -39,11 +40,14 @@ class DinoVisionTransformer(AnyVisionTransformer):
         return None  # the general kind says it
 
     def detach(self) -> None:
-        vars(self.model).pop(_PREPARES, None)
+        for name in (_PREPARES, _LAYERS):
+            vars(self.model).pop(name, None)
         super().detach()
 
     def follow_positions(self, embed: CompressedPatchEmbed, rotary: nn.Module | None) -> None:
         vars(self.model)[_PREPARES] = _JoinedTokens(embed)  # not as a module: it may not add a name to the model's
+        if hasattr(type(self.model), _LAYERS):
+            vars(self.model)[_LAYERS] = _LayersButNoMaps(embed)
         if rotary is not None:
             look_behind(rotary, _KeptRotationsOfCrop(embed))
 
@@ -84,6 +88,24 @@ class _JoinedTokens:
         height, width = map(_Side, selection.grid)
         height.selection = selection
         return self._embed.join(made[0], is_last=True), (height, width)
+
+
+class _LayersButNoMaps:
+    """Stands in for the method that folds features of several blocks to maps, if it is asked to."""
+
+    def __init__(self, embed: CompressedPatchEmbed) -> None:
+        self._embed = embed
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model = self._embed.encoder.model
+        layers = getattr(type(model), _LAYERS)
+        if not inspect.signature(layers).bind(model, *args, **kwargs).arguments.get("reshape"):
+            return layers(model, *args, **kwargs)
+        self._embed.selection = None  # that of an earlier forward
+        try:
+            return layers(model, *args, **kwargs)
+        finally:  # whether it has failed, or folded what is no map
+            refuse_map(self._embed)
 
 
 class _KeptRotationsOfCrop(KeptRotations):

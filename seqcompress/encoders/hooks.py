@@ -87,14 +87,19 @@ def without_hooks(model: nn.Module, *, ours: bool = False) -> Iterator[None]:
         model: whose hooks are left out.
         ours: whether to leave out those of this module as well.
     """
-    names = ("_forward_hooks", "_forward_pre_hooks")
-    kept = [(module, name, vars(module)[name]) for module in model.modules() for name in names]
+    kept = [
+        (hooks, OrderedDict(hooks))
+        for module in model.modules()
+        for hooks in (module._forward_hooks, module._forward_pre_hooks)
+    ]
     try:
-        for module, name, hooks in kept:
-            vars(module)[name] = OrderedDict(
-                (key, hook) for key, hook in hooks.items() if isinstance(hook, Hook) and not ours
-            )
+        for hooks, before in kept:
+            for key, hook in before.items():
+                if ours or not isinstance(hook, Hook):
+                    hooks.pop(key, None)
         yield
     finally:
-        for module, name, hooks in kept:
-            vars(module)[name] = hooks
+        for hooks, before in kept:
+            made = OrderedDict(hooks)  # by the model itself, which may do so once, as it first runs
+            hooks.clear()
+            hooks.update({**before, **made})
