@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
+from timm.layers import Attention
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
@@ -38,6 +39,31 @@ class MaskTokenPutIn(VisionTransformer):
         return super()._pos_embed(torch.cat((torch.full_like(x[:, :1], 0.5), x[:, 1:]), dim=1))
 
 
+class BlockOfOnesOwn(Block):
+    def forward(self, x: Tensor, **_: Any) -> Tensor:
+        return super().forward(x)
+
+
+class BlockOfAnotherDevice(Block):
+    def forward(self, x: Tensor, **_: Any) -> Tensor:
+        raise RuntimeError("this kernel needs a GPU")
+
+
+class LikeTimms(nn.Module):
+    """Of no class that is known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image_size, self.stem = 32, nn.Conv2d(3, 32, 8, 8)
+        self.trunk = nn.ModuleList(BlockOfAnotherDevice(32, 2) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).flatten(2).mT
+        for block in self.trunk:
+            x = block(x)
+        return x
+
+
 class BatchSizeOfTheImages(VisionTransformer):
     """As in MAE's code and its many copies."""
 
@@ -57,6 +83,79 @@ def test_a_model_that_changes_patches_before_their_positions_is_refused(kind: An
     ):
         compress(vit, strategy)
     assert not is_compressed(vit)
+
+
+class TurnedByIndex(Attention):
+    """Rotates queries and keys by their place in the sequence, however many tokens there are."""
+
+    def forward(self, x: Tensor, **_: Any) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        angles = torch.arange(x.shape[1])[:, None] * 10 ** -torch.linspace(0, 1, self.head_dim // 2)
+
+        def turned(x: Tensor) -> Tensor:
+            one, other = x.chunk(2, dim=-1)
+            return torch.cat((one * angles.cos() - other * angles.sin(), one * angles.sin() + other * angles.cos()), -1)
+
+        attended = F.scaled_dot_product_attention(turned(q), turned(k), v)
+        return self.proj(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+class BlockThatTurns(Block):
+    def __init__(self, dim: int, num_heads: int, **settings: Any) -> None:
+        super().__init__(dim, num_heads, **settings)
+        self.attn = TurnedByIndex(dim, num_heads)
+
+
+class MixesNeighboursBetweenBlocks(VisionTransformer):
+    def forward_features(self, x: Tensor, **_: Any) -> Tensor:
+        x = self._pos_embed(self.patch_embed(x))
+        for block in self.blocks:
+            x = block(x)
+            x = x + 0.1 * x.roll(1, dims=1)
+        return self.norm(x)
+
+
+def _with_a_forward_of_its_own() -> nn.Module:
+    vit = VisionTransformer(**SMALL)
+    mlp = vit.blocks[1].mlp
+    mlp.forward = lambda x: type(mlp).forward(mlp, x).cumsum(dim=1)  # type: ignore[method-assign]
+    return vit
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: VisionTransformer(**SMALL, block_fn=BlockThatTurns),
+        lambda: MixesNeighboursBetweenBlocks(**SMALL),
+        _with_a_forward_of_its_own,
+    ],
+    ids=["block_fn", "subclass", "forward"],
+)
+def test_blocks_that_know_where_a_patch_was_are_refused_in_timms_class_too(make: Any) -> None:
+    vit = make()
+    with pytest.raises(TypeError, match="its blocks know where a patch was, since tokens in another order differ"):
+        compress(vit, token_dropout=0.5)
+    assert not is_compressed(vit)
+
+
+@pytest.mark.parametrize(("block", "runs"), [(Block, 0), (BlockOfOnesOwn, 3)])
+def test_only_blocks_that_are_not_timms_own_are_run_for_the_proof(
+    block: Any, runs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[int] = []
+    forward = block.forward
+    monkeypatch.setattr(block, "forward", lambda self, x, **given: ran.append(x.shape[1]) or forward(self, x, **given))
+    vit = VisionTransformer(**SMALL, block_fn=block)
+    compress(vit, token_dropout=0.5)
+    assert ran == [17, 17, 17, 17, 16, 16][: 2 * runs]  # 2 blocks: in order, in another, and of one patch less
+    assert num_tokens(vit, Strategy(0.5), 32) == 9
+
+
+def test_blocks_that_do_not_run_here_are_taken_as_they_are_in_a_known_class_only() -> None:
+    vit, other = VisionTransformer(**SMALL, block_fn=BlockOfAnotherDevice), LikeTimms()
+    assert is_compressed(compress(vit, token_dropout=0.5))
+    with pytest.raises(TypeError, match="its blocks do not run on views alone: this kernel needs a GPU"):
+        compress(other, token_dropout=0.5)
 
 
 @pytest.mark.parametrize("already", [False, True])

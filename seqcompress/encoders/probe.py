@@ -83,8 +83,9 @@ def difference(embed: CompressedPatchEmbed, *, blocks: bool = True) -> str | Non
     parameters have no values of their own (meta device, sharded), or where the model runs on no views alone, nothing
     can be compared: a model of a known class is then taken as it is.
 
-    For a general kind, and where blocks are given positions, it is also proven that the blocks do not know where a
-    patch was, but from what they are given: with all patches in random order, the same tokens must come in that order.
+    For a general kind, and where blocks are given positions or are not timm's own, it is also proven that they do not
+    know where a patch was, but from what they are given: with all patches in random order, the same tokens must come in
+    that order.
 
     Args:
         embed: the compressed patch embedding of the model.
@@ -130,7 +131,7 @@ def difference(embed: CompressedPatchEmbed, *, blocks: bool = True) -> str | Non
             return (
                 f"{trained} works on patches between its patch embedding and its first block, beside adding positions"
             )
-        if blocks and (encoder.general or encoder.positions_in_blocks):
+        if blocks and not encoder.has_known_blocks:
             problem = _difference_in_blocks(embed, views[:1], order[:1], kept[:1])
             problem = problem or _difference_in_crops(embed, views[:1], order[:1])
             if problem is not None:
@@ -194,7 +195,10 @@ def _difference_in_blocks(embed: CompressedPatchEmbed, views: Tensor, order: Ten
     """In what the blocks' work on patches in another order differs. What little a fresh block adds is seen too."""
     encoder, prefix = embed.encoder, embed.encoder.num_prefix_tokens
     length = prefix + order.shape[1]
-    expected = _sequences(encoder, views, length)
+    try:
+        expected = _sequences(encoder, views, length)
+    except Exception as error:  # they may need a GPU, and the model be on its way there
+        return f"its blocks do not run on views alone: {error}" if encoder.general else None
     try:
         with _keeping(embed, order):
             sequences = _sequences(encoder, views, length)
