@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from timm.layers import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from seqcompress import Strategy, compress, is_compressed, num_tokens, restore
 
@@ -210,6 +212,70 @@ def test_the_proof_leaves_no_trace(tiny_vit: Any) -> None:
     assert [module.training for module in vit.modules()] == modes
     assert all(parameter.grad is None for parameter in vit.parameters())
     assert not vit.patch_embed.tally
+
+
+# Precision
+
+
+class AsOnAGpu(TorchDispatchMode):
+    """Convolutions and matrix products in TF32 where torch's settings allow a GPU to do so: 10 bits of fraction."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        is_convolution = function is torch.ops.aten.convolution.default
+        is_product = function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
+        if (is_convolution and torch.backends.cudnn.allow_tf32) or (
+            is_product and torch.get_float32_matmul_precision() != "highest"
+        ):
+            args = [_in_tf32(arg) if isinstance(arg, Tensor) and arg.ndim > 1 else arg for arg in args]
+        return function(*args, **(kwargs or {}))
+
+
+def _in_tf32(numbers: Tensor) -> Tensor:
+    return ((numbers.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+@pytest.fixture(params=["highest", "high", "medium"])
+def matmul_precision(request: pytest.FixtureRequest) -> Iterator[str]:
+    torch.set_float32_matmul_precision(request.param)
+    yield request.param
+    torch.set_float32_matmul_precision("highest")
+
+
+def test_a_model_is_proven_where_convolutions_or_products_run_in_tf32(matmul_precision: str, tiny_vit: Any) -> None:
+    vit, views = tiny_vit().train(), torch.randn(2, 3, 32, 32)
+    assert torch.backends.cudnn.allow_tf32  # torch's default
+    exact = vit.patch_embed.proj(views).detach()
+    with AsOnAGpu():
+        assert 1e-4 < float((vit.patch_embed.proj(views).detach() - exact).abs().max() / exact.abs().max()) < 1e-2
+        compress(vit, token_dropout=0.5)
+        compress(VisionTransformer(**SMALL, block_fn=BlockOfOnesOwn), token_dropout=0.5)
+        with pytest.raises(TypeError, match="its blocks know where a patch was"):
+            compress(VisionTransformer(**SMALL, block_fn=BlockThatTurns), token_dropout=0.5)
+    assert torch.backends.cudnn.allow_tf32
+    assert torch.get_float32_matmul_precision() == matmul_precision
+
+
+@pytest.mark.gpu
+def test_a_model_is_proven_on_a_gpu_with_its_default_precision(matmul_precision: str, tiny_vit: Any) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    vit = VisionTransformer(img_size=224, patch_size=16, depth=2).cuda().train()
+    assert compress(vit, token_dropout=0.5)(torch.randn(8, 3, 224, 224, device="cuda")).shape == (8, 1000)
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="a setting since torch 2.9")
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+def test_settings_of_precision_are_put_back_of_either_generation(precision: str, tiny_vit: Any) -> None:
+    places: Any = [torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul]
+    before = [place.fp32_precision for place in places]
+    try:
+        for place in places:
+            place.fp32_precision = precision
+        compress(tiny_vit(), token_dropout=0.5)
+        assert [place.fp32_precision for place in places] == [precision] * 3
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.fp32_precision = value
 
 
 # Views that patches do not divide

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from seqcompress.compressors.tables import is_fake
 from seqcompress.encoders.hooks import without_hooks
 from seqcompress.encoders.patch_embed import ChangedTokensError, CompressedPatchEmbed, Trial
+from seqcompress.encoders.precision import full_precision
 
 __all__ = ["Reached", "call_of", "difference", "first_tensor", "tensors_in", "tokens_at", "undisturbed"]
 
@@ -315,7 +316,7 @@ def undisturbed(model: Any, *, training: bool = False) -> Iterator[None]:
             embed.is_probed = True
         for module in modules:
             vars(module)["training"] = training
-        with torch.no_grad(), torch.random.fork_rng(devices=devices), autocast, without_hooks(model):
+        with torch.no_grad(), torch.random.fork_rng(devices=devices), autocast, full_precision(), without_hooks(model):
             yield
     finally:
         for module, mode in modes:
