@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import random
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -212,6 +214,34 @@ def test_the_proof_leaves_no_trace(tiny_vit: Any) -> None:
     assert [module.training for module in vit.modules()] == modes
     assert all(parameter.grad is None for parameter in vit.parameters())
     assert not vit.patch_embed.tally
+
+
+class Remembers(VisionTransformer):
+    """Keeps what it sees in the ways that people do: a buffer that is replaced, numbers, generators of others."""
+
+    def __init__(self) -> None:
+        super().__init__(**SMALL)
+        self.register_buffer("mean", torch.zeros(()))
+        self.register_buffer("seen", torch.zeros(()))
+        self.latest, self.forwards = None, 0
+
+    def forward_features(self, x: Tensor, **_: Any) -> Tensor:
+        self.mean = 0.9 * self.mean + x.mean() * random.random() * np.random.rand()
+        self.seen += 1
+        self.latest, self.forwards = x, self.forwards + 1
+        return super().forward_features(x)
+
+
+def test_what_a_model_remembers_of_the_proof_is_forgotten() -> None:
+    vit = Remembers().train()
+    before = (vit.mean, vit.latest, vit.forwards, random.getstate(), np.random.get_state()[1].tolist())
+    compress(vit, token_dropout=0.5)
+    assert vit.mean is before[0]
+    assert (float(vit.mean), float(vit.seen)) == (0, 0)
+    after = (vit.mean, vit.latest, vit.forwards, random.getstate(), np.random.get_state()[1].tolist())
+    assert after[1:] == before[1:]
+    vit(torch.randn(2, 3, 32, 32))
+    assert (float(vit.seen), vit.forwards) == (1, 1)
 
 
 # Precision

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from seqcompress.compressors.random_states import RandomStates
 from seqcompress.compressors.tables import is_fake
 from seqcompress.encoders.hooks import without_hooks
 from seqcompress.encoders.patch_embed import ChangedTokensError, CompressedPatchEmbed, Trial
@@ -142,10 +143,8 @@ def difference(embed: CompressedPatchEmbed, *, blocks: bool = True) -> str | Non
 
 def _difference_in_train_mode(embed: CompressedPatchEmbed, views: Tensor, kept: Tensor) -> str | None:
     """Dropout, masks and the like, which are at work in train mode only, seen by tokens that are none of a view's."""
-    model = embed.encoder.model
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
-        with undisturbed(model, training=True), _keeping(embed, kept, marked=True):
+        with undisturbed(embed.encoder.model, training=True), _keeping(embed, kept, marked=True):
             embed.encoder.first_tokens(views)
     except ChangedTokensError:
         return (
@@ -154,10 +153,6 @@ def _difference_in_train_mode(embed: CompressedPatchEmbed, views: Tensor, kept: 
         )
     except Exception:  # whatever else it needs in train mode, its own forwards will bring
         return None
-    finally:
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
     return None
 
 
@@ -304,22 +299,42 @@ def _keeping(embed: CompressedPatchEmbed, *kept: Tensor, marked: bool = False) -
 
 @contextmanager
 def undisturbed(model: Any, *, training: bool = False) -> Iterator[None]:
-    """Run a model without a trace: no gradients, no hooks of others, no counting; random states and modes put back."""
+    """Run a model without a trace: no gradients, no hooks of others, no counting; random states and modes put back.
+
+    So are buffers, and attributes that modules assign to.
+    """
     embeds = [module for module in model.modules() if isinstance(module, CompressedPatchEmbed)]
     modules = [*model.modules(), *(embed.embed for embed in embeds)]
     modes = [(module, module.training) for module in modules]
+    others = [module for module in modules if not isinstance(module, CompressedPatchEmbed)]
+    remembered = [(registry, dict(registry)) for module in others for registry in (vars(module), module._buffers)]
+    buffers = [(buffer, buffer.clone(), _version(buffer)) for buffer in model.buffers()]
+    random_states = RandomStates()
     device = next(model.parameters()).device
-    devices = [device] if device.type == "cuda" else []
     autocast = torch.autocast(device.type, enabled=False) if device.type != "meta" else nullcontext()
     try:
         for embed in embeds:
             embed.is_probed = True
         for module in modules:
             vars(module)["training"] = training
-        with torch.no_grad(), torch.random.fork_rng(devices=devices), autocast, full_precision(), without_hooks(model):
+        with torch.no_grad(), autocast, full_precision(), without_hooks(model):
             yield
     finally:
+        random_states.restore()
+        for registry, before in remembered:
+            for name in registry.keys() - before.keys():
+                del registry[name]
+            registry.update({name: value for name, value in before.items() if registry.get(name) is not value})
+        with torch.no_grad():
+            for buffer, content, version in buffers:
+                if version is None or _version(buffer) != version:
+                    buffer.copy_(content)
         for module, mode in modes:
             vars(module)["training"] = mode
         for embed in embeds:
             embed.is_probed = False
+
+
+def _version(buffer: Tensor) -> int | None:
+    """How often it has been changed in place; None for one that does not count."""
+    return None if buffer.is_inference() else buffer._version
