@@ -7,105 +7,32 @@ Wrap a backbone in one line and train it on shortened sequences:
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+import pkgutil
+import re
+from typing import Any
 
 __version__ = "0.1.0"
 
-if TYPE_CHECKING:
-    from seqcompress import schedules
-    from seqcompress.compression import compress, get_strategy, is_compressed, restore, set_strategy
-    from seqcompress.gradients import (
-        GradientErrorReport,
-        TrainingStep,
-        best_schedule,
-        explain_schedule,
-        gradient_error,
-        plot_gradient_error,
-    )
-    from seqcompress.gradients.online import OnlineScheduler
-    from seqcompress.pairs import accelerate
-    from seqcompress.schedules import Constant, Cosine, Linear, Schedule, Stepwise
-    from seqcompress.strategy import Strategy
-    from seqcompress.training.budget import Budget
-    from seqcompress.training.cost import num_tokens, relative_cost
-    from seqcompress.training.forecast import plot_schedule
-    from seqcompress.training.learning_rate import PolynomialDecayLR
-    from seqcompress.training.rehearsal import Rehearsal, rehearse
-    from seqcompress.training.sequence_scheduler import SequenceScheduler
-    from seqcompress.views import scale_views
 
-__all__ = [
-    "Budget",
-    "Constant",
-    "Cosine",
-    "GradientErrorReport",
-    "Linear",
-    "OnlineScheduler",
-    "PolynomialDecayLR",
-    "Rehearsal",
-    "Schedule",
-    "SequenceScheduler",
-    "Stepwise",
-    "Strategy",
-    "TrainingStep",
-    "accelerate",
-    "best_schedule",
-    "compress",
-    "explain_schedule",
-    "get_strategy",
-    "gradient_error",
-    "is_compressed",
-    "num_tokens",
-    "plot_gradient_error",
-    "plot_schedule",
-    "rehearse",
-    "relative_cost",
-    "restore",
-    "scale_views",
-    "schedules",
-    "set_strategy",
-]
+def _public_names() -> dict[str, str]:
+    """Each public name with the module that it comes from, as the stub beside this file says."""
+    stub = pkgutil.get_data(__name__, "__init__.pyi") or b""
+    return {name: module for module, name in re.findall(r"^from (\S+) import (\w+) as", stub.decode(), re.MULTILINE)}
+
 
 # Imported on first use: Lightning imports this package at the start of every Trainer (the entry points of its
 # callbacks), and must not pay for timm where nothing is compressed.
-_MODULES = {
-    "Budget": "training.budget",
-    "Constant": "schedules",
-    "Cosine": "schedules",
-    "GradientErrorReport": "gradients",
-    "Linear": "schedules",
-    "OnlineScheduler": "gradients.online",
-    "PolynomialDecayLR": "training.learning_rate",
-    "Rehearsal": "training.rehearsal",
-    "Schedule": "schedules",
-    "SequenceScheduler": "training.sequence_scheduler",
-    "Stepwise": "schedules",
-    "Strategy": "strategy",
-    "TrainingStep": "gradients",
-    "accelerate": "pairs",
-    "best_schedule": "gradients",
-    "compress": "compression",
-    "explain_schedule": "gradients",
-    "get_strategy": "compression",
-    "gradient_error": "gradients",
-    "is_compressed": "compression",
-    "num_tokens": "training.cost",
-    "plot_gradient_error": "gradients",
-    "plot_schedule": "training.forecast",
-    "rehearse": "training.rehearsal",
-    "relative_cost": "training.cost",
-    "restore": "compression",
-    "scale_views": "views",
-    "set_strategy": "compression",
-}
+_MODULES = _public_names()
+
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name == "schedules":
-        return importlib.import_module("seqcompress.schedules")
-    if name in _MODULES:
-        return getattr(importlib.import_module(f"seqcompress.{_MODULES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if _MODULES[name] == __name__:  # a module of this package
+        return importlib.import_module(f"{__name__}.{name}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -18,7 +18,8 @@ from timm.models.vision_transformer_hybrid import ConvStem
 from torch import nn
 
 from seqcompress import Strategy, compress, get_strategy, is_compressed, num_tokens, restore
-from seqcompress.encoders import find_encoder, is_encoder, supported
+from seqcompress.encoders import find_encoder, is_encoder, registry, supported
+from seqcompress.encoders.vision_transformer import TimmVisionTransformer
 
 SMALL: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 0}
 
@@ -264,6 +265,26 @@ def _timms() -> list[str]:
     # Eva, relative positions, and stems that fix the width
     other = ["*dinov3*", "*lingbot*", "*sapiens2*", "*rope*", "*relpos*", "*_pe_*", "*mci*"]
     return timm.list_models(["vit_*", "deit*", "flexivit*", "test_vit*"], exclude_filters=other)
+
+
+def test_a_kind_of_ones_own_is_asked_before_the_built_in_one_that_it_is_derived_from(
+    monkeypatch: pytest.MonkeyPatch, tiny_vit: Any
+) -> None:
+    monkeypatch.setattr(registry, "_kinds", [*registry._kinds])
+    listed = supported()
+
+    @registry.register
+    class Mine(TimmVisionTransformer):
+        supports = "FixedPositions"
+        positions_in_blocks = True
+
+        @staticmethod
+        def recognises(model: nn.Module) -> bool:
+            return isinstance(model, FixedPositions)
+
+    assert type(find_encoder(FixedPositions(**SMALL))) is Mine
+    assert type(find_encoder(tiny_vit())) is TimmVisionTransformer
+    assert supported().replace("FixedPositions; ", "") == listed
 
 
 def test_what_timm_builds_from_its_vision_transformer_is_accepted() -> None:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
+import random
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
+from timm.layers import Attention
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from seqcompress import Strategy, compress, is_compressed, num_tokens, restore
 
@@ -38,6 +43,31 @@ class MaskTokenPutIn(VisionTransformer):
         return super()._pos_embed(torch.cat((torch.full_like(x[:, :1], 0.5), x[:, 1:]), dim=1))
 
 
+class BlockOfOnesOwn(Block):
+    def forward(self, x: Tensor, **_: Any) -> Tensor:
+        return super().forward(x)
+
+
+class BlockOfAnotherDevice(Block):
+    def forward(self, x: Tensor, **_: Any) -> Tensor:
+        raise RuntimeError("this kernel needs a GPU")
+
+
+class LikeTimms(nn.Module):
+    """Of no class that is known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image_size, self.stem = 32, nn.Conv2d(3, 32, 8, 8)
+        self.trunk = nn.ModuleList(BlockOfAnotherDevice(32, 2) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).flatten(2).mT
+        for block in self.trunk:
+            x = block(x)
+        return x
+
+
 class BatchSizeOfTheImages(VisionTransformer):
     """As in MAE's code and its many copies."""
 
@@ -57,6 +87,79 @@ def test_a_model_that_changes_patches_before_their_positions_is_refused(kind: An
     ):
         compress(vit, strategy)
     assert not is_compressed(vit)
+
+
+class TurnedByIndex(Attention):
+    """Rotates queries and keys by their place in the sequence, however many tokens there are."""
+
+    def forward(self, x: Tensor, **_: Any) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        angles = torch.arange(x.shape[1])[:, None] * 10 ** -torch.linspace(0, 1, self.head_dim // 2)
+
+        def turned(x: Tensor) -> Tensor:
+            one, other = x.chunk(2, dim=-1)
+            return torch.cat((one * angles.cos() - other * angles.sin(), one * angles.sin() + other * angles.cos()), -1)
+
+        attended = F.scaled_dot_product_attention(turned(q), turned(k), v)
+        return self.proj(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+class BlockThatTurns(Block):
+    def __init__(self, dim: int, num_heads: int, **settings: Any) -> None:
+        super().__init__(dim, num_heads, **settings)
+        self.attn = TurnedByIndex(dim, num_heads)
+
+
+class MixesNeighboursBetweenBlocks(VisionTransformer):
+    def forward_features(self, x: Tensor, **_: Any) -> Tensor:
+        x = self._pos_embed(self.patch_embed(x))
+        for block in self.blocks:
+            x = block(x)
+            x = x + 0.1 * x.roll(1, dims=1)
+        return self.norm(x)
+
+
+def _with_a_forward_of_its_own() -> nn.Module:
+    vit = VisionTransformer(**SMALL)
+    mlp = vit.blocks[1].mlp
+    mlp.forward = lambda x: type(mlp).forward(mlp, x).cumsum(dim=1)  # type: ignore[method-assign]
+    return vit
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: VisionTransformer(**SMALL, block_fn=BlockThatTurns),
+        lambda: MixesNeighboursBetweenBlocks(**SMALL),
+        _with_a_forward_of_its_own,
+    ],
+    ids=["block_fn", "subclass", "forward"],
+)
+def test_blocks_that_know_where_a_patch_was_are_refused_in_timms_class_too(make: Any) -> None:
+    vit = make()
+    with pytest.raises(TypeError, match="its blocks know where a patch was, since tokens in another order differ"):
+        compress(vit, token_dropout=0.5)
+    assert not is_compressed(vit)
+
+
+@pytest.mark.parametrize(("block", "runs"), [(Block, 0), (BlockOfOnesOwn, 3)])
+def test_only_blocks_that_are_not_timms_own_are_run_for_the_proof(
+    block: Any, runs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[int] = []
+    forward = block.forward
+    monkeypatch.setattr(block, "forward", lambda self, x, **given: ran.append(x.shape[1]) or forward(self, x, **given))
+    vit = VisionTransformer(**SMALL, block_fn=block)
+    compress(vit, token_dropout=0.5)
+    assert ran == [17, 17, 17, 17, 16, 16][: 2 * runs]  # 2 blocks: in order, in another, and of one patch less
+    assert num_tokens(vit, Strategy(0.5), 32) == 9
+
+
+def test_blocks_that_do_not_run_here_are_taken_as_they_are_in_a_known_class_only() -> None:
+    vit, other = VisionTransformer(**SMALL, block_fn=BlockOfAnotherDevice), LikeTimms()
+    assert is_compressed(compress(vit, token_dropout=0.5))
+    with pytest.raises(TypeError, match="its blocks do not run on views alone: this kernel needs a GPU"):
+        compress(other, token_dropout=0.5)
 
 
 @pytest.mark.parametrize("already", [False, True])
@@ -111,6 +214,98 @@ def test_the_proof_leaves_no_trace(tiny_vit: Any) -> None:
     assert [module.training for module in vit.modules()] == modes
     assert all(parameter.grad is None for parameter in vit.parameters())
     assert not vit.patch_embed.tally
+
+
+class Remembers(VisionTransformer):
+    """Keeps what it sees in the ways that people do: a buffer that is replaced, numbers, generators of others."""
+
+    def __init__(self) -> None:
+        super().__init__(**SMALL)
+        self.register_buffer("mean", torch.zeros(()))
+        self.register_buffer("seen", torch.zeros(()))
+        self.latest, self.forwards = None, 0
+
+    def forward_features(self, x: Tensor, **_: Any) -> Tensor:
+        self.mean = 0.9 * self.mean + x.mean() * random.random() * np.random.rand()
+        self.seen += 1
+        self.latest, self.forwards = x, self.forwards + 1
+        return super().forward_features(x)
+
+
+def test_what_a_model_remembers_of_the_proof_is_forgotten() -> None:
+    vit = Remembers().train()
+    before = (vit.mean, vit.latest, vit.forwards, random.getstate(), np.random.get_state()[1].tolist())
+    compress(vit, token_dropout=0.5)
+    assert vit.mean is before[0]
+    assert (float(vit.mean), float(vit.seen)) == (0, 0)
+    after = (vit.mean, vit.latest, vit.forwards, random.getstate(), np.random.get_state()[1].tolist())
+    assert after[1:] == before[1:]
+    vit(torch.randn(2, 3, 32, 32))
+    assert (float(vit.seen), vit.forwards) == (1, 1)
+
+
+# Precision
+
+
+class AsOnAGpu(TorchDispatchMode):
+    """Convolutions and matrix products in TF32 where torch's settings allow a GPU to do so: 10 bits of fraction."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        is_convolution = function is torch.ops.aten.convolution.default
+        is_product = function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
+        if (is_convolution and torch.backends.cudnn.allow_tf32) or (
+            is_product and torch.get_float32_matmul_precision() != "highest"
+        ):
+            args = [_in_tf32(arg) if isinstance(arg, Tensor) and arg.ndim > 1 else arg for arg in args]
+        return function(*args, **(kwargs or {}))
+
+
+def _in_tf32(numbers: Tensor) -> Tensor:
+    return ((numbers.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+@pytest.fixture(params=["highest", "high", "medium"])
+def matmul_precision(request: pytest.FixtureRequest) -> Iterator[str]:
+    torch.set_float32_matmul_precision(request.param)
+    yield request.param
+    torch.set_float32_matmul_precision("highest")
+
+
+def test_a_model_is_proven_where_convolutions_or_products_run_in_tf32(matmul_precision: str, tiny_vit: Any) -> None:
+    vit, views = tiny_vit().train(), torch.randn(2, 3, 32, 32)
+    assert torch.backends.cudnn.allow_tf32  # torch's default
+    exact = vit.patch_embed.proj(views).detach()
+    with AsOnAGpu():
+        assert 1e-4 < float((vit.patch_embed.proj(views).detach() - exact).abs().max() / exact.abs().max()) < 1e-2
+        compress(vit, token_dropout=0.5)
+        compress(VisionTransformer(**SMALL, block_fn=BlockOfOnesOwn), token_dropout=0.5)
+        with pytest.raises(TypeError, match="its blocks know where a patch was"):
+            compress(VisionTransformer(**SMALL, block_fn=BlockThatTurns), token_dropout=0.5)
+    assert torch.backends.cudnn.allow_tf32
+    assert torch.get_float32_matmul_precision() == matmul_precision
+
+
+@pytest.mark.gpu
+def test_a_model_is_proven_on_a_gpu_with_its_default_precision(matmul_precision: str, tiny_vit: Any) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    vit = VisionTransformer(img_size=224, patch_size=16, depth=2).cuda().train()
+    assert compress(vit, token_dropout=0.5)(torch.randn(8, 3, 224, 224, device="cuda")).shape == (8, 1000)
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="a setting since torch 2.9")
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+def test_settings_of_precision_are_put_back_of_either_generation(precision: str, tiny_vit: Any) -> None:
+    places: Any = [torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul]
+    before = [place.fp32_precision for place in places]
+    try:
+        for place in places:
+            place.fp32_precision = precision
+        compress(tiny_vit(), token_dropout=0.5)
+        assert [place.fp32_precision for place in places] == [precision] * 3
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.fp32_precision = value
 
 
 # Views that patches do not divide

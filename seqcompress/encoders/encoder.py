@@ -34,8 +34,7 @@ class Encoder(ABC):
     Attributes:
         supports: the kind's entry in the list that an unsupported model is answered with.
         general: whether models are known by what they do: such a kind is asked last.
-        positions_in_blocks: whether blocks are given positions too: what they make of tokens is proven then, as it is
-            for general kinds.
+        positions_in_blocks: whether blocks are given positions too.
     """
 
     supports: ClassVar[str]
@@ -56,6 +55,11 @@ class Encoder(ABC):
     def why_not(model: nn.Module) -> str | None:
         """What keeps a model that is almost of this kind from being so, or None."""
         return None
+
+    @property
+    def has_known_blocks(self) -> bool:
+        """Whether its blocks are known not to tell where a patch was: what they make of tokens is proven else."""
+        return not (self.general or self.positions_in_blocks)
 
     # What it is like:
 

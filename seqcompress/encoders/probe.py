@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from seqcompress.compressors.random_states import RandomStates
 from seqcompress.compressors.tables import is_fake
 from seqcompress.encoders.hooks import without_hooks
 from seqcompress.encoders.patch_embed import ChangedTokensError, CompressedPatchEmbed, Trial
+from seqcompress.encoders.precision import full_precision
 
 __all__ = ["Reached", "call_of", "difference", "first_tensor", "tensors_in", "tokens_at", "undisturbed"]
 
@@ -83,8 +85,9 @@ def difference(embed: CompressedPatchEmbed, *, blocks: bool = True) -> str | Non
     parameters have no values of their own (meta device, sharded), or where the model runs on no views alone, nothing
     can be compared: a model of a known class is then taken as it is.
 
-    For a general kind, and where blocks are given positions, it is also proven that the blocks do not know where a
-    patch was, but from what they are given: with all patches in random order, the same tokens must come in that order.
+    For a general kind, and where blocks are given positions or are not timm's own, it is also proven that they do not
+    know where a patch was, but from what they are given: with all patches in random order, the same tokens must come in
+    that order.
 
     Args:
         embed: the compressed patch embedding of the model.
@@ -130,7 +133,7 @@ def difference(embed: CompressedPatchEmbed, *, blocks: bool = True) -> str | Non
             return (
                 f"{trained} works on patches between its patch embedding and its first block, beside adding positions"
             )
-        if blocks and (encoder.general or encoder.positions_in_blocks):
+        if blocks and not encoder.has_known_blocks:
             problem = _difference_in_blocks(embed, views[:1], order[:1], kept[:1])
             problem = problem or _difference_in_crops(embed, views[:1], order[:1])
             if problem is not None:
@@ -140,10 +143,8 @@ def difference(embed: CompressedPatchEmbed, *, blocks: bool = True) -> str | Non
 
 def _difference_in_train_mode(embed: CompressedPatchEmbed, views: Tensor, kept: Tensor) -> str | None:
     """Dropout, masks and the like, which are at work in train mode only, seen by tokens that are none of a view's."""
-    model = embed.encoder.model
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
-        with undisturbed(model, training=True), _keeping(embed, kept, marked=True):
+        with undisturbed(embed.encoder.model, training=True), _keeping(embed, kept, marked=True):
             embed.encoder.first_tokens(views)
     except ChangedTokensError:
         return (
@@ -152,10 +153,6 @@ def _difference_in_train_mode(embed: CompressedPatchEmbed, views: Tensor, kept: 
         )
     except Exception:  # whatever else it needs in train mode, its own forwards will bring
         return None
-    finally:
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
     return None
 
 
@@ -194,7 +191,10 @@ def _difference_in_blocks(embed: CompressedPatchEmbed, views: Tensor, order: Ten
     """In what the blocks' work on patches in another order differs. What little a fresh block adds is seen too."""
     encoder, prefix = embed.encoder, embed.encoder.num_prefix_tokens
     length = prefix + order.shape[1]
-    expected = _sequences(encoder, views, length)
+    try:
+        expected = _sequences(encoder, views, length)
+    except Exception as error:  # they may need a GPU, and the model be on its way there
+        return f"its blocks do not run on views alone: {error}" if encoder.general else None
     try:
         with _keeping(embed, order):
             sequences = _sequences(encoder, views, length)
@@ -299,22 +299,42 @@ def _keeping(embed: CompressedPatchEmbed, *kept: Tensor, marked: bool = False) -
 
 @contextmanager
 def undisturbed(model: Any, *, training: bool = False) -> Iterator[None]:
-    """Run a model without a trace: no gradients, no hooks of others, no counting; random states and modes put back."""
+    """Run a model without a trace: no gradients, no hooks of others, no counting; random states and modes put back.
+
+    So are buffers, and attributes that modules assign to.
+    """
     embeds = [module for module in model.modules() if isinstance(module, CompressedPatchEmbed)]
     modules = [*model.modules(), *(embed.embed for embed in embeds)]
     modes = [(module, module.training) for module in modules]
+    others = [module for module in modules if not isinstance(module, CompressedPatchEmbed)]
+    remembered = [(registry, dict(registry)) for module in others for registry in (vars(module), module._buffers)]
+    buffers = [(buffer, buffer.clone(), _version(buffer)) for buffer in model.buffers()]
+    random_states = RandomStates()
     device = next(model.parameters()).device
-    devices = [device] if device.type == "cuda" else []
     autocast = torch.autocast(device.type, enabled=False) if device.type != "meta" else nullcontext()
     try:
         for embed in embeds:
             embed.is_probed = True
         for module in modules:
             vars(module)["training"] = training
-        with torch.no_grad(), torch.random.fork_rng(devices=devices), autocast, without_hooks(model):
+        with torch.no_grad(), autocast, full_precision(), without_hooks(model):
             yield
     finally:
+        random_states.restore()
+        for registry, before in remembered:
+            for name in registry.keys() - before.keys():
+                del registry[name]
+            registry.update({name: value for name, value in before.items() if registry.get(name) is not value})
+        with torch.no_grad():
+            for buffer, content, version in buffers:
+                if version is None or _version(buffer) != version:
+                    buffer.copy_(content)
         for module, mode in modes:
             vars(module)["training"] = mode
         for embed in embeds:
             embed.is_probed = False
+
+
+def _version(buffer: Tensor) -> int | None:
+    """How often it has been changed in place; None for one that does not count."""
+    return None if buffer.is_inference() else buffer._version

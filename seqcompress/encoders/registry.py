@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from torch import nn
@@ -20,7 +20,7 @@ _Wrapper = TypeVar("_Wrapper", bound=Callable[[nn.Module], "nn.Module | None"])
 
 
 def register(kind: _Kind) -> _Kind:
-    """Class decorator: from now on, models of this kind can be compressed."""
+    """Class decorator: models of this kind can be compressed. The latest kind is asked first, general ones last."""
     _kinds.append(kind)
     return kind
 
@@ -37,7 +37,7 @@ def register_wrapper(name: str) -> Callable[[_Wrapper], _Wrapper]:
 
 def supported() -> str:
     """What can be compressed, as a list for people."""
-    return "; ".join([*(kind.supports for kind in _special_first()), f"and one inside {' or '.join(_wrappers)}"])
+    return "; ".join([*(kind.supports for kind in _special_first(_kinds)), f"and one inside {' or '.join(_wrappers)}"])
 
 
 def is_encoder(model: object) -> bool:
@@ -65,11 +65,11 @@ def _find(model: nn.Module) -> Encoder | None:
     for module in model.modules():
         if isinstance(module, CompressedPatchEmbed) and module.encoder.model is model:
             return module.encoder
-    return next((kind(model) for kind in _special_first() if kind.recognises(model)), None)
+    return next((kind(model) for kind in _special_first(reversed(_kinds)) if kind.recognises(model)), None)
 
 
-def _special_first() -> list[type[Encoder]]:
-    return sorted(_kinds, key=lambda kind: kind.general)
+def _special_first(kinds: Iterable[type[Encoder]]) -> list[type[Encoder]]:
+    return sorted(kinds, key=lambda kind: kind.general)
 
 
 def _kind_of(model: object) -> str:
@@ -81,5 +81,5 @@ def _kind_of(model: object) -> str:
     inside = next((path for path, child in model.named_modules() if path and is_encoder(child)), None)
     if inside is not None:
         return f"{kind}, which has one at .{inside}: pass that"
-    reason = next(filter(None, (one.why_not(model) for one in _special_first())), None)
+    reason = next(filter(None, (one.why_not(model) for one in _special_first(_kinds))), None)
     return kind if reason is None else f"{kind}, which {reason}"

@@ -46,6 +46,11 @@ class TimmVisionTransformer(Encoder):
         )
 
     @property
+    def has_known_blocks(self) -> bool:
+        modules = [self.model, *(module for block in self.blocks for module in block.modules())]
+        return super().has_known_blocks and all(map(_is_timms_own, modules))
+
+    @property
     def patch_size(self) -> Size:
         height, width = self.patch_embed.feat_ratio(as_scalar=False)  # of a convolutional stem, its whole stride
         return int(height), int(width)
@@ -164,3 +169,8 @@ class TimmVisionTransformer(Encoder):
         tokens = self.model.norm(self.model.blocks(self.model.norm_pre(tokens)))
         features: Tensor | tuple[Tensor, ...] = self.model.forward_head(tokens)
         return features if isinstance(features, Tensor) else torch.stack(features)
+
+
+def _is_timms_own(module: nn.Module) -> bool:
+    """Whether nobody else's code runs in its forward. Blocks of one's own (``block_fn``) may do anything."""
+    return type(module).__module__.partition(".")[0] in ("timm", "torch") and "forward" not in vars(module)

@@ -18,6 +18,7 @@ from typing import Any, get_args
 
 import torch
 
+from seqcompress.compressors.random_states import RandomStates
 from seqcompress.gradients.measurement import gradient_error, measured_encoders, own_patch_size_of
 from seqcompress.gradients.report import CostKind, GradientErrorReport, canonical
 from seqcompress.gradients.schedule_search import best_schedule, explain_schedule, plot_gradient_error
@@ -26,7 +27,6 @@ from seqcompress.json_files import FieldError, is_file, read_json, take, take_ve
 from seqcompress.locations import LocationError, loaded, location, module_name
 from seqcompress.messages import described
 from seqcompress.strategy import Strategy
-from seqcompress.training.random_states import RandomStates
 
 __all__ = ["main"]
 

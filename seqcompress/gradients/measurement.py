@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from seqcompress.compression import compressed_embeds, is_compressed
 from seqcompress.compressors import SubsetStream
+from seqcompress.compressors.random_states import RandomStates
 from seqcompress.encoders import CompressedPatchEmbed, Compression, Encoder, When, find_encoder
 from seqcompress.encoders.sharding import is_wrapped, whole
 from seqcompress.gradients.report import CostKind, GradientErrorReport, canonical
@@ -35,7 +36,6 @@ from seqcompress.messages import described
 from seqcompress.schedules import Constant
 from seqcompress.strategy import Strategy
 from seqcompress.training.cost import Flops
-from seqcompress.training.random_states import RandomStates
 
 __all__ = ["gradient_error"]
 

@@ -39,7 +39,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset
 
-from seqcompress.training.random_states import numpy_if_loaded
+from seqcompress.compressors.random_states import numpy_if_loaded
 
 __all__ = ["Generators", "Snapshot"]
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from seqcompress.compressors.random_states import RandomStates
 from seqcompress.encoders import Encoder
 from seqcompress.messages import described
 from seqcompress.strategy import Strategy
 from seqcompress.training.cost import sequence_length
-from seqcompress.training.random_states import RandomStates
 from seqcompress.training.ranks import Ranks
 from seqcompress.training.sequence_scheduler import SequenceScheduler
 
