@@ -39,8 +39,8 @@ def compress(
     plain one, bit for bit. A model that is compressed already is planned anew.
 
     Args:
-        model: the encoder: a timm ``VisionTransformer`` or what wraps one (DDP, ``torch.compile``, Lightly's
-            ``MaskedVisionTransformerTIMM``).
+        model: the encoder: a ViT of timm, Hugging Face, torchvision, DINO or one's own, or what wraps one (DDP,
+            ``torch.compile``, Lightly's ``MaskedVisionTransformerTIMM``).
         plan: a [Strategy][seqcompress.Strategy] or its text ("drop 0.5, patch 32"), in force at once; a
             [Schedule][seqcompress.schedules.Schedule], the name of a preset ("default", "gentle", "strong", "online")
             or the path of a schedule file, in force while something drives it: a

@@ -244,6 +244,26 @@ def test_what_a_model_remembers_of_the_proof_is_forgotten() -> None:
     assert (float(vit.seen), vit.forwards) == (1, 1)
 
 
+class HooksAsItFirstRuns(VisionTransformer):
+    """As Hugging Face's models do, where they are to return more than their last features."""
+
+    def __init__(self) -> None:
+        super().__init__(**SMALL)
+        self.has_hooks = False
+
+    def forward_features(self, x: Tensor, **_: Any) -> Tensor:
+        if not self.has_hooks:
+            self.has_hooks = bool(self.blocks[0].register_forward_hook(lambda *_: None))
+        return super().forward_features(x)
+
+
+def test_hooks_that_a_model_puts_in_as_it_first_runs_are_put_in_once() -> None:
+    vit = compress(HooksAsItFirstRuns(), token_dropout=0.5).train()
+    for _ in range(2):
+        vit(torch.randn(2, 3, 32, 32))
+    assert len(vit.blocks[0]._forward_hooks) == 1
+
+
 # Precision
 
 

@@ -301,7 +301,8 @@ def _keeping(embed: CompressedPatchEmbed, *kept: Tensor, marked: bool = False) -
 def undisturbed(model: Any, *, training: bool = False) -> Iterator[None]:
     """Run a model without a trace: no gradients, no hooks of others, no counting; random states and modes put back.
 
-    So are buffers, and attributes that modules assign to.
+    So are buffers, and attributes that modules assign to; not where a model puts in hooks as it first runs, which stay,
+    and notes that it has done so.
     """
     embeds = [module for module in model.modules() if isinstance(module, CompressedPatchEmbed)]
     modules = [*model.modules(), *(embed.embed for embed in embeds)]
@@ -309,6 +310,7 @@ def undisturbed(model: Any, *, training: bool = False) -> Iterator[None]:
     others = [module for module in modules if not isinstance(module, CompressedPatchEmbed)]
     remembered = [(registry, dict(registry)) for module in others for registry in (vars(module), module._buffers)]
     buffers = [(buffer, buffer.clone(), _version(buffer)) for buffer in model.buffers()]
+    hooks = _hooks_in(model)
     random_states = RandomStates()
     device = next(model.parameters()).device
     autocast = torch.autocast(device.type, enabled=False) if device.type != "meta" else nullcontext()
@@ -321,7 +323,7 @@ def undisturbed(model: Any, *, training: bool = False) -> Iterator[None]:
             yield
     finally:
         random_states.restore()
-        for registry, before in remembered:
+        for registry, before in remembered if _hooks_in(model) == hooks else ():
             for name in registry.keys() - before.keys():
                 del registry[name]
             registry.update({name: value for name, value in before.items() if registry.get(name) is not value})
@@ -338,3 +340,7 @@ def undisturbed(model: Any, *, training: bool = False) -> Iterator[None]:
 def _version(buffer: Tensor) -> int | None:
     """How often it has been changed in place; None for one that does not count."""
     return None if buffer.is_inference() else buffer._version
+
+
+def _hooks_in(model: nn.Module) -> list[list[int]]:
+    return [[*module._forward_hooks, *module._forward_pre_hooks] for module in model.modules()]
