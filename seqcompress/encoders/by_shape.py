@@ -177,15 +177,17 @@ class AnyVisionTransformer(Encoder):
     @staticmethod
     def why_not(model: nn.Module) -> str | None:
         lists = list(_lists_of_blocks(model))
-        if len(lists) == 1:
-            names = _projections(model, lists[0])
-            if len(names) > 1:
-                return f"has {len(names)} convolutions that make patches ({', '.join(names)}), where one should"
-            return "has no convolution outside its blocks whose stride is its kernel" if not names else None
+        if len(lists) > 1:
+            return f"has {len(lists)} lists of blocks ({', '.join(lists)}), where one should"
+        names = _projections(model, lists[0] if lists else "")
+        if lists and len(names) > 1:
+            return f"has {len(names)} convolutions that make patches ({', '.join(names)}), where one should"
+        if lists:
+            return None if names else "has no convolution outside its blocks whose stride is its kernel"
         unequal = list(_lists_of_blocks(model, equal=False))
-        if not lists and len(unequal) == 1:
+        if len(unequal) == 1:
             return f"has blocks (.{unequal[0]}) whose parameters differ in their shapes"
-        return None
+        return "has no list of blocks in which something is called attn or attention" if names else None
 
     @property
     def patch_size(self) -> Size:

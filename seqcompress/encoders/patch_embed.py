@@ -598,8 +598,8 @@ def _has_values(tensor: Tensor) -> bool:
 def _changed(tokens: Tensor, expected: str) -> str:
     return (
         f"a compressed encoder expected {expected} between its patch embedding and its first block, got tokens of "
-        f"shape {tuple(tokens.shape)}: whatever adds or takes away tokens there (mask, idx_mask, idx_keep, prompts) "
-        "cannot be combined with compression"
+        f"shape {tuple(tokens.shape)}: whatever adds or takes away tokens there (mask, idx_mask, idx_keep, patch_drop, "
+        "prompts) cannot be combined with compression"
     )
 
 

@@ -34,7 +34,9 @@ class TimmVisionTransformer(Encoder):
 
     @staticmethod
     def recognises(model: nn.Module) -> bool:
-        return isinstance(model, VisionTransformer)
+        # One with somebody's own patch embedding may be known by its shape.
+        asked = ("dynamic_img_pad", "feat_ratio", "grid_size", "img_size")
+        return isinstance(model, VisionTransformer) and all(hasattr(model.patch_embed, name) for name in asked)
 
     @staticmethod
     def why_not(model: nn.Module) -> str | None:
