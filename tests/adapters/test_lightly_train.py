@@ -49,7 +49,9 @@ class Noted:
     stop_after: int | None = None
 
     def __call__(self, block: nn.Module, args: tuple[Any, ...]) -> None:
-        tokens: Tensor = args[0]
+        tokens: Tensor = args[0][0] if isinstance(args[0], list) else args[0]  # Meta's blocks may take lists of crops
+        if tokens.is_meta:  # those of our budget, which counts without running
+            return
         noted = Noted.seen if block.training else Noted.in_eval
         noted.setdefault(id(block), []).append(tokens.shape[1])
         if Noted.stop_after is not None and len(noted[id(block)]) > Noted.stop_after:
@@ -76,7 +78,7 @@ def make_photos(folder: Path) -> None:
     folder.mkdir()
     generator = np.random.default_rng(0)
     for number in range(64):
-        pixels = generator.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+        pixels = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{number:02}.jpg")
 
 
@@ -211,7 +213,8 @@ def test_what_its_loss_gets_of_dropped_tokens_is_the_mean_of_those_that_are_kept
     class Norm(nn.LayerNorm):
         def forward(self, tokens: Tensor) -> Tensor:
             normed = super().forward(tokens)
-            kept.append(normed[:, 1:].mean(1).detach())
+            if not tokens.is_meta:
+                kept.append(normed[:, 1:].mean(1).detach())
             return normed
 
     class Flatten(nn.Flatten):
@@ -264,13 +267,13 @@ def test_embeddings_from_its_checkpoint_are_those_of_the_plain_model(photos: Pat
     assert [tokens for seen in Noted.in_eval.values() for tokens in seen] == [FULL]
     plain = timm_vit()
     plain.load_state_dict(torch.load(tmp_path / "run" / "exported_models" / "exported_last.pt", weights_only=True))
-    embeddings, names = torch.load(tmp_path / "embedded.pt", weights_only=True)
+    embedded = torch.load(tmp_path / "embedded.pt", weights_only=True)
     mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     with torch.inference_mode():
-        pixels = torch.tensor(np.array(Image.open(photos / names[0]).resize((32, 32), Image.Resampling.BILINEAR)))
+        pixels = torch.tensor(np.array(Image.open(photos / embedded["filenames"][0]).convert("RGB")))
         view = ((pixels / 255 - mean) / deviation).permute(2, 0, 1)[None]
         expected = plain.eval().forward_features(view)[0, 1:].mean(0)
-    torch.testing.assert_close(embeddings[0], expected, atol=0.05, rtol=0.05)  # another library resizes
+    torch.testing.assert_close(embedded["embeddings"][0], expected, atol=1e-2, rtol=1e-2)
 
 
 def test_a_run_that_was_broken_off_goes_on_where_its_plan_was(photos: Path, tmp_path: Path) -> None:
@@ -301,7 +304,7 @@ def test_weights_of_an_earlier_run_begin_a_new_plan(photos: Path, tmp_path: Path
     last = tmp_path / "first" / "checkpoints" / "last.ckpt"
     pretrain(vit, photos, tmp_path / "second", checkpoint=last, optim_args={"lr": 0.0}, epochs=1)
 
-    assert tokens_of(vit)[0] == [5, 5, 5, 17]
+    assert tokens_of(vit)[0] == [5, 5, FULL, FULL]
     expected = first.state_dict()
     assert all(torch.allclose(value, expected[name], atol=1e-2) for name, value in vit.state_dict().items())
 
