@@ -34,7 +34,7 @@ SMALL = [2] * 15 + [3] * 4 + [5]  # local views of 2 x 2 patches, or one
 FULL = 17
 
 
-class Interrupted(RuntimeError):
+class BrokenOffError(RuntimeError):
     """What ends a run early, as a machine that fails does."""
 
 
@@ -55,7 +55,7 @@ class Noted:
         noted = Noted.seen if block.training else Noted.in_eval
         noted.setdefault(id(block), []).append(tokens.shape[1])
         if Noted.stop_after is not None and len(noted[id(block)]) > Noted.stop_after:
-            raise Interrupted
+            raise BrokenOffError
 
 
 @pytest.fixture(autouse=True)
@@ -249,6 +249,50 @@ def test_distillation_scales_the_students_patches_and_refuses_to_drop_its_tokens
     assert Noted.in_eval[id(teacher.blocks[0])] == [FULL] * 20
 
 
+def test_the_other_distillations_and_what_masks_tokens_do_what_the_page_says(photos: Path, tmp_path: Path) -> None:
+    teacher, settings = timm_vit(), {"epochs": 1}
+    teacher.blocks[0]._forward_pre_hooks.clear()
+    vit = seqcompress.compress(timm_vit(), Strategy(0.5, 16))
+    for method, tokens in (("distillationv1", [3] * 4), ("distillationv2", [5] * 4)):
+        if method == "distillationv2":
+            with pytest.raises(ValueError, match="no token dropout for lightly-train's DistillationV2"):
+                pretrain(vit, photos, tmp_path / "refused", method, method_args={"teacher": teacher}, **settings)
+            seqcompress.compress(vit, patch_size=16)
+        Noted.seen = {}
+        pretrain(vit, photos, tmp_path / method, method, method_args={"teacher": teacher}, **settings)
+        assert tokens_of(vit) == (tokens, [])
+
+    vit = seqcompress.compress(dinov2_vit(), patch_size=28)
+    with pytest.raises(ValueError, match="masks must be None while a compressed encoder trains"):
+        pretrain(vit, photos, tmp_path / "dinov2", "dinov2", patch=14, **settings)
+
+
+def test_a_wrapper_of_ones_own_gets_no_map_that_lacks_patches(photos: Path, tmp_path: Path) -> None:
+    class Wrapper(nn.Module):
+        """As lightly-train documents it for models that it does not know."""
+
+        def __init__(self, vit: Any) -> None:
+            super().__init__()
+            self.vit = vit
+
+        def forward_features(self, views: Tensor) -> dict[str, Tensor]:
+            return {"features": self.vit.forward_features(views)[:, 1:].transpose(1, 2).unflatten(2, (-1, 2))}
+
+        def forward_pool(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {"pooled_features": features["features"].mean((2, 3), keepdim=True)}
+
+        def feature_dim(self) -> int:
+            return 32
+
+        def get_model(self) -> Any:
+            return self.vit
+
+    wrapper = Wrapper(seqcompress.compress(timm_vit(), "default"))
+    with pytest.raises(ValueError, match=r"no token dropout for a ViT in a wrapper of your own \(Wrapper\)"):
+        pretrain(wrapper, photos, tmp_path / "run", "simclr")
+    assert Noted.seen == {}
+
+
 def test_embeddings_from_its_checkpoint_are_those_of_the_plain_model(photos: Path, tmp_path: Path) -> None:
     import lightly_train
 
@@ -281,7 +325,7 @@ def test_a_run_that_was_broken_off_goes_on_where_its_plan_was(photos: Path, tmp_
     pretrain(whole, photos, tmp_path / "whole")
 
     Noted.seen, Noted.stop_after = {}, 2 * 14  # in the fourth epoch
-    with pytest.raises(Interrupted):
+    with pytest.raises(BrokenOffError):
         pretrain(seqcompress.compress(timm_vit(), "default"), photos, tmp_path / "run")
     Noted.seen, Noted.stop_after = {}, None
     vit = seqcompress.compress(timm_vit(), "default")
