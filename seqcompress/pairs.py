@@ -15,7 +15,7 @@ from seqcompress.compression import Plan, compress
 from seqcompress.encoders import find_encoder, is_encoder, is_frozen, supported
 from seqcompress.messages import described
 
-__all__ = ["accelerate"]
+__all__ = ["accelerate", "names_a_teacher"]
 
 Module = TypeVar("Module", bound=nn.Module)
 Reference = str | nn.Module
@@ -98,7 +98,7 @@ def _recognised(others: dict[str, nn.Module], roles: dict[str, nn.Module], modul
     if len(others) == 1:
         return {"teacher" if "student" in roles else "student": next(iter(others.values()))}
     if len(others) == 2 and not roles:
-        teachers = [name for name in others if is_frozen(others[name]) or _words(name) & _TEACHER_WORDS]
+        teachers = [name for name in others if is_frozen(others[name]) or names_a_teacher(name)]
         students = [name for name in others if _words(name) & _STUDENT_WORDS]
         if len(students) == 1 and not teachers:
             teachers = [name for name in others if name not in students]
@@ -115,6 +115,11 @@ def _what_it_holds(module: nn.Module) -> str:
     children = [(name, child) for name, child in module.named_children() if next(child.parameters(), None) is not None]
     shown = [f".{name} ({type(child).__name__})" for name, child in children[:4]]
     return f", which holds {', '.join(shown)}{', ...' if len(children) > 4 else ''}" if shown else ""
+
+
+def names_a_teacher(name: str) -> bool:
+    """Whether an attribute's name, dotted or not, says that a momentum encoder is what it has."""
+    return bool(_words(name) & _TEACHER_WORDS)
 
 
 def _words(name: str) -> set[str]:

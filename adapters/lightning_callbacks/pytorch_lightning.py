@@ -8,13 +8,14 @@ from pytorch_lightning.callbacks import BatchSizeFinder, Callback, StochasticWei
 from pytorch_lightning.loggers.logger import DummyLogger
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 
+from seqcompress.adapters.lightly_train import LightlyTrain
 from seqcompress.adapters.solo_learn import SoloLearn
 
 __all__ = ["SequenceCompressionCallback"]
 
 
-class SequenceCompressionCallback(SoloLearn, Callback):
-    """See [SequenceCompression][seqcompress.adapters.lightning.SequenceCompression], and what solo-learn adds to it."""
+class SequenceCompressionCallback(LightlyTrain, SoloLearn, Callback):
+    """See [SequenceCompression][seqcompress.adapters.lightning.SequenceCompression], and what two hosts add to it."""
 
     host = logging.getLogger("pytorch_lightning.seqcompress")
     timers = Timer

@@ -79,6 +79,9 @@ class CompressedPatchEmbed(nn.Module):
     when: When
     tally: Counter[Forward]
     blank_per_view: bool  # whether the model takes the batch size from its images: its tokens must be as many
+    folds_kept: (
+        bool  # whether kept tokens make a map of one row, where others are dropped: its host averages it at once
+    )
     places: tuple[nn.Module, ...]  # where patches may meet their positions: what has our hooks
     trial: Trial | None  # what to do while a probe runs
     is_probed: bool  # whether one runs, so that nothing is to be counted or warned of
@@ -103,6 +106,7 @@ class CompressedPatchEmbed(nn.Module):
             "training",
             "selection",
             "blank_per_view",
+            "folds_kept",
             "places",
             "trial",
             "is_probed",
@@ -132,6 +136,7 @@ class CompressedPatchEmbed(nn.Module):
             when=when,
             tally=Counter(),
             blank_per_view=False,
+            folds_kept=False,
             places=(),
             trial=None,
             is_probed=False,
@@ -265,6 +270,11 @@ class CompressedPatchEmbed(nn.Module):
         return list(self.compression.members)
 
     @property
+    def is_copy(self) -> bool:
+        """Whether it was copied or unpickled together with its encoder."""
+        return self._is_copy
+
+    @property
     def is_live(self) -> bool:
         """Whether the encoder still has this patch embedding."""
         return self in self.compression.members and any(module is self for module in self.encoder.model.modules())
@@ -282,9 +292,19 @@ class CompressedPatchEmbed(nn.Module):
         if not self.is_training or self.selection is None:
             size: Size = self.embed.dynamic_feat_size(img_size)
             return size
-        if self.selection.kept is not None:
+        return self.feature_grid(self.selection)
+
+    def feature_grid(self, selection: Selection) -> Size:
+        """The grid of the tokens of a forward.
+
+        Raises:
+            RuntimeError: tokens were dropped, and those that were kept are not to be folded into a row.
+        """
+        if selection.kept is None:
+            return selection.grid
+        if not self.folds_kept:
             raise RuntimeError("dropped tokens leave no feature map: use eval mode, or output_fmt='NLC'")
-        return self.selection.grid
+        return 1, selection.kept.shape[1]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """Embed views; compressed forwards return a blank and keep the patches for ``join``.
