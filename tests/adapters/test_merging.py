@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from seqcompress import Stepwise, Strategy, accelerate, compress, set_strategy
+from seqcompress.adapters.lightning import SequenceCompression
 from seqcompress.adapters.merging import merged, most_together
 from seqcompress.schedules import Online
 
@@ -232,6 +233,23 @@ def test_a_frozen_student_runs_plain_and_is_not_merged(make_regressor: Build, ma
     module.training_step = lambda batch, batch_idx: step(batch, batch_idx)["loss"] * module.scale
     make_trainer(max_epochs=1, accumulate_grad_batches=4).fit(module, loader(4))
     assert module.ran == [(4, 17)] * 4
+
+
+def test_a_rehearsal_is_run_where_most_tokens_come_together(
+    pl: Any, make_regressor: Build, make_trainer: Build
+) -> None:
+    class OnADevice(SequenceCompression, pl.Callback):
+        plain = pl.strategies.Strategy
+
+        def _has_own_memory(self, device: Any) -> bool:
+            return True
+
+    # 3 tokens four times are more than 9 tokens once.
+    module = make_regressor(Stepwise({0.0: Strategy(0.5), 0.5: Strategy(0.5, 16)}), "merge")
+    trainer = make_trainer(callbacks=[OnADevice()], max_epochs=4, accumulate_grad_batches=4)
+    trainer.callbacks.remove(next(one for one in trainer.callbacks if "CompressionCallback" in type(one).__name__))
+    trainer.fit(module, loader(4))
+    assert module.ran == [(4, 9)] * 4 + [(16, 3)] * 3
 
 
 DISTRIBUTED = """
