@@ -99,6 +99,7 @@ class SequenceCompression:
         self._resuming = False  # the state is a checkpoint's
         self._loaded: dict[str, Any] = {}
         self._tried: list[_Drive] = []  # what batch sizes are tried at
+        self._merging: Merging | None = None
         self._forget()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -115,7 +116,6 @@ class SequenceCompression:
         self._budget: Budget | None = None
         self._readings: _Readings | None = None
         self._measured: Measured | None = None  # of an online plan
-        self._merging: Merging | None = None
         self._steps = 0  # that were done as the latest batch began
         self._accumulated = 0  # batches since the optimizer's last step
         self._rehearsal_is_due = False
@@ -446,9 +446,9 @@ class SequenceCompression:
         self._merging = Merging(trainer, pl_module, lambda line: self._tell(f"batch='merge': {line}"))
 
     def _stop_merging(self) -> None:
-        if getattr(self, "_merging", None) is not None:
+        if self._merging is not None:
             self._merging.forget()
-        self._merging = None
+            self._merging = None
 
     def _together(self, trainer: Any, pl_module: Any) -> int:
         """How many batches of an update are run at once, under the strategies in force."""

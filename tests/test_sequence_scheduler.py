@@ -397,6 +397,12 @@ def test_a_growing_batch_spends_what_a_constant_one_spends(tiny_vit: Any) -> Non
     assert shares[1] == pytest.approx(shares[0]) == pytest.approx(scheduler.budget_share(22) * spent[0])
 
 
+def test_a_policy_that_nobody_follows_in_a_loop_of_ones_own_is_told(tiny_vit: Any) -> None:
+    vit = compress(tiny_vit(), STAGES, batch="merge")
+    with pytest.warns(UserWarning, match=r"batch='merge' is for Lightning's Trainer: .* batch_factor says"):
+        SequenceScheduler(vit, total_steps=46)
+
+
 def test_the_factor_is_that_of_a_strategy_that_is_set_by_hand_and_of_the_student(tiny_vit: Any) -> None:
     vit, teacher = tiny_vit(), tiny_vit()
     scheduler = SequenceScheduler(compress(vit, STAGES, teacher=teacher), total_steps=46)

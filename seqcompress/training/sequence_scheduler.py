@@ -85,6 +85,12 @@ class SequenceScheduler:
                 stacklevel=2,
             )
             plan = plan.preset
+        if schedule is None and any(embed.compression.batch is not None for embed in self._embeds):
+            warnings.warn(
+                "seqcompress: batch='merge' is for Lightning's Trainer: in a loop of your own, run as many batches at "
+                "once as the scheduler's batch_factor says",
+                stacklevel=2,
+            )
         self._driven = [(embed, embed.compression) for embed in self._embeds]
         self._claim()
         self._told_of_the_end = False
