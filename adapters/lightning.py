@@ -22,6 +22,7 @@ from seqcompress.messages import by_script, described
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from seqcompress.adapters.merging import Merging
     from seqcompress.adapters.online import Measured
     from seqcompress.encoders import CompressedPatchEmbed, Compression
     from seqcompress.schedules import Online, Schedule
@@ -37,6 +38,7 @@ _SHOWN_AS = {  # in the progress bar: a terminal is narrow, it would cut a longe
     "seqcompress/patch_size": "seq_patch",
     "seqcompress/tokens": "seq_tokens",
     "seqcompress/budget": "seq_budget",
+    "seqcompress/batch_factor": "seq_batch",
 }
 _SECONDS_SHOWN = 0.5  # nobody reads numbers that change faster, and the budget takes a moment to count
 _MOMENTS = 10**6  # in the time of a run
@@ -67,6 +69,10 @@ class SequenceCompression:
     too, all under ``seqcompress/``, and what was found is kept as ``seqcompress_schedule.json`` in the run's folder.
     Where that cannot be done, one line says why, and the plan's preset is followed.
 
+    Where encoders were compressed with ``batch="merge"``, the batches that the Trainer accumulates for an update are
+    run several at a time while sequences are short, and ``seqcompress/batch_factor`` says how many. Updates, learning
+    rates and all that goes by them stay what they are.
+
     On a device with memory of its own, the second step is run at the schedule's most expensive strategy, as soon
     as the optimizer has its state: a run that will not fit stops there and not at three quarters. The log says what
     the longest sequences need. Whenever a step does not fit, torch's error is raised as ever, and every rank that it
@@ -93,6 +99,7 @@ class SequenceCompression:
         self._resuming = False  # the state is a checkpoint's
         self._loaded: dict[str, Any] = {}
         self._tried: list[_Drive] = []  # what batch sizes are tried at
+        self._merging: Merging | None = None
         self._forget()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -102,6 +109,7 @@ class SequenceCompression:
         """Let go of the model."""
         for drive in getattr(self, "_drives", ()):
             drive.release(self)
+        self._stop_merging()
         self._places: dict[str, tuple[CompressedPatchEmbed, Compression]] = {}
         self._drives: list[_Drive] = []
         self._length: _Length | None = None
@@ -169,6 +177,8 @@ class SequenceCompression:
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Look again: the module may compress or restore its encoders between epochs, or as training starts."""
         self._looked = False
+        if self._merging is not None:
+            self._merging.forget()
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Put the strategies of this step in force."""
@@ -177,21 +187,34 @@ class SequenceCompression:
         if not self._looked or not self._is_in_place(pl_module):
             self._looked = True
             self._look(trainer, pl_module, batch_idx)
-        if self._length is None or not self._drives:
+        if self._length is None:
             return
-        if batch_idx == self._length.first_of_step(batch_idx):
-            self._progress = self._length.begin_step(batch_idx)
-            self._place = self._length.place(self._length.first_of_step(batch_idx))
+        if self._drives:
+            self._follow(trainer, pl_module, batch_idx, self._length)
+        if self._merging is not None:
+            together = self._together(trainer, pl_module)
+            done = batch_idx - self._length.first_of_step(batch_idx) + 1
+            is_last = trainer.is_last_batch or batch_idx + 1 >= trainer.num_training_batches
+            self._merging.begin(together, holds=done % together != 0 and not is_last)
+
+    def _follow(self, trainer: Any, pl_module: Any, batch_idx: int, length: _Length) -> None:
+        """Put in force what the plans have at this batch."""
+        if batch_idx == length.first_of_step(batch_idx):
+            self._progress = length.begin_step(batch_idx)
+            self._place = length.place(length.first_of_step(batch_idx))
         step = self._steps = _steps_done(trainer, pl_module)
         for drive in self._drives:
-            drive.follow(self._place, step, self._seed, self._progress, self._length.pace())
+            drive.follow(self._place, step, self._seed, self._progress, length.pace())
         if self._rehearsal_is_due and step > 0:
             from seqcompress.training.rehearsal import forget_peak
 
-            self._rehearsal_is_due, self._rehearsing = False, self._drives[0].most_expensive()
-            for drive in self._drives:
-                drive.use(drive.most_expensive())
+            together = self._merging is not None
+            longest = self._drives[0].most_expensive(trainer.accumulate_grad_batches if together else 1)
+            self._rehearsal_is_due, self._rehearsing = False, longest
             forget_peak(pl_module.device)
+        if self._rehearsing is not None:
+            for drive in self._drives:
+                drive.use(self._rehearsing if drive is self._drives[0] else drive.most_expensive())
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
         """Note the forwards of the step: others may save a checkpoint before this sees the end of the batch."""
@@ -204,9 +227,11 @@ class SequenceCompression:
             return
         self._batches = batch_idx + 1
         self._done = length.share(self._batches)
-        readings.take_reading()
+        if self._merging is not None:
+            self._merging.end()
+        readings.take_reading(None if self._merging is None else self._merging.together)
         self._guarded("log a step", lambda: self._log(trainer, pl_module, readings))
-        if self._rehearsing is not None:
+        if self._rehearsing is not None and not (self._merging is not None and self._merging.is_holding):
             self._end_rehearsal(pl_module.device, self._rehearsing)
         self._accumulated += 1
         if self._measured is not None and _steps_done(trainer, pl_module) != self._steps:
@@ -328,6 +353,7 @@ class SequenceCompression:
                 drive.release(self)
         self._places, self._drives = places, []
         self._budget = self._readings = self._rehearsing = self._measured = None
+        self._stop_merging()
         self._rehearsal_is_due = False
         if not embeds:
             return
@@ -350,6 +376,7 @@ class SequenceCompression:
         if is_first and not self._resuming:
             self._loaded.pop("online", None)  # another fit's
         self._begin_measuring(trainer, pl_module)
+        self._begin_merging(trainer, pl_module)
         for drive in self._drives:
             drive.take(self)
         self._ranks = trainer.world_size
@@ -396,6 +423,44 @@ class SequenceCompression:
                 problem = str(error)
         if problem is not None:
             self._say(drive, f"cannot be measured, and goes on with its preset: {problem}")
+
+    def _begin_merging(self, trainer: Any, pl_module: Any) -> None:
+        """Have batches merged where that was asked for; say so where it cannot be done."""
+        if not any(compression.batch == "merge" for _, compression in self._places.values()):
+            return
+        from seqcompress.adapters.merging import Merging, most_together
+        from seqcompress.adapters.online import reason_not_to
+
+        accumulated = trainer.accumulate_grad_batches
+        problem = reason_not_to(trainer, pl_module, self.plain)
+        if any(drive.is_online for drive in self._drives):
+            problem = "an online plan measures by the batches as they come"
+        if problem is not None:
+            self._tell(f"batch='merge': goes on without, since {problem}")
+            return
+        if most_together(2, accumulated) == 1:
+            self._tell(
+                "batch='merge': has nothing to merge where the Trainer accumulates no even number of batches for an "
+                f"update, got accumulate_grad_batches={accumulated}"
+            )
+        self._merging = Merging(trainer, pl_module, lambda line: self._tell(f"batch='merge': {line}"))
+
+    def _stop_merging(self) -> None:
+        if self._merging is not None:
+            self._merging.forget()
+            self._merging = None
+
+    def _together(self, trainer: Any, pl_module: Any) -> int:
+        """How many batches of an update are run at once, under the strategies in force."""
+        from seqcompress.adapters.merging import most_together
+        from seqcompress.training.cost import batch_factor
+
+        fit = [
+            batch_factor(embed.encoder, _run_at(embed))
+            for embed, compression in self._places.values()
+            if compression.batch == "merge" and embed.drops_tokens
+        ]
+        return most_together(min(fit, default=1), trainer.accumulate_grad_batches)
 
     def _say(self, drive: _Drive, line: str, *, is_problem: bool = False) -> None:
         self._tell(f"{drive.name}: {line}")
@@ -724,9 +789,15 @@ class _Drive:
         """The plan has been run to its end. A constant one has none."""
         self.compression.finished = not self.is_constant
 
-    def most_expensive(self) -> Strategy:
-        """The strategy of the plan with the longest sequences."""
-        return max((*self.plan.strategies(), *self.compression.plan.strategies()), key=self.tokens)
+    def most_expensive(self, accumulated: int = 1) -> Strategy:
+        """The strategy of the plan with the longest sequences; with the most tokens at once, of merged batches."""
+        from seqcompress.adapters.merging import most_together
+        from seqcompress.training.cost import batch_factor
+
+        def tokens(strategy: Strategy) -> int:
+            return most_together(batch_factor(self.student, strategy), accumulated) * self.tokens(strategy)
+
+        return max((*self.plan.strategies(), *self.compression.plan.strategies()), key=tokens)
 
     def follow(self, place: tuple[int, int], step: int, seed: int, progress: float, pace: float) -> None:
         """Put in force what the plan has at this place of the run, and have views made for what comes next.
@@ -816,24 +887,28 @@ class _Readings:
         self._millions = millions
         self.take_reading()
 
-    def take_reading(self) -> None:
-        """A step is done."""
-        self._strategy = self._student.strategy
+    def take_reading(self, together: int | None = None) -> None:
+        """A step is done, by batches so many of which were run at once."""
+        self._strategy, self._together = self._student.strategy, together
 
     def values(self) -> dict[str, float]:
         """The metrics of the latest step."""
-        from seqcompress.encoders import is_frozen
-        from seqcompress.strategy import Strategy
         from seqcompress.training.cost import sequence_length
 
-        encoder = self._student.encoder
-        # As long as all of it is frozen, a student builds no graph, and runs plain.
-        is_plain = self._student.when == "grad" and is_frozen(encoder.model)
-        strategy = Strategy() if is_plain else self._strategy
+        encoder, strategy = self._student.encoder, _run_at(self._student, self._strategy)
         patch_size = strategy.patch_size or min(encoder.patch_size)
         tokens = sequence_length(encoder, strategy)
-        numbers = (strategy.token_dropout, patch_size, tokens, self._millions())
+        numbers = (strategy.token_dropout, patch_size, tokens, self._millions(), self._together)
         return {name: float(number) for name, number in zip(_SHOWN_AS, numbers, strict=True) if number is not None}
+
+
+def _run_at(embed: CompressedPatchEmbed, strategy: Strategy | None = None) -> Strategy:
+    """The strategy, by default the one in force; a student builds no graph and runs plain while all of it is frozen."""
+    from seqcompress.encoders import is_frozen
+    from seqcompress.strategy import Strategy
+
+    is_plain = embed.when == "grad" and is_frozen(embed.encoder.model)
+    return Strategy() if is_plain else strategy or embed.strategy
 
 
 def _checked_state(state: Any) -> dict[str, Any]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
     from seqcompress.compression import Plan
+    from seqcompress.encoders import BatchPolicy
     from seqcompress.schedules import Schedule
 
 __all__ = ["METHODS", "ForeachMomentumUpdater", "Settings", "SoloLearn", "accelerate", "read_settings"]
@@ -56,7 +57,7 @@ TeacherShare = Literal["patch_size", "both", "none"]
 _SHORT = ("token_dropout", "patch_size")
 _SCHEDULE = ("schedule", "start", "end", "stages")
 _KINDS = ("linear", "cosine", "stepwise")
-_KEYS = ("enabled", "plan", *_SHORT, *_SCHEDULE, "teacher", "scale_views")
+_KEYS = ("enabled", "plan", *_SHORT, *_SCHEDULE, "teacher", "scale_views", "batch")
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,13 @@ class Settings:
         teacher: what the momentum encoder gets of it: its "patch_size", "both" patch size and token dropout, or
             "none". ``None`` if the config does not say, which means "patch_size".
         scale_views: whether the training loader makes smaller views where the plan has larger patches.
+        batch: "merge" to run accumulated batches together while sequences are short, else ``None``.
     """
 
     plan: Plan | None = None
     teacher: TeacherShare | None = None
     scale_views: bool = False
+    batch: BatchPolicy | None = None
 
 
 class SoloLearn(SequenceCompression):
@@ -261,7 +264,11 @@ def read_settings(section: object) -> Settings | None:
     scale_views = given.get("scale_views", False)
     if not isinstance(scale_views, bool):
         raise TypeError(f"seqcompress.scale_views must be true or false, got {described(scale_views)}")
-    return Settings(_plan(given), teacher, scale_views)
+    batch = given.get("batch")
+    if batch not in (None, "merge"):
+        kind = ValueError if isinstance(batch, str) else TypeError
+        raise kind(f"seqcompress.batch must be merge or left out, got {described(batch)}")
+    return Settings(_plan(given), teacher, scale_views, batch)
 
 
 def accelerate(method: Any, settings: Settings) -> Schedule:
@@ -312,7 +319,8 @@ def accelerate(method: Any, settings: Settings) -> Schedule:
             f"seqcompress.enabled must be left out for a {type(method).__name__} that is compressed already"
         )
     try:
-        compress(student, settings.plan, teacher=teacher if settings.teacher in (None, "patch_size") else None)
+        scaled = teacher if settings.teacher in (None, "patch_size") else None
+        compress(student, settings.plan, teacher=scaled, batch=settings.batch)
         schedule = compressed_embeds(student)[0].compression.plan
         if teacher is not None and settings.teacher == "both":
             compress(teacher, schedule, when="train")

@@ -21,6 +21,7 @@ QUICK = ("--model", "vit_tiny_patch16_224", "--batch-size", "4", "--repeats", "6
 # On a CPU, all of it takes about 70 minutes.
 ENCODER = ("--batch-size", "4", "--repeats", "8", "--min-seconds", "4")
 STEP = ("--batch-size", "4", "--repeats", "6", "--strategies", "drop 0.75", "patch 32", "drop 0.5, patch 32")
+BATCH = ("--model", "vit_tiny_patch16_224", "--batch-size", "2", "--repeats", "6", "--min-seconds", "0")
 BREAKDOWN = ("--batch-size", "4", "--repeats", "6", "--min-seconds", "4")
 PARTS = ("--batch-size", "32", "--repeats", "14", "--min-seconds", "1")
 VIEWS = ("--repeats", "14")
@@ -49,6 +50,7 @@ def benchmarks(device: str, quick: bool) -> dict[str, list[str]]:
         steps[f"training_step-solo-learn-{device}"] = [*steps[f"training_step-{device}"], "--host", "solo-learn"]
     return {
         **steps,
+        f"batch-{device}": ["batch.py", *settings(BATCH)],
         f"breakdown-{device}": ["breakdown.py", *settings(BREAKDOWN)],
         f"parts-{device}": ["parts.py", *settings(PARTS)],
         "views-cpu": ["views.py", *(("--repeats", "6", "--min-seconds", "0.05") if quick else VIEWS)],

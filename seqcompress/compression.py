@@ -9,7 +9,16 @@ from typing import Any, TypeVar, cast, get_args
 
 from torch import nn
 
-from seqcompress.encoders import CompressedPatchEmbed, Compression, Encoder, When, find_encoder, is_frozen, supported
+from seqcompress.encoders import (
+    BatchPolicy,
+    CompressedPatchEmbed,
+    Compression,
+    Encoder,
+    When,
+    find_encoder,
+    is_frozen,
+    supported,
+)
 from seqcompress.encoders.probe import difference
 from seqcompress.encoders.sharding import is_wrapped
 from seqcompress.json_files import is_file
@@ -32,6 +41,7 @@ def compress(
     when: When = "grad",
     token_dropout: float | None = None,
     patch_size: int | None = None,
+    batch: BatchPolicy | None = None,
 ) -> Model:
     """Shorten a ViT's sequences during training, in place.
 
@@ -53,6 +63,9 @@ def compress(
             mode. A ``teacher``, which builds none, is always treated as "train".
         token_dropout: short form of ``plan=Strategy(token_dropout, patch_size)``.
         patch_size: likewise.
+        batch: "merge" has Lightning and solo-learn run several of the batches that they accumulate for an update at
+            once while sequences are short, as far as the tokens stay as many. Updates stay what they are. In a loop of
+            your own, see [SequenceScheduler.batch_factor][seqcompress.SequenceScheduler.batch_factor].
 
     Returns:
         ``model``, the same object.
@@ -72,6 +85,8 @@ def compress(
     """
     if when not in get_args(When):
         raise ValueError(f"when must be 'grad' or 'train', got {described(when)}")
+    if batch not in (None, *get_args(BatchPolicy)):
+        raise ValueError(f"batch must be 'merge' or None, got {described(batch)}")
     found = {"model": find_encoder(model)}
     if teacher is not None:
         found["teacher"] = find_encoder(teacher, "teacher")
@@ -98,7 +113,7 @@ def compress(
 
     models = [encoder.model for encoder in found.values()]
     views = next((embed.compression.views for embed in compressed_embeds(*models)), None)
-    compression = Compression(schedule, views=views)
+    compression = Compression(schedule, views=views, batch=batch)
     for embed in compressed_embeds(*models):
         for partner in embed.partners():
             if partner.encoder.model not in models:

@@ -12,7 +12,7 @@ from typing import TypeVar, cast
 from torch import nn
 
 from seqcompress.compression import Plan, compress
-from seqcompress.encoders import find_encoder, is_encoder, is_frozen, supported
+from seqcompress.encoders import BatchPolicy, find_encoder, is_encoder, is_frozen, supported
 from seqcompress.messages import described
 
 __all__ = ["accelerate", "names_a_teacher"]
@@ -25,7 +25,12 @@ _STUDENT_WORDS = {"student", "online", "query", "q"}
 
 
 def accelerate(
-    module: Module, plan: Plan | None = None, *, student: Reference | None = None, teacher: Reference | None = None
+    module: Module,
+    plan: Plan | None = None,
+    *,
+    student: Reference | None = None,
+    teacher: Reference | None = None,
+    batch: BatchPolicy | None = None,
 ) -> Module:
     """Accelerate a training module in place: asymmetric token dropout, symmetric patch scaling.
 
@@ -37,6 +42,7 @@ def accelerate(
         plan: as in [compress][seqcompress.compress]; ``None`` for the preset "default".
         student: the encoder that gets gradients, as a module or as the name of an attribute, dotted or not.
         teacher: likewise the momentum encoder.
+        batch: as in [compress][seqcompress.compress]: "merge" runs accumulated batches together while they are short.
 
     A role that is not named goes to the encoder that is left. Of two encoders, the teacher is the one whose
     parameters are all frozen or whose name says so (``teacher_backbone``, ``backbone_momentum``, or plain
@@ -71,7 +77,7 @@ def accelerate(
     taken = [find_encoder(encoder).model for encoder in roles.values()]
     others = {name: encoder for name, encoder in encoders.items() if encoder not in taken}
     roles.update(_recognised(others, roles, module))
-    compress(roles["student"], plan, teacher=roles.get("teacher"))
+    compress(roles["student"], plan, teacher=roles.get("teacher"), batch=batch)
     return module
 
 

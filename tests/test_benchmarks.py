@@ -60,6 +60,19 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], s
     return json.loads(output.with_suffix(".json").read_text()), text
 
 
+def test_a_batch_that_follows_the_length_is_timed_by_stages(tmp_path: Path) -> None:
+    settings = ("--device", "cpu", "--model", MODEL, "--batch-size", "2", "--repeats", "6", "--min-seconds", "0")
+    command = [sys.executable, BENCHMARKS / "batch.py", *settings, "--output", tmp_path / "batch"]
+    done = subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    stages = json.loads((tmp_path / "batch.json").read_text())["stages"]
+    assert [(stage["tokens"], stage["factor"]) for stage in stages] == [(25, 4), (50, 2), (99, 1), (197, 1)]
+    assert [stage["merge"]["median"] == 1 for stage in stages] == [False, False, True, True]  # the same step
+    assert stages[-1]["memory"] == stages[-1]["memory_at_factor"] == 1
+    assert stages[0]["memory"] < stages[0]["memory_at_factor"]
+    assert "| drop 0.5, patch 32 | 25 | 4 |" in (tmp_path / "batch.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("method", "strategy"), [("moco-v3", Strategy(0.5, 32)), ("simclr", Strategy()), ("dino", Strategy(0.5, 32))]
 )

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from seqcompress import (
+    Budget,
     Constant,
     Linear,
     SequenceScheduler,
@@ -19,6 +20,7 @@ from seqcompress import (
     Strategy,
     compress,
     get_strategy,
+    num_tokens,
     relative_cost,
     restore,
     set_strategy,
@@ -329,3 +331,83 @@ def test_what_is_no_model_is_named(models: Any) -> None:
     with pytest.raises(TypeError, match="model_or_models") as raised:
         SequenceScheduler(models, total_steps=8)
     assert repr(models) in str(raised.value)
+
+
+def _updates(scheduler: SequenceScheduler) -> list[tuple[int, int, str]]:
+    """The rest of a run whose batch follows the length: first step, factor and strategy of each update."""
+    updates = []
+    while scheduler.last_step < scheduler.total_steps:
+        factor = scheduler.batch_factor
+        updates.append((scheduler.last_step, factor, str(scheduler.strategy)))
+        scheduler.step(scheduler.last_step + factor)
+    return updates
+
+
+def test_a_batch_that_follows_the_length_keeps_to_stages_and_ends_exactly(tiny_vit: Any) -> None:
+    vit = compress(tiny_vit(), STAGES)  # 3, 5, 9 and 17 tokens
+    updates = _updates(scheduler := SequenceScheduler(vit, total_steps=46))
+    # The stages begin at steps 0, 12, 23 and 35: 17 // 3 = 5, rounded down to 4; 17 // 5 = 3, to 2; 17 // 9 = 1.
+    assert updates == [
+        *((step, 4, "drop 0.5, patch 16") for step in (0, 4, 8)),
+        *((step, 2, "patch 16") for step in (12, 14, 16, 18, 20)),
+        (22, 1, "patch 16"),
+        *((step, 1, "drop 0.5") for step in range(23, 35)),
+        *((step, 1, "base") for step in range(35, 46)),
+    ]
+    assert (scheduler.last_step, scheduler.progress) == (46, 1.0)
+
+
+@pytest.mark.parametrize("total_steps", [1, 2, 3, 5, 11, 100])
+@pytest.mark.parametrize("plan", ["default", "strong", Linear(Strategy(0.9), Strategy()), Strategy(0.75, 16)])
+def test_no_update_of_a_growing_batch_has_more_tokens_than_a_plain_one(
+    plan: Any, total_steps: int, tiny_vit: Any
+) -> None:
+    vit = compress(tiny_vit(), plan)
+    scheduler = SequenceScheduler(vit, total_steps=total_steps)
+    schedule, done = scheduler.schedule, 0
+    for step, factor, _ in _updates(scheduler):
+        assert step == done
+        for own in range(step, step + factor):
+            assert factor * num_tokens(vit, schedule.at_step(own, total_steps), 32) <= 17
+        done += factor
+    assert done == total_steps
+
+
+def test_a_growing_batch_goes_on_where_its_checkpoint_stopped(tiny_vit: Any) -> None:
+    whole, stopped, resumed = (SequenceScheduler(compress(tiny_vit(), STAGES), total_steps=46) for _ in range(3))
+    stopped.step(20)
+    resumed.load_state_dict(stopped.state_dict())
+    expected = _updates(whole)
+    assert _updates(resumed) == [update for update in expected if update[0] >= 20]
+
+
+def test_a_growing_batch_spends_what_a_constant_one_spends(tiny_vit: Any) -> None:
+    spent, shares = [], []
+    for grows in (False, True):
+        vit = compress(tiny_vit(), STAGES).train()
+        scheduler, budget = SequenceScheduler(vit, total_steps=46), Budget(vit)
+        while scheduler.last_step < 46:
+            factor = scheduler.batch_factor if grows else 1
+            vit(torch.zeros(factor, 3, 32, 32))
+            scheduler.step(scheduler.last_step + factor)
+            if scheduler.last_step == 22:
+                shares.append(budget.units)
+        spent.append(budget.units)
+    assert spent[1] == pytest.approx(spent[0])
+    assert shares[1] == pytest.approx(shares[0]) == pytest.approx(scheduler.budget_share(22) * spent[0])
+
+
+def test_a_policy_that_nobody_follows_in_a_loop_of_ones_own_is_told(tiny_vit: Any) -> None:
+    vit = compress(tiny_vit(), STAGES, batch="merge")
+    with pytest.warns(UserWarning, match=r"batch='merge' is for Lightning's Trainer: .* batch_factor says"):
+        SequenceScheduler(vit, total_steps=46)
+
+
+def test_the_factor_is_that_of_a_strategy_that_is_set_by_hand_and_of_the_student(tiny_vit: Any) -> None:
+    vit, teacher = tiny_vit(), tiny_vit()
+    scheduler = SequenceScheduler(compress(vit, STAGES, teacher=teacher), total_steps=46)
+    assert scheduler.batch_factor == 4  # the teacher has 5 tokens
+    scheduler.use(Strategy(0.8, 16))  # 2 tokens
+    assert scheduler.batch_factor == 8
+    scheduler.use(Strategy())
+    assert scheduler.batch_factor == 1

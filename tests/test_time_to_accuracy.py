@@ -103,6 +103,43 @@ def test_a_run_spends_its_budget_and_counts_what_arithmetic_gives(
     assert report["curve"][-1]["units"] == report["units"]
 
 
+def test_a_batch_that_grows_takes_fewer_updates_for_the_same_views_and_budget(
+    evidence: SimpleNamespace, small: Any, data: Path, tmp_path: Path
+) -> None:
+    reports = {}
+    for grow in ("no", "sqrt"):
+        done = evidence.run.run(replace(small, grow=grow), data, tmp_path, tmp_path / "kept", device="cpu")
+        reports[grow] = json.loads(done.read_text())
+    plain, grown = reports["no"], reports["sqrt"]
+    assert grown["steps"] == plain["steps"] == plain["updates"]
+    assert grown["units"] == plain["units"]
+    # Four batches at once at 3 tokens of 17, for half of the run; then one.
+    assert grown["updates"] == pytest.approx(0.625 * plain["updates"], abs=2)
+
+
+@pytest.mark.parametrize("change", [{"micro": 2, "merge": "yes"}, {"micro": 1, "grow": "linear"}])
+def test_what_is_run_at_once_is_what_would_have_been_run_in_turn(
+    evidence: SimpleNamespace, small: Any, data: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    pixels = evidence.images.load_images(data / "train", 16, 40, tmp_path)
+    settings = replace(small, plan="patch 8", method="simclr", **change)
+    training = evidence.run.Training(settings, pixels, torch.device("cpu"))
+    sizes: list[int] = []
+    training.method.criterion.register_forward_pre_hook(lambda criterion, views: sizes.append(len(views[0])))
+    rates: list[float] = []
+    training.optimizer.register_step_pre_hook(lambda optimizer, *rest: rates.append(optimizer.param_groups[0]["lr"]))
+    expected = [training.batch(step) for step in range(2)]
+    alike = [torch.cat([views[0] for views in expected]), expected[0][0]][change["micro"] - 1]
+    seen: list[torch.Tensor] = []
+    training.method.backbone.register_forward_pre_hook(lambda vit, views: seen.append(views[0]))
+    begins = training.optimizer.param_groups[0]["lr"]
+    training.step()
+    assert sizes == [16 if "grow" in change else 8]  # 5 tokens of 17: two at once
+    assert torch.equal(seen[0], alike)
+    assert rates == [pytest.approx(begins * (2 if "grow" in change else 1))]
+    assert (training.steps_done, training.updates) == ((2, 1) if "grow" in change else (1, 1))
+
+
 def test_an_online_schedule_pays_for_what_it_measures_and_goes_on_from_a_checkpoint(
     evidence: SimpleNamespace, small: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -43,6 +43,7 @@ from seqcompress import Budget, OnlineScheduler, Schedule, SequenceScheduler, St
 from seqcompress.json_files import replacing, write_text
 from seqcompress.presets import DEFAULT
 
+RATES = {"constant": 0.0, "sqrt": 0.5, "linear": 1.0}  # powers of the batch by which the learning rate follows it
 UNFINISHED = 3  # exit status of a run that --minutes has stopped
 ONLINE = "online"
 CHECKPOINTS = Path.home() / ".cache" / "seqcompress" / "time_to_accuracy"
@@ -79,6 +80,10 @@ class Settings:
         precision: float32 or bfloat16 (autocast).
         seed: of weights, order and views.
         views: "full", or "scaled" for views that are made smaller where patches are larger.
+        grow: "no", or the rule by which the learning rate follows a batch that grows while sequences are short, as far
+            as the encoder's tokens stay as many: "sqrt", "linear" or "constant".
+        micro: micro-batches whose gradients are averaged for an update; each has its own negatives.
+        merge: "no", or "yes" for micro-batches that are run together while sequences are short.
         judged_on: "test", or "held-out" for training images that are not trained on, which settings are tuned on.
         judged_images: number of images that are judged on, or None for all (of held-out ones, a fifth as many as are
             trained on).
@@ -106,6 +111,9 @@ class Settings:
     precision: str = "float32"
     seed: int = 0
     views: str = "full"
+    grow: str = "no"
+    micro: int = 1
+    merge: str = "no"
     judged_on: str = "test"
     judged_images: int | None = None
 
@@ -114,6 +122,11 @@ class Settings:
         _check(self.precision in ("float32", "bfloat16"), "precision", self.precision, "float32 or bfloat16")
         _check(self.judged_on in ("test", "held-out"), "judged_on", self.judged_on, "test or held-out")
         _check(self.views in ("full", "scaled"), "views", self.views, "full or scaled")
+        _check(self.grow in ("no", *RATES), "grow", self.grow, f"no, {', '.join(RATES)}")
+        _check(self.merge in ("no", "yes"), "merge", self.merge, "no or yes")
+        _check(self.micro > 0 and self.batch % self.micro == 0, "micro", self.micro, "a divisor of batch")
+        _check(self.grow == "no" or self.micro == 1, "micro", self.micro, "1 where the batch grows")
+        _check(self.plan != "online" or self.grow == self.merge == "no", "plan", self.plan, "another to grow or merge")
         _check(0 < self.budget < math.inf, "budget", self.budget, "a number of millions of units above 0")
         _check(1 < self.batch <= self.images, "batch", self.batch, "at least 2 and at most as many as images")
         _check(0 <= self.warmup < 1, "warmup", self.warmup, "a share in [0, 1)")
@@ -203,6 +216,8 @@ class Training:
             self.optimizer, warmup_epochs=round(settings.warmup * self.total_steps), max_epochs=self.total_steps
         )
         self.steps_done = 0
+        """In batches: an update takes several where the batch grows."""
+        self.updates = 0
         self.begun = 0.0  # share of the method's own schedule that was over before the first step
         self.seconds = {"wall": 0.0, "cpu": 0.0, "views": 0.0}
         self.curve: list[dict[str, float]] = []
@@ -257,27 +272,44 @@ class Training:
     def step(self) -> None:
         """One step of training, as a user would write it."""
         began, began_cpu = time.perf_counter(), time.process_time()
-        views = self.batch(self.steps_done)
+        factor, merged = self._factors()
+        views = [self.batch(step) for step in range(self.steps_done, self.steps_done + factor)]
+        views = [torch.cat(alike) for alike in zip(*views, strict=True)]
         if self.device.type == "cpu":
             self.seconds["views"] += time.process_time() - began_cpu
         progress = self.now["progress"] = self.begun + (1 - self.begun) * self.steps_done / self.total_steps
-        loss = self.loss_of(views)
-        loss.backward()
+        parts = self.settings.micro // merged
+        losses = []
+        for part in zip(*(view.chunk(parts) for view in views), strict=True):
+            loss = self.loss_of(list(part)) / parts
+            loss.backward()
+            losses.append(loss.detach())
         self.method.after_backward(progress)
+        for group in self.optimizer.param_groups:
+            group["lr"] *= factor ** RATES.get(self.settings.grow, 0.0)  # until the scheduler sets it anew
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.lr_scheduler.step()
-        self.method.update_teacher(cosine_schedule(self.steps_done, self.total_steps, self.settings.momentum, 1.0))
+        momentum = cosine_schedule(self.steps_done, self.total_steps, self.settings.momentum, 1.0)
+        self.method.update_teacher(momentum**factor)  # as far as in as many updates
+        for _ in range(factor):
+            self.lr_scheduler.step()
+        self.steps_done += factor
+        self.updates += 1
         if self.online:
             self.online.step(views)
         else:
-            self.sequence_scheduler.step()
-        self.steps_done += 1
-        self.loss = loss.detach()
-        if self.steps_done % 50 == 0 and not math.isfinite(self.loss):  # reading it makes a GPU wait
+            self.sequence_scheduler.step(self.steps_done)
+        self.loss = torch.stack(losses).sum()
+        if self.updates % 50 == 0 and not math.isfinite(self.loss):  # reading it makes a GPU wait
             raise RuntimeError(f"the loss is {self.loss.item()} after {self.steps_done} steps: try a smaller --lr")
         self.seconds["wall"] += time.perf_counter() - began
         self.seconds["cpu"] += time.process_time() - began_cpu
+
+    def _factors(self) -> tuple[int, int]:
+        """Batches of this update, and how many micro-batches are run together."""
+        fit = 1 if self.online else self.sequence_scheduler.batch_factor
+        together = max(number for number in (1, 2, 4, 8, 16) if number <= fit and self.settings.micro % number == 0)
+        return (1 if self.settings.grow == "no" else fit), (together if self.settings.merge == "yes" else 1)
 
     def batch(self, step: int) -> list[torch.Tensor]:
         """The views of a step, each (B, 3, height, width)."""
@@ -300,6 +332,7 @@ class Training:
             "sequence_scheduler": self.sequence_scheduler.state_dict(),
             "budget": self.budget.state_dict(),
             "steps_done": self.steps_done,
+            "updates": self.updates,
             "seconds": self.seconds,
             "curve": self.curve,
         }
@@ -314,6 +347,7 @@ class Training:
         self.sequence_scheduler.load_state_dict(state["sequence_scheduler"])
         self.budget.load_state_dict(state["budget"])
         self.steps_done, self.seconds, self.curve = state["steps_done"], dict(state["seconds"]), list(state["curve"])
+        self.updates = state.get("updates", self.steps_done)
 
 
 class Judge:
@@ -400,17 +434,19 @@ def run(
         training.load_state_dict(torch.load(checkpoint, map_location=on, weights_only=True))
         print(f"{settings.name}: goes on after {training.steps_done} steps", flush=True)
     along_the_way = Judge(train, held_out)
-    marks = {round(training.total_steps * number / points) for number in range(1, points + 1)}
+    marks = [round(training.total_steps * number / points) for number in range(1, points + 1)]
+    marks = [mark for mark in marks if mark > training.steps_done]
     last = max(1, round(until * training.total_steps))
     saved = time.monotonic()
     while training.steps_done < last:
         with _waited_for(on, training.seconds, training.steps_done):
             training.step()
-        if training.steps_done in marks:
+        if marks and training.steps_done >= marks[0]:
+            marks = [mark for mark in marks if mark > training.steps_done]
             training.curve.append(_point(training, along_the_way))
             print(f"{settings.name}: {_told(training)}", flush=True)
         now = time.monotonic()
-        if now > end or now - saved > save_every or training.steps_done == last:
+        if now > end or now - saved > save_every or training.steps_done >= last:
             _save(training.state_dict(), checkpoint)
             saved = now
         if now > end:
@@ -504,6 +540,7 @@ def _report(training: Training, accuracy: dict[str, float], judged: int) -> dict
         "settings": dataclasses.asdict(settings),
         "schedule": json.loads(schedule.to_json()),
         "steps": training.total_steps,
+        "updates": training.updates,
         "epochs": round(training.total_steps / training.steps_per_epoch, 3),
         "units": round(training.units),
         "units_computed": round(training.computed_units(schedule, training.total_steps)),

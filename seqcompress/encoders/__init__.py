@@ -7,12 +7,13 @@ every module here is imported. What merely wraps a ViT registers with ``register
 import importlib
 import pkgutil
 
-from seqcompress.encoders.compression import Compression
+from seqcompress.encoders.compression import BatchPolicy, Compression
 from seqcompress.encoders.encoder import Encoder
 from seqcompress.encoders.patch_embed import CompressedPatchEmbed, Forward, When, is_frozen
 from seqcompress.encoders.registry import find_encoder, is_encoder, register, register_wrapper, supported
 
 __all__ = [
+    "BatchPolicy",
     "CompressedPatchEmbed",
     "Compression",
     "Encoder",

@@ -5,13 +5,15 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from seqcompress.compressors.token_dropout import SubsetStream
 from seqcompress.schedules import Constant, Online, Schedule
 from seqcompress.strategy import Strategy
 
-__all__ = ["Compression", "SmallerViews"]
+__all__ = ["BatchPolicy", "Compression", "SmallerViews"]
+
+BatchPolicy = Literal["merge"]
 
 _MANY_UPDATES = 100
 
@@ -44,9 +46,12 @@ class Compression:
 
     Attributes:
         members: the patch embeddings of these encoders, those of copies in other processes or files excluded.
+        batch: "merge" if a host is to run several batches at once while sequences are short, else None.
         finished: whether the plan has been run to its end, as its driver says. Who drives by itself, without being
             asked to, drives no such encoders: they stay plain.
     """
+
+    batch: BatchPolicy | None = None  # where it was pickled before there was one, too
 
     def __init__(
         self,
@@ -54,10 +59,12 @@ class Compression:
         strategy: Strategy | None = None,
         stream: SubsetStream | None = None,
         views: SmallerViews | None = None,
+        batch: BatchPolicy | None = None,
     ) -> None:
         self.plan = plan
         self.stream = SubsetStream() if stream is None else stream
         self.views = views
+        self.batch = batch
         self.finished = False
         self.members: weakref.WeakKeyDictionary[Any, None] = weakref.WeakKeyDictionary()  # a set that keeps its order
         self._strategy = plan(0.0) if strategy is None else strategy

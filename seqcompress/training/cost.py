@@ -26,6 +26,7 @@ __all__ = [
     "FORWARD_AND_BACKWARD",
     "Flops",
     "ViewCosts",
+    "batch_factor",
     "encoder_flops",
     "flops_by_tokens",
     "num_tokens",
@@ -67,6 +68,16 @@ def sequence_length(encoder: Encoder, strategy: Strategy, view: tuple[int, int] 
     patch = encoder.patch_size if strategy.patch_size is None else (strategy.patch_size, strategy.patch_size)
     patches = math.prod(encoder.grid(encoder.image_size if view is None else view, patch))
     return encoder.num_prefix_tokens + num_kept(patches, strategy.token_dropout)
+
+
+def batch_factor(encoder: Encoder, strategy: Strategy) -> int:
+    """How many times as many views have no more tokens than under the base strategy: a power of two, at least 1.
+
+    Rounded down to a power of two, so that what is put together of several batches begins and ends with what is put
+    together of more, queues of keys stay multiples of a batch, and there are few shapes.
+    """
+    times = sequence_length(encoder, Strategy()) // sequence_length(encoder, strategy)
+    return 1 << (times.bit_length() - 1)
 
 
 def relative_cost(model: nn.Module, strategy: Strategy, image_size: int | tuple[int, int]) -> float:

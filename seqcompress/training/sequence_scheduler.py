@@ -18,7 +18,7 @@ from seqcompress.json_files import json_text
 from seqcompress.messages import by_script, described
 from seqcompress.schedules import Constant, Online, Schedule
 from seqcompress.strategy import Strategy
-from seqcompress.training.cost import FORWARD_AND_BACKWARD, ViewCosts, sequence_length
+from seqcompress.training.cost import FORWARD_AND_BACKWARD, ViewCosts, batch_factor, sequence_length
 from seqcompress.training.ranks import Ranks
 
 __all__ = ["SequenceScheduler", "checked_count"]
@@ -85,6 +85,12 @@ class SequenceScheduler:
                 stacklevel=2,
             )
             plan = plan.preset
+        if schedule is None and any(embed.compression.batch is not None for embed in self._embeds):
+            warnings.warn(
+                "seqcompress: batch='merge' is for Lightning's Trainer: in a loop of your own, run as many batches at "
+                "once as the scheduler's batch_factor says",
+                stacklevel=2,
+            )
         self._driven = [(embed, embed.compression) for embed in self._embeds]
         self._claim()
         self._told_of_the_end = False
@@ -124,6 +130,28 @@ class SequenceScheduler:
     def strategy(self) -> Strategy:
         """The strategy in force."""
         return self._schedule.at_step(self._last_step, self._total_steps)
+
+    @property
+    def batch_factor(self) -> int:
+        """How many batches the next update can take at once, with no more tokens than one of uncompressed views has.
+
+        A power of two, 1 under the base strategy, and the same on every rank. To make use of it, train on as many
+        batches in one forward, and count them all: ``scheduler.step(scheduler.last_step + factor)``. Steps are then
+        what they are without: the run sees as many views, costs as much and ends as exactly, in fewer updates. So the
+        factor is never larger than the steps before a stage of longer sequences, or the end. It goes by the student's
+        tokens, whose activations are what a backward pass keeps; what heads and losses keep grows with the views.
+        """
+        step, in_force = self._last_step, self._compressions[0].strategy
+        if in_force != self.strategy:  # rehearsed, or set by hand
+            return self._factor(in_force)
+        factor = min(self._factor(in_force), 1 << (max(1, self._total_steps - step).bit_length() - 1))
+        while any(self._factor(self._schedule.at_step(step + n, self._total_steps)) < factor for n in range(factor)):
+            factor //= 2
+        return factor
+
+    def _factor(self, strategy: Strategy) -> int:
+        students = [embed for embed in self._embeds if embed.drops_tokens] or self._embeds
+        return min(batch_factor(embed.encoder, strategy) for embed in students)
 
     def step(self, step: int | None = None) -> None:
         """Go on to the next step, or to a given one.

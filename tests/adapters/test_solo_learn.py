@@ -201,6 +201,18 @@ def test_accumulated_batches_share_the_strategy_of_their_step(make_method: Build
     assert tokens(method, "momentum_backbone") == twice(twice([5] * 8 + [17] * 2))
 
 
+@pytest.mark.parametrize("section", [{**ON, "batch": "merge"}, ON], ids=["merge", "absent"])
+def test_accumulated_batches_are_run_together_where_that_is_asked_for(
+    make_method: Build, make_trainer: Build, section: Any
+) -> None:
+    method = make_method(section)
+    trainer = make_trainer(max_epochs=5, accumulate_grad_batches=4)
+    trainer.fit(method, contract.loader())
+    assert trainer.global_step == 5
+    short = [3] * 2 + [5] * 2 if "batch" in section else [3] * 8 + [5] * 4  # four at once, or two, or one
+    assert tokens(method) == twice(short + [9] * 4 + [17] * 4)
+
+
 def test_mixed_precision_trains_at_the_same_lengths(make_method: Build, make_trainer: Build) -> None:
     method = make_method(ON)
     make_trainer(max_epochs=5, precision="bf16-mixed").fit(method, contract.loader())
@@ -715,6 +727,8 @@ BAD_SECTIONS: list[tuple[Any, type[Exception], str]] = [
     (keys(schedule="sine", start={}), ValueError, "schedule must be one of linear, cosine, stepwise, got 'sine'"),
     (keys(start={}), ValueError, "seqcompress.schedule must be one of linear, cosine, stepwise, got None"),
     (keys(schedule={"start": {}}), ValueError, "seqcompress.schedule must be one of linear, cosine, stepwise, got {"),
+    (keys(batch="grow"), ValueError, "seqcompress.batch must be merge or left out, got 'grow'"),
+    (keys(batch=2), TypeError, "seqcompress.batch must be merge or left out, got 2"),
     (keys(scale_views="yes"), TypeError, "seqcompress.scale_views must be true or false, got 'yes'"),
     (keys(scale_views=1), TypeError, "seqcompress.scale_views must be true or false, got 1"),
     (keys(scale_views=True), ValueError, "seqcompress.scale_views: loader must .* holds? a known crop"),
