@@ -89,9 +89,7 @@ class CompressedPatchEmbed(nn.Module):
     when: When
     tally: Counter[Forward]
     blank_per_view: bool  # whether the model takes the batch size from its images: its tokens must be as many
-    folds_kept: (
-        bool  # whether kept tokens make a map of one row, where others are dropped: its host averages it at once
-    )
+    folds_kept: bool  # whether kept tokens make a map of one row, as right for a host that averages it at once
     places: tuple[nn.Module, ...]  # where patches may meet their positions: what has our hooks
     trial: Trial | None  # what to do while a probe runs
     is_probed: bool  # whether one runs, so that nothing is to be counted or warned of
