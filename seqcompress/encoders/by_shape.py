@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -62,10 +62,7 @@ class _LookAtCall(Hook):
         named = [(f"argument {number}", value) for number, value in enumerate(args)] + list(kwargs.items())
         for name, value in named:
             if isinstance(value, Tensor) and value.ndim in (2, 3) and (value.dtype == torch.bool or "mask" in name):
-                raise ValueError(
-                    f"{name} must be None while a compressed encoder trains, got a mask of shape {tuple(value.shape)}: "
-                    "masked tokens cannot be combined with compression"
-                )
+                refuse_mask(name, value)
             if isinstance(value, Tensor) and value.ndim == 4:
                 view = (value.shape[2], value.shape[3])
                 if encoder.plain_grid(view) is None and self.embed.compression.full_size(view) != view:
@@ -75,6 +72,14 @@ class _LookAtCall(Hook):
                         f"takes, got {view[0]} x {view[1]} px as the loader makes them: leave scale_views out, or have "
                         "the model interpolate (interpolate_pos_encoding=True)"
                     )
+
+
+def refuse_mask(name: str, mask: Tensor) -> NoReturn:
+    """Raise ValueError for an argument that masks tokens."""
+    raise ValueError(
+        f"{name} must be None while a compressed encoder trains, got a mask of shape {tuple(mask.shape)}: "
+        "masked tokens cannot be combined with compression"
+    )
 
 
 class _RefuseMaps(Hook):
@@ -270,7 +275,7 @@ class AnyVisionTransformer(Encoder):
         # All that the plain model shows of itself, before anything is changed.
         places, rotary, _ = self._places(), self._rotary(), self._takes_other_sizes
         embed = CompressedPatchEmbed(self, compression, drops_tokens=drops_tokens, when=when)
-        _replace(self.model, self._names.projection, embed)
+        self.model.set_submodule(self._names.projection, embed)
         # The earliest place behind the positions: dropout and norms before the blocks then see the kept patches.
         for number in range(len(places)):
             leave(embed)
@@ -292,7 +297,7 @@ class AnyVisionTransformer(Encoder):
         embed = self.model.get_submodule(self._names.projection)
         if isinstance(embed, CompressedPatchEmbed):
             leave(embed)
-            _replace(self.model, self._names.projection, embed.embed)
+            self.model.set_submodule(self._names.projection, embed.embed)
 
     def first_tokens(self, views: Tensor) -> Tensor:
         return tokens_at(self.model, (self.blocks[0],), views)
@@ -384,11 +389,6 @@ class AnyVisionTransformer(Encoder):
     def _zeros(self, size: Size) -> Tensor:
         weight = self.patch_embed.weight
         return torch.zeros(1, self.channels, *size, device=weight.device, dtype=weight.dtype)
-
-
-def _replace(encoder: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    encoder.get_submodule(parent)._modules[name] = module
 
 
 def _layout(model: nn.Module) -> Layout | None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from seqcompress.compressors.selection import Selection
-from seqcompress.encoders.by_shape import AnyVisionTransformer, KeptRotations, refuse_map
+from seqcompress.encoders.by_shape import AnyVisionTransformer, KeptRotations, refuse_map, refuse_mask
 from seqcompress.encoders.hooks import look_behind
 from seqcompress.encoders.patch_embed import CompressedPatchEmbed
 from seqcompress.encoders.registry import register
@@ -70,10 +70,7 @@ class _JoinedTokens:
     def __call__(self, views: Tensor, masks: Tensor | None = None) -> Any:
         embed = self._embed
         if masks is not None and embed.is_training and embed.strategy != Strategy():
-            raise ValueError(
-                "masks must be None while a compressed encoder trains, got a mask of shape "
-                f"{tuple(masks.shape)}: masked tokens cannot be combined with compression"
-            )
+            refuse_mask("masks", masks)
         model = embed.encoder.model
         made = getattr(type(model), _PREPARES)(model, views, masks)
         return self._joined(made) if embed.is_training else made

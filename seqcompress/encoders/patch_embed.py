@@ -60,6 +60,16 @@ class _Pending(NamedTuple):
     marked: bool  # whether the second of these is marked, to see that nothing is put in its tokens' place
 
 
+_FRESH: dict[str, Any] = {  # what forwards and hosts leave behind, of which a copy has nothing
+    "selection": None,
+    "_pending": None,
+    "_joined": None,
+    "_joining": False,
+    "_watched": None,
+    "_deleted": None,
+}
+
+
 class CompressedPatchEmbed(nn.Module):
     """A patch embedding that can drop tokens and scale patches; otherwise the one it wraps.
 
@@ -79,9 +89,7 @@ class CompressedPatchEmbed(nn.Module):
     when: When
     tally: Counter[Forward]
     blank_per_view: bool  # whether the model takes the batch size from its images: its tokens must be as many
-    folds_kept: (
-        bool  # whether kept tokens make a map of one row, where others are dropped: its host averages it at once
-    )
+    folds_kept: bool  # whether kept tokens make a map of one row, as right for a host that averages it at once
     places: tuple[nn.Module, ...]  # where patches may meet their positions: what has our hooks
     trial: Trial | None  # what to do while a probe runs
     is_probed: bool  # whether one runs, so that nothing is to be counted or warned of
@@ -95,32 +103,6 @@ class CompressedPatchEmbed(nn.Module):
     _is_copy: bool
     _deleted: tuple[str, weakref.ref[nn.Parameter]] | None  # the last parameter that was taken out
     selection: Selection | None  # of the last forward in train mode; None where that was the plain model's
-
-    _OWN = frozenset(
-        {
-            "embed",
-            "encoder",
-            "drops_tokens",
-            "when",
-            "tally",
-            "training",
-            "selection",
-            "blank_per_view",
-            "folds_kept",
-            "places",
-            "trial",
-            "is_probed",
-            "_compression",
-            "_watched",
-            "_is_copy",
-            "_warned",
-            "_looked_at",
-            "_pending",
-            "_joined",
-            "_joining",
-            "_deleted",
-        }
-    )
 
     def __init__(self, encoder: Encoder, compression: Compression, *, drops_tokens: bool, when: When) -> None:
         super().__init__()
@@ -144,28 +126,13 @@ class CompressedPatchEmbed(nn.Module):
             _is_full_backward_hook=embed._is_full_backward_hook,
             _warned=set(),
             _looked_at=set(),
-            _pending=None,
-            _joined=None,
-            _joining=False,
-            _watched=None,
             _is_copy=False,
-            _deleted=None,
-            selection=None,
+            **_FRESH,
         )
         self.compression = compression
 
     def __getstate__(self) -> dict[str, Any]:
-        # A forward that failed halfway leaves its patches waiting; a copy has no use for them.
-        return {
-            **vars(self),
-            "selection": None,
-            "_watched": None,
-            "_is_copy": True,
-            "_pending": None,
-            "_joined": None,
-            "_joining": False,
-            "_deleted": None,
-        }
+        return {**vars(self), **_FRESH, "_is_copy": True}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         if not memo:  # copied by itself, as PEFT does it: a part of no encoder yet
@@ -192,7 +159,7 @@ class CompressedPatchEmbed(nn.Module):
             object.__setattr__(self, name, value)
         elif name == "parametrizations" and self._deleted is not None:
             self._refuse_parametrization(self._deleted)
-        elif name in self._OWN or name == "forward":  # what is put around this forward calls this one
+        elif name in _OWN or name == "forward":  # what is put around this forward calls this one
             vars(self)[name] = value
         else:
             if name == "_is_full_backward_hook":
@@ -599,6 +566,9 @@ class CompressedPatchEmbed(nn.Module):
         if selection.kept is None:
             return tokens
         return tokens.gather(1, selection.kept.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+_OWN = frozenset({"training", *CompressedPatchEmbed.__annotations__})  # attributes that are none of the wrapped one's
 
 
 def is_frozen(model: nn.Module) -> bool:
