@@ -186,7 +186,7 @@ def resolve_plan(plan: Plan | None, encoder: Encoder) -> Schedule:
     if plan is None:
         plan = DEFAULT
     if isinstance(plan, str) and plan in PRESETS:
-        small, side = min(encoder.patch_size), min(encoder.image_size)
+        small, side = max(encoder.patch_size), min(encoder.image_size)
         return PRESETS[plan](double_patch(small, side))
     if isinstance(plan, str) and (strategy := _strategy_of(plan)) is not None:
         return Constant(strategy)
