@@ -109,7 +109,7 @@ def compress(
     for name, encoder in found.items():
         check_plan_for(encoder, schedule, name)
 
-    blank_per_view = {name: _proven(encoder, name) for name, encoder in found.items()}
+    blank_per_view = {name: blank_per_view_of(encoder, name) for name, encoder in found.items()}
 
     models = [encoder.model for encoder in found.values()]
     views = next((embed.compression.views for embed in compressed_embeds(*models)), None)
@@ -186,7 +186,7 @@ def resolve_plan(plan: Plan | None, encoder: Encoder) -> Schedule:
     if plan is None:
         plan = DEFAULT
     if isinstance(plan, str) and plan in PRESETS:
-        small, side = min(encoder.patch_size), min(encoder.image_size)
+        small, side = max(encoder.patch_size), min(encoder.image_size)
         return PRESETS[plan](double_patch(small, side))
     if isinstance(plan, str) and (strategy := _strategy_of(plan)) is not None:
         return Constant(strategy)
@@ -301,7 +301,7 @@ def _shown(size: int | tuple[int, int]) -> str:
     return f"{size}" if isinstance(size, int) else f"{size[0]} x {size[1]} px"
 
 
-def _proven(encoder: Encoder, name: str) -> bool:
+def blank_per_view_of(encoder: Encoder, name: str) -> bool:
     """Whether the model needs a blank for each view, after a proof that its kept tokens are its own.
 
     Raises:

@@ -17,7 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_hybrid import ConvStem
 from torch import nn
 
-from seqcompress import Strategy, compress, get_strategy, is_compressed, num_tokens, restore
+from seqcompress import SequenceScheduler, Strategy, compress, get_strategy, is_compressed, num_tokens, restore
 from seqcompress.encoders import find_encoder, is_encoder, registry, supported
 from seqcompress.encoders.vision_transformer import TimmVisionTransformer
 
@@ -143,6 +143,19 @@ def test_tokens_of_a_convolutional_stem_can_be_dropped(dynamic: bool, first_toke
     assert tokens.shape == (4, 5, 32)
     assert torch.equal(tokens[:, :1], every[:, :1])
     assert [len(set(row)) for row in patches_among(tokens[:, 1:], every[:, 1:]).tolist()] == [4] * 4
+
+
+def test_patches_that_are_not_square_are_never_made_smaller() -> None:
+    vit, views = VisionTransformer(**{**SMALL, "patch_size": (8, 16)}).train(), torch.randn(2, 3, 32, 32)
+    with pytest.raises(ValueError, match="patch_size must be at least the encoder's own, 16, got 8"):
+        compress(vit, patch_size=8)
+    assert num_tokens(vit, Strategy(), 32) == 9
+    assert num_tokens(vit, Strategy(0.0, 16), 32) == 5
+    assert vit.train().forward_features(views).shape == (2, 9, 32)
+    assert compress(vit, patch_size=16).forward_features(views).shape == (2, 5, 32)
+    wide = VisionTransformer(**{**SMALL, "img_size": (32, 128), "patch_size": (2, 32)})  # as of spectrograms
+    plan = SequenceScheduler(compress(wide, "default"), total_steps=10).schedule
+    assert {strategy.patch_size for strategy in plan.strategies()} == {None, 32}
 
 
 def test_patches_of_a_convolutional_stem_cannot_be_scaled() -> None:

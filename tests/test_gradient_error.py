@@ -141,6 +141,50 @@ def test_the_base_is_measured_listed_or_not_and_named_in_any_way(tiny_vit: Any) 
     assert (report.num_batches, report.complete, report.level) == (4, True, 0.95)
 
 
+class _OfSmallSize(VisionTransformer):
+    def __init__(self) -> None:
+        super().__init__(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=0)
+
+
+class _Doubled(_OfSmallSize):
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        return super()._pos_embed(2 * x)
+
+
+class _BatchSizeOfTheImages(_OfSmallSize):
+    def forward_features(self, x: Tensor, **_: Any) -> Tensor:
+        batch = x.shape[0]
+        x = self.patch_embed(x)
+        return self.norm(self.blocks(torch.cat((self.cls_token.expand(batch, -1, -1), x), dim=1) + self.pos_embed))
+
+
+@pytest.mark.parametrize("place", ["model", "teacher"])
+def test_a_model_that_compress_refuses_is_not_measured_either(place: str, tiny_vit: Any) -> None:
+    models = {"model": tiny_vit().train(), "teacher": tiny_vit().train(), place: _Doubled().train()}
+    with pytest.raises(TypeError, match=f"{place} must be a supported ViT, got a _Doubled whose tokens would not be"):
+        gradient_error(
+            models["model"],
+            lambda views: models["model"](views).square().mean(),
+            torch.randn(2, 2, 3, 32, 32).unbind(),
+            [Strategy(0.5)],
+            teacher=models["teacher"],
+        )
+    for model in models.values():
+        assert not is_compressed(model)
+        assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_model_that_needs_a_blank_for_each_view_is_measured_compressed_or_not() -> None:
+    vit, batches, reports = _BatchSizeOfTheImages().train(), torch.randn(3, 4, 3, 32, 32).unbind(), []
+    for compressed in (False, True):
+        if compressed:
+            compress(vit, Strategy())
+        reports.append(gradient_error(vit, lambda views: vit(views).square().mean(), batches, [Strategy(0.5)]))
+    one, other = (report[Strategy(0.5)] for report in reports)
+    assert one.variance > 0
+    assert (one.bias2, one.variance) == pytest.approx((other.bias2, other.variance))
+
+
 def test_the_same_seed_gives_the_same_report_and_another_seed_another(tiny_vit: Any) -> None:
     vit, batches = tiny_vit(), _loader()
     reports = [gradient_error(vit, _loss_of(vit), batches, [HALF, BOTH], cost="flops", seed=seed) for seed in (1, 1, 2)]

@@ -108,7 +108,7 @@ class Encoder(ABC):
 
     def check(self, strategies: Iterable[Strategy]) -> None:
         """Raise ValueError, saying why, if the encoder cannot be compressed in one of these ways."""
-        own = min(self.patch_size)
+        own = max(self.patch_size)  # where its patches are not square, those of a strategy are at least as large
         for size in (strategy.patch_size for strategy in strategies):
             if size is not None and size < own:
                 raise ValueError(

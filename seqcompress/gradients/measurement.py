@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from seqcompress.compression import compressed_embeds, is_compressed
+from seqcompress.compression import blank_per_view_of, compressed_embeds, is_compressed
 from seqcompress.compressors import SubsetStream
 from seqcompress.compressors.random_states import RandomStates
 from seqcompress.encoders import CompressedPatchEmbed, Compression, Encoder, When, find_encoder
@@ -221,6 +221,11 @@ class MeasuredEncoder:
         """Its patch embedding, while it is compressed."""
         return compressed_embeds(self.encoder.model)[0]
 
+    @property
+    def role(self) -> str:
+        """The name of the argument that it came as."""
+        return "model" if self.is_student else "teacher"
+
     def check(self, strategies: Sequence[Strategy]) -> None:
         """Raise ValueError if a strategy cannot be measured on it now."""
         if self.is_student and not self.encoder.model.training:
@@ -229,12 +234,11 @@ class MeasuredEncoder:
 
     def check_strategies(self, strategies: Iterable[Strategy]) -> None:
         """The same in any mode."""
-        role = "model" if self.is_student else "teacher"
         for strategy in strategies:
             try:
                 self.encoder.check([strategy if self.is_student else strategy.without_dropout()])
             except ValueError as error:
-                raise ValueError(f"strategies: {strategy!s} does not suit the {role}: {error}") from None
+                raise ValueError(f"strategies: {strategy!s} does not suit the {self.role}: {error}") from None
 
 
 def measured_encoders(model: nn.Module, teacher: nn.Module | None = None) -> list[MeasuredEncoder]:
@@ -267,7 +271,9 @@ def _compressed(encoders: Sequence[MeasuredEncoder]) -> Iterator[Compression]:
                 embed.compression, embed.tally = compression, Counter()
                 embed.drops_tokens, embed.when = measured.is_student, measured.when
             else:
+                blank_per_view = blank_per_view_of(measured.encoder, measured.role)
                 embed = measured.encoder.attach(compression, drops_tokens=measured.is_student, when=measured.when)
+                embed.blank_per_view = blank_per_view
                 undo.append(_Detach(embed))
             if measured.is_student:
                 undo.append(embed.register_forward_pre_hook(stream, prepend=True).remove)

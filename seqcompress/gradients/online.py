@@ -624,7 +624,7 @@ def _compared(ladder: Sequence[Strategy], strategy: Strategy) -> list[Strategy]:
 def _default_ladder(encoders: Sequence[MeasuredEncoder], flops: Flops) -> list[Strategy]:
     """Rungs that lie far enough apart for a difference to show; at equal cost, the larger patches."""
     student = next(measured for measured in encoders if measured.is_student)
-    own = min(student.encoder.patch_size)
+    own = max(student.encoder.patch_size)
     large = double_patch(own, min(student.encoder.image_size))
     rungs = [_BASE]
     grid = [Strategy(dropout, size) for size in (None, large) for dropout in (0.75, 0.5, 0.0)]

@@ -246,7 +246,7 @@ def cost_map(model: nn.Module, dropouts: Sequence[float], sizes: Sequence[int] |
         ValueError: a strategy of the grid does not suit it.
     """
     encoder = find_encoder(model)
-    own, side = min(encoder.patch_size), min(encoder.image_size)
+    own, side = max(encoder.patch_size), min(encoder.image_size)
     if sizes is None:
         sizes = [size for size in range(own, 4 * own + 1) if size == own or side % size == 0]
     rows = tuple(dict.fromkeys(sorted(dropouts)))
