@@ -357,6 +357,16 @@ def test_a_batch_that_follows_the_length_keeps_to_stages_and_ends_exactly(tiny_v
     assert (scheduler.last_step, scheduler.progress) == (46, 1.0)
 
 
+def test_no_update_of_a_growing_batch_reaches_into_the_next_stage(tiny_vit: Any) -> None:
+    updates = _updates(SequenceScheduler(compress(tiny_vit(), STAGES), total_steps=50))
+    # The stages begin at steps 13, 25 and 38: two batches would fit at step 12 under either strategy.
+    assert updates[:5] == [
+        *((step, 4, "drop 0.5, patch 16") for step in (0, 4, 8)),
+        (12, 1, "drop 0.5, patch 16"),
+        (13, 2, "patch 16"),
+    ]
+
+
 @pytest.mark.parametrize("total_steps", [1, 2, 3, 5, 11, 100])
 @pytest.mark.parametrize("plan", ["default", "strong", Linear(Strategy(0.9), Strategy()), Strategy(0.75, 16)])
 def test_no_update_of_a_growing_batch_has_more_tokens_than_a_plain_one(
@@ -381,20 +391,21 @@ def test_a_growing_batch_goes_on_where_its_checkpoint_stopped(tiny_vit: Any) -> 
     assert _updates(resumed) == [update for update in expected if update[0] >= 20]
 
 
-def test_a_growing_batch_spends_what_a_constant_one_spends(tiny_vit: Any) -> None:
+@pytest.mark.parametrize("plan", [STAGES, Linear(Strategy(0.9), Strategy())])
+def test_a_growing_batch_spends_what_a_constant_one_spends(plan: Any, tiny_vit: Any) -> None:
     spent, shares = [], []
     for grows in (False, True):
-        vit = compress(tiny_vit(), STAGES).train()
-        scheduler, budget = SequenceScheduler(vit, total_steps=46), Budget(vit)
-        while scheduler.last_step < 46:
+        vit = compress(tiny_vit(), plan).train()
+        scheduler, budget = SequenceScheduler(vit, total_steps=50), Budget(vit)
+        while scheduler.last_step < 50:
             factor = scheduler.batch_factor if grows else 1
             vit(torch.zeros(factor, 3, 32, 32))
             scheduler.step(scheduler.last_step + factor)
-            if scheduler.last_step == 22:
+            if scheduler.last_step == 25:
                 shares.append(budget.units)
         spent.append(budget.units)
     assert spent[1] == pytest.approx(spent[0])
-    assert shares[1] == pytest.approx(shares[0]) == pytest.approx(scheduler.budget_share(22) * spent[0])
+    assert shares[1] == pytest.approx(shares[0]) == pytest.approx(scheduler.budget_share(25) * spent[0])
 
 
 def test_a_policy_that_nobody_follows_in_a_loop_of_ones_own_is_told(tiny_vit: Any) -> None:

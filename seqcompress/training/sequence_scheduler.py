@@ -138,16 +138,20 @@ class SequenceScheduler:
         A power of two, 1 under the base strategy, and the same on every rank. To make use of it, train on as many
         batches in one forward, and count them all: ``scheduler.step(scheduler.last_step + factor)``. Steps are then
         what they are without: the run sees as many views, costs as much and ends as exactly, in fewer updates. So the
-        factor is never larger than the steps before a stage of longer sequences, or the end. It goes by the student's
+        factor is never larger than the steps before the next change of lengths, or the end. It goes by the student's
         tokens, whose activations are what a backward pass keeps; what heads and losses keep grows with the views.
         """
         step, in_force = self._last_step, self._compressions[0].strategy
         if in_force != self.strategy:  # rehearsed, or set by hand
             return self._factor(in_force)
         factor = min(self._factor(in_force), 1 << (max(1, self._total_steps - step).bit_length() - 1))
-        while any(self._factor(self._schedule.at_step(step + n, self._total_steps)) < factor for n in range(factor)):
+        lengths = self._lengths(in_force)
+        while any(self._lengths(self._schedule.at_step(step + n, self._total_steps)) != lengths for n in range(factor)):
             factor //= 2
         return factor
+
+    def _lengths(self, strategy: Strategy) -> list[int]:
+        return [sequence_length(embed.encoder, strategy) for embed in self._embeds]
 
     def _factor(self, strategy: Strategy) -> int:
         students = [embed for embed in self._embeds if embed.drops_tokens] or self._embeds
