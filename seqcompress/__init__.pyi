@@ -21,6 +21,7 @@ from seqcompress.schedules import Schedule as Schedule
 from seqcompress.schedules import Stepwise as Stepwise
 from seqcompress.strategy import Strategy as Strategy
 from seqcompress.training.budget import Budget as Budget
+from seqcompress.training.cost import grid_size as grid_size
 from seqcompress.training.cost import num_tokens as num_tokens
 from seqcompress.training.cost import relative_cost as relative_cost
 from seqcompress.training.forecast import plot_schedule as plot_schedule

@@ -16,6 +16,8 @@ from seqcompress.encoders import (
     Encoder,
     When,
     find_encoder,
+    follow_masks,
+    forget_masks,
     is_frozen,
     supported,
 )
@@ -59,6 +61,8 @@ def compress(
             Until then the model runs uncompressed, and says so. Without plan and keywords: "default".
         teacher: the momentum encoder, of the same image size, patch size and width. Patch scaling then goes to both
             encoders and token dropout to ``model`` only: asymmetric dropout and symmetric scaling, as in the paper.
+            Of encoders whose tokens are masked (Lightly's masked ViTs, Meta's class), it goes by ``model``'s mode: one
+            mask is for both, and so is its grid.
         when: "grad" compresses only forwards in train mode that build a graph, "train" every forward in train
             mode. A ``teacher``, which builds none, is always treated as "train".
         token_dropout: short form of ``plan=Strategy(token_dropout, patch_size)``.
@@ -126,6 +130,9 @@ def compress(
         embed.compression, embed.drops_tokens, embed.when = compression, is_student, when_of
         embed.blank_per_view = blank_per_view[name]
         encoder.note_shapes()
+    for given in (model, teacher):
+        if given is not None:
+            follow_masks(given)
     compression.ask_views_for(compression.strategy)
     return model
 
@@ -259,6 +266,7 @@ def embeds_of_one_compression(model: nn.Module) -> list[CompressedPatchEmbed]:
 
 
 def _detach(embed: CompressedPatchEmbed) -> None:
+    forget_masks(embed)
     embed.encoder.detach()
     embed.release()
 

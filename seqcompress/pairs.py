@@ -12,7 +12,7 @@ from typing import TypeVar, cast
 from torch import nn
 
 from seqcompress.compression import Plan, compress
-from seqcompress.encoders import BatchPolicy, find_encoder, is_encoder, is_frozen, supported
+from seqcompress.encoders import BatchPolicy, find_encoder, follow_masks, is_encoder, is_frozen, supported
 from seqcompress.messages import described
 
 __all__ = ["accelerate", "names_a_teacher"]
@@ -78,6 +78,7 @@ def accelerate(
     others = {name: encoder for name, encoder in encoders.items() if encoder not in taken}
     roles.update(_recognised(others, roles, module))
     compress(roles["student"], plan, teacher=roles.get("teacher"), batch=batch)
+    follow_masks(module)
     return module
 
 

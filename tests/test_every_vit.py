@@ -38,6 +38,7 @@ from seqcompress import (
     Strategy,
     compress,
     get_strategy,
+    grid_size,
     is_compressed,
     num_tokens,
     relative_cost,
@@ -45,6 +46,7 @@ from seqcompress import (
     set_strategy,
 )
 from seqcompress.compression import compressed_embeds
+from seqcompress.compressors.patch_scaling import resample_positions
 from seqcompress.encoders import find_encoder, is_encoder, registry
 from seqcompress.encoders.probe import first_tensor
 
@@ -726,14 +728,14 @@ def test_masks_are_refused_while_compressed() -> None:
     assert model.eval()(views, bool_masked_pos=mask)[0].shape == (2, 17, 32)
 
 
-def test_masks_of_lightlys_wrapper_are_refused_where_every_view_has_its_blank() -> None:
+def test_chosen_tokens_of_lightlys_wrapper_are_refused_where_every_view_has_its_blank() -> None:
     from lightly.models.modules import MaskedVisionTransformerTorchvision
 
     masked = MaskedVisionTransformerTorchvision(VITS["torchvision"].build())
     views, index = torch.randn(3, 3, 32, 32), torch.arange(1, 5).expand(3, -1)
     compress(masked, token_dropout=0.5).train()
-    for name, words in (("idx_mask", "puts others in their place"), ("idx_keep", "adds or takes away tokens")):
-        with pytest.raises(RuntimeError, match=words):
+    for name in ("idx_mask", "idx_keep"):
+        with pytest.raises(ValueError, match=f"{name} must be None while a compressed encoder trains"):
             masked(views, **{name: index})
     assert _run(masked, views)[0].shape == (3, 9, 32)
     assert masked.eval()(views, idx_mask=index).shape == (3, 32)
@@ -791,23 +793,54 @@ def test_crops_of_one_list_are_scaled_and_counted_each() -> None:
         assert torch.equal(one["patches"], other["patches"])
 
 
-@pytest.mark.parametrize("strategy", [Strategy(0.5), Strategy(0.0, 16)], ids=str)
-@pytest.mark.parametrize("batch", [1, 2])
-def test_masks_among_crops_are_refused_while_compressed_by_whichever_method(strategy: Strategy, batch: int) -> None:
-    model = LikeDinov2(chunks=0).train()
-    views, mask = torch.randn(batch, 3, 32, 32), torch.zeros(batch, 16, dtype=torch.bool)
+@pytest.mark.parametrize("strategy", [Strategy(0.5), Strategy(0.5, 16)], ids=str)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_masked_crops_keep_all_their_tokens_and_are_masked_on_the_grid_in_force(strategy: Strategy, batch: int) -> None:
+    model, seen = LikeDinov2(chunks=0).train(), []
+    views, rows = torch.randn(batch, 3, 32, 32), grid_size(model, strategy, 32)[0]
+    mask = torch.rand(batch, rows**2) < 0.5
+    mask[0, :2] = torch.tensor([True, False])
+    plain = copy.deepcopy(model)
     compress(model, strategy)
-    words = rf"masks must be None while a compressed encoder trains, got a mask of shape \({batch}, 16\)"
+    with torch.no_grad():  # positions of the own grid, resampled; a masked token is the same at each
+        every = plain.prepare_tokens_with_masks(views)
+        positions = every[:, 3:] - plain.patch_embed.proj(views).flatten(2).mT
+    resampled = resample_positions(positions[:1], (4, 4), (rows, rows))
+    model.blocks[0].register_forward_pre_hook(lambda block, args: seen.append(args[0]))
     for run in (
-        lambda: model([views, views], masks=[None, mask], is_training=True),
-        lambda: model.forward_features([views, views], [mask, None]),
+        lambda: model([views, views], masks=[None, mask], is_training=True)[1],
+        lambda: model.forward_features([views, views], [mask, None])[0],
         lambda: model.forward_features(views, mask),
     ):
-        with pytest.raises(ValueError, match=words):
-            run()
-    assert torch.equal(model.eval().forward_features(views, mask)["masks"], mask)
+        assert run()["patches"].shape == (batch, rows**2, 32)
+    patches = every.shape[1] - 3 if strategy.patch_size is None else 4
+    kept = num_tokens(model, strategy, 32)
+    assert [[crop.shape[1] for crop in crops] for crops in seen[:2]] == [[kept, 3 + patches], [3 + patches, kept]]
+    for tokens in (seen[0][1], seen[1][0], seen[2]):
+        expected = (model.mask_token + resampled[0]).expand(batch, -1, -1)
+        torch.testing.assert_close(tokens[:, 3:][mask], expected[mask], rtol=1e-5, atol=1e-5)
+        assert ((tokens[:, 3:] - expected).abs().amax(-1)[~mask] > 0.01).all()
+        torch.testing.assert_close(tokens[:, :3], every[:, :3])
+    wrong = torch.zeros(batch, 9, dtype=torch.bool)
+    if strategy.patch_size is not None:
+        with pytest.raises(
+            ValueError, match=rf"masks must have the shape \({batch}, 2 \* 2\) .*got \({batch}, 9\): draw"
+        ):
+            model.forward_features(views, wrong)
+    own = torch.zeros(batch, 16, dtype=torch.bool)
+    assert torch.equal(model.eval().forward_features(views, own)["masks"], own)
     set_strategy(model.train(), Strategy())
-    assert model.forward_features(views, mask)["patches"].shape == (batch, 16, 32)
+    assert torch.equal(model.forward_features(views, own)["patches"], plain.forward_features(views, own)["patches"])
+
+
+def test_a_teacher_of_metas_class_in_eval_mode_has_the_grid_of_its_student() -> None:
+    student, teacher = LikeDinov2(chunks=0).train(), LikeDinov2(chunks=0).requires_grad_(False).eval()
+    compress(student, Strategy(0.5, 16), teacher=teacher)
+    views = torch.randn(2, 3, 32, 32)
+    with pytest.warns(UserWarning, match="a teacher in eval mode gets larger patches all the same"):
+        assert teacher.forward_features(views)["patches"].shape == (2, 4, 32)
+    student.eval()
+    assert teacher.forward_features(views)["patches"].shape == (2, 16, 32)
 
 
 @pytest.mark.parametrize("kind", [partial(LikeDinov2, 0), LikeDinov3])

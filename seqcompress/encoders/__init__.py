@@ -9,6 +9,7 @@ import pkgutil
 
 from seqcompress.encoders.compression import BatchPolicy, Compression
 from seqcompress.encoders.encoder import Encoder
+from seqcompress.encoders.masks import follow_masks, forget_masks
 from seqcompress.encoders.patch_embed import CompressedPatchEmbed, Forward, When, is_frozen
 from seqcompress.encoders.registry import find_encoder, is_encoder, register, register_wrapper, supported
 
@@ -20,6 +21,8 @@ __all__ = [
     "Forward",
     "When",
     "find_encoder",
+    "follow_masks",
+    "forget_masks",
     "is_encoder",
     "is_frozen",
     "register",

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from functools import cached_property
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from seqcompress.compressors.selection import Selection
 from seqcompress.encoders.compression import Compression
 from seqcompress.encoders.encoder import Encoder, Size
 from seqcompress.encoders.hooks import Hook, hook_in, join_at, leave, look_behind
+from seqcompress.encoders.masks import refuse_tokens_named
 from seqcompress.encoders.patch_embed import CompressedPatchEmbed, When
 from seqcompress.encoders.probe import call_of, difference, first_tensor, tensors_in, tokens_at, undisturbed
 from seqcompress.encoders.registry import register, supported
@@ -61,8 +62,9 @@ class _LookAtCall(Hook):
             return
         named = [(f"argument {number}", value) for number, value in enumerate(args)] + list(kwargs.items())
         for name, value in named:
-            if isinstance(value, Tensor) and value.ndim in (2, 3) and (value.dtype == torch.bool or "mask" in name):
-                refuse_mask(name, value)
+            is_mask = isinstance(value, Tensor) and (value.dtype == torch.bool or "mask" in name)
+            if is_mask and value.ndim in (2, 3) and not encoder.masks_tokens:
+                refuse_tokens_named(name, value)
             if isinstance(value, Tensor) and value.ndim == 4:
                 view = (value.shape[2], value.shape[3])
                 if encoder.plain_grid(view) is None and self.embed.compression.full_size(view) != view:
@@ -72,14 +74,6 @@ class _LookAtCall(Hook):
                         f"takes, got {view[0]} x {view[1]} px as the loader makes them: leave scale_views out, or have "
                         "the model interpolate (interpolate_pos_encoding=True)"
                     )
-
-
-def refuse_mask(name: str, mask: Tensor) -> NoReturn:
-    """Raise ValueError for an argument that masks tokens."""
-    raise ValueError(
-        f"{name} must be None while a compressed encoder trains, got a mask of shape {tuple(mask.shape)}: "
-        "masked tokens cannot be combined with compression"
-    )
 
 
 class _RefuseMaps(Hook):

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from seqcompress.compressors.selection import Selection
-from seqcompress.encoders.by_shape import AnyVisionTransformer, KeptRotations, refuse_map, refuse_mask
+from seqcompress.encoders.by_shape import AnyVisionTransformer, KeptRotations, refuse_map
 from seqcompress.encoders.hooks import look_behind
+from seqcompress.encoders.masks import masked_forward
 from seqcompress.encoders.patch_embed import CompressedPatchEmbed
 from seqcompress.encoders.registry import register
-from seqcompress.strategy import Strategy
 
 _PREPARES, _LAYERS = "prepare_tokens_with_masks", "get_intermediate_layers"
 
@@ -29,6 +29,7 @@ class DinoVisionTransformer(AnyVisionTransformer):
     supports = "Meta's DinoVisionTransformer (of the repositories of DINOv2 and DINOv3, and their copies)"
     general = False
     positions_in_blocks = True
+    masks_tokens = True
 
     @staticmethod
     def recognises(model: nn.Module) -> bool:
@@ -69,11 +70,20 @@ class _JoinedTokens:
 
     def __call__(self, views: Tensor, masks: Tensor | None = None) -> Any:
         embed = self._embed
-        if masks is not None and embed.is_training and embed.strategy != Strategy():
-            refuse_mask("masks", masks)
-        model = embed.encoder.model
-        made = getattr(type(model), _PREPARES)(model, views, masks)
+        if masks is not None and embed.is_training:
+            return self._masked(views, masks)
+        made = self._made(views, masks)
         return self._joined(made) if embed.is_training else made
+
+    def _made(self, views: Tensor, masks: Tensor | None) -> Any:
+        model = self._embed.encoder.model
+        return getattr(type(model), _PREPARES)(model, views, masks)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _masked(self, views: Tensor, masks: Tensor) -> Any:
+        return masked_forward(
+            self._embed, views, masks, lambda masks: self._joined(self._made(views, masks)), name="masks"
+        )
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _joined(self, made: Any) -> Any:

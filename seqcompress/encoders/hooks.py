@@ -34,7 +34,7 @@ class Join(Hook):
         self.is_last = is_last
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        self.embed.check_mask(kwargs.get("attn_mask", kwargs.get("attention_mask")))
+        self.embed.check_mask(kwargs)
         if args and isinstance(args[0], (list, tuple)):
             if self.embed.is_waiting:
                 raise ValueError(

@@ -14,6 +14,8 @@ import math
 import warnings
 import weakref
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
@@ -29,6 +31,8 @@ from seqcompress.strategy import Strategy
 __all__ = ["ChangedTokensError", "CompressedPatchEmbed", "Forward", "Trial", "When", "is_frozen"]
 
 When = Literal["grad", "train"]
+
+_ATTENTION_MASKS = ("attn_mask", "attention_mask", "mask")
 
 
 class Forward(NamedTuple):
@@ -58,6 +62,16 @@ class _Pending(NamedTuple):
     own_grid: Size  # for which the model makes positions meanwhile,
     blanks: int  # and for how many views
     marked: bool  # whether the second of these is marked, to see that nothing is put in its tokens' place
+    mask: Tensor | None  # (B, P + N), where the second of these has what masked tokens are replaced by
+
+
+class _Cut(NamedTuple):
+    """How a forward cuts its views into patches."""
+
+    patch: Size
+    grid: Size
+    full: Size  # the size that its views would have had, had they not been made smaller
+    is_plain: bool  # whether the plain model cuts them so, where all patches are kept
 
 
 _FRESH: dict[str, Any] = {  # what forwards and hosts leave behind, of which a copy has nothing
@@ -67,6 +81,9 @@ _FRESH: dict[str, Any] = {  # what forwards and hosts leave behind, of which a c
     "_joining": False,
     "_watched": None,
     "_deleted": None,
+    "_mask": None,
+    "_plain_under": None,
+    "_was_reached": False,
 }
 
 
@@ -93,6 +110,7 @@ class CompressedPatchEmbed(nn.Module):
     places: tuple[nn.Module, ...]  # where patches may meet their positions: what has our hooks
     trial: Trial | None  # what to do while a probe runs
     is_probed: bool  # whether one runs, so that nothing is to be counted or warned of
+    host: nn.Module | None  # what masks the encoder's tokens, by a method that we stand in for
     _warned: set[str]
     _looked_at: set[Size]  # sizes of views
     _pending: _Pending | None
@@ -102,6 +120,9 @@ class CompressedPatchEmbed(nn.Module):
     _watched: tuple[nn.Parameter, int] | None  # one that is trained, and its version when last looked at
     _is_copy: bool
     _deleted: tuple[str, weakref.ref[nn.Parameter]] | None  # the last parameter that was taken out
+    _mask: Tensor | None  # (B, P + N) of the forward that runs, if it is a masked one
+    _plain_under: Strategy | None  # the strategy in force as the last forward in train mode ran, if that was plain
+    _was_reached: bool  # whether a training forward has ever come here
     selection: Selection | None  # of the last forward in train mode; None where that was the plain model's
 
     def __init__(self, encoder: Encoder, compression: Compression, *, drops_tokens: bool, when: When) -> None:
@@ -122,6 +143,7 @@ class CompressedPatchEmbed(nn.Module):
             places=(),
             trial=None,
             is_probed=False,
+            host=None,
             training=embed.training,
             _is_full_backward_hook=embed._is_full_backward_hook,
             _warned=set(),
@@ -152,6 +174,8 @@ class CompressedPatchEmbed(nn.Module):
         except AttributeError:
             if "embed" not in vars(self):  # not set up yet: copy and pickle ask early
                 raise
+            if name in ("grid_size", "num_patches") and vars(self)["host"] is not None and self.is_training:
+                return self._own_or_scaled(name)
             return getattr(vars(self)["embed"], name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -206,8 +230,22 @@ class CompressedPatchEmbed(nn.Module):
 
     @property
     def is_training(self) -> bool:
-        """Whether its encoder is in train mode; a frozen patch embedding may be in eval mode by itself."""
-        return self.trial is not None or bool(self.encoder.model.training)
+        """Whether its encoder is in train mode; a frozen patch embedding may be in eval mode by itself.
+
+        A teacher whose tokens somebody masks goes by its student: one mask is for both, and so is its grid.
+        """
+        if self.trial is not None or self.encoder.model.training:
+            return True
+        return not self.drops_tokens and self.takes_masks and not self.is_probed and self._student_trains()
+
+    @property
+    def takes_masks(self) -> bool:
+        """Whether somebody may mask the encoder's tokens."""
+        return self.host is not None or self.encoder.masks_tokens
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _student_trains(self) -> bool:
+        return any(partner.drops_tokens and partner.encoder.model.training for partner in self.partners())
 
     @property
     def is_waiting(self) -> bool:
@@ -249,6 +287,43 @@ class CompressedPatchEmbed(nn.Module):
     def release(self) -> None:
         """Take leave of the partners: the encoder has its plain patch embedding back."""
         self.compression.members.pop(self, None)
+
+    @contextmanager
+    def masking(self, mask: Tensor) -> Iterator[None]:
+        """Run a forward whose tokens are masked, (B, P + N): it drops none."""
+        self._mask = mask
+        try:
+            yield
+        finally:
+            self._mask = None
+
+    def num_blanks(self, views: int, *, is_masked: bool) -> int:
+        """How many blank views stand in for so many."""
+        if self.blank_per_view:
+            return max(2, views) if is_masked else views
+        # One view's positions are all there is to know, beside what masked tokens are replaced by. Under
+        # DistributedDataParallel it is two views: what the model expands for each of them (its class token) then has a
+        # gradient that is summed, and so lies in memory as the parameter does, about which it warns else.
+        is_distributed = views > 1 and distributed.is_available() and distributed.is_initialized()
+        return 2 if is_masked or is_distributed else 1
+
+    def masked_grid(self, views: Any) -> Size | None:
+        """Patches along each side of views (B, C, H, W) in a forward that drops none; None if it is the plain one."""
+        if not self.is_training or self.trial is not None or not isinstance(views, Tensor) or views.ndim != 4:
+            return None
+        cut = self._cut(views)
+        return None if cut.is_plain else cut.grid
+
+    def _own_or_scaled(self, name: str) -> Any:
+        """The grid of the views that the encoder was built for, or its patches: for whoever draws masks for it.
+
+        The model's own code asks while it runs, and means the grid that its positions are for.
+        """
+        strategy = self.strategy
+        if self._joining or self.is_probed or strategy == self._plain_under or strategy.patch_size is None:
+            return getattr(self.embed, name)
+        grid = self.encoder.grid(self.encoder.image_size, (strategy.patch_size, strategy.patch_size))
+        return grid if name == "grid_size" else math.prod(grid)
 
     def dynamic_feat_size(self, img_size: Size) -> Size:
         """The grid that timm folds tokens into for feature maps: that of the last forward.
@@ -323,7 +398,21 @@ class CompressedPatchEmbed(nn.Module):
         Raises:
             RuntimeError: something adds or takes away tokens before the first block: masks or prompts, for instance.
         """
+        if is_last and not self._was_reached:
+            self._notice_plain_blocks()
         return self._join_in_training(blank, is_last) if self._joining and self.is_training else blank
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _notice_plain_blocks(self) -> None:
+        """Whoever holds the plain patch embedding, and the blocks, trains without the compressors."""
+        is_of_training = self.is_training and not self.is_probed and torch.is_grad_enabled() and not in_backward()
+        if is_of_training and self.drops_tokens and self.strategy != Strategy():
+            self._warn(
+                "plain blocks",
+                "training is uncompressed: the blocks of a compressed encoder are given tokens that its patch "
+                "embedding has not made, as stable-pretraining's MAE and IJEPA do, which leave tokens out by "
+                "themselves; train such a method plain",
+            )
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _count_in_eval(self, views: Tensor) -> None:
@@ -358,8 +447,10 @@ class CompressedPatchEmbed(nn.Module):
             )
         self._pending = self._joined = None
         self._joining = False
+        self._was_reached = True
         self.selection = selection = self._select(views) if self.trial is None else self._trial_selection(views)
         self._joining = selection is not None
+        self._plain_under = self.strategy if selection is None else None
         if self._joining:
             self._check_places()
         return self.embed.forward(views) if selection is None else self._embed_patches(views, selection)
@@ -375,15 +466,14 @@ class CompressedPatchEmbed(nn.Module):
                 f"tensor of shape {tuple(tokens.shape)}: it has been changed since compress(), or a hook changes what "
                 "it gives"
             )
-        # One view's positions are all there is to know. Under DistributedDataParallel it is two views: what the model
-        # expands for each of them (its class token) then has a gradient that is summed, and so lies in memory as the
-        # parameter does, about which it warns else.
-        few = 2 if len(tokens) > 1 and distributed.is_available() and distributed.is_initialized() else 1
-        blanks = len(tokens) if self.blank_per_view else few
+        mask = self._mask
+        blanks = self.num_blanks(len(tokens), is_masked=mask is not None)
         own_grid = self.encoder.blank_grid(selection.view)
         # Masks for a batch do fit where there is a blank for each view. Looked for once for each size of views, since
         # looking waits for the device.
-        if self.trial is None:
+        if self.trial is None and mask is not None:
+            marked = False
+        elif self.trial is None:
             marked = blanks == len(tokens) > 1 and selection.view not in self._looked_at and _has_values(tokens)
         else:
             marked = self.trial.marked
@@ -391,7 +481,7 @@ class CompressedPatchEmbed(nn.Module):
         blank = self.encoder.blank(tokens, blanks, own_grid)
         if marked:
             blank[1] = 1
-        self._pending = _Pending(tokens, selection, own_grid, blanks, marked)
+        self._pending = _Pending(tokens, selection, own_grid, blanks, marked, mask)
         return blank
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -417,7 +507,13 @@ class CompressedPatchEmbed(nn.Module):
             if self.trial is None:
                 self._looked_at.add(pending.selection.view)
         tokens = pending.tokens + positions_of(positions[:1], grid, pending.selection)
-        if prefix:
+        if pending.mask is not None:
+            # Replaced before positions were added, in a blank view of the model's own grid.
+            replaced = pending.mask.unsqueeze(-1)  # (B, P + N, 1)
+            tokens = torch.where(replaced[:, prefix:], positions_of(positions[1:2], grid, pending.selection), tokens)
+            if prefix:
+                tokens = torch.cat((torch.where(replaced[:, :prefix], before[1:2], before[:1]), tokens), dim=1)
+        elif prefix:
             before = before if self.blank_per_view else before[:1].expand(len(tokens), -1, -1)
             tokens = torch.cat((before, tokens), dim=1)
         self._joined, self._joining = (None, False) if is_last else (tokens.shape[1], True)
@@ -432,15 +528,19 @@ class CompressedPatchEmbed(nn.Module):
                 "whatever puts others in their place (mask, idx_mask) cannot be combined with compression"
             )
 
-    def check_mask(self, mask: Any) -> None:
+    def check_mask(self, named: dict[str, Any]) -> None:
         """Refuse an attention mask, which is made for all tokens, where tokens have been joined.
+
+        Args:
+            named: what a block is given by name.
 
         Raises:
             ValueError: there is one.
         """
-        if mask is not None and self.is_training and self.selection is not None:
+        name = next((name for name in _ATTENTION_MASKS if named.get(name) is not None), None)
+        if name is not None and self.is_training and self.selection is not None:
             raise ValueError(
-                "attn_mask must be None while a compressed encoder trains: it is made for the tokens of the plain "
+                f"{name} must be None while a compressed encoder trains: it is made for the tokens of the plain "
                 "model, of which some are dropped or cut in another size"
             )
 
@@ -462,25 +562,27 @@ class CompressedPatchEmbed(nn.Module):
                 self._warn("no driver", missing)
             if self._was_updated() and (missing := self.compression.notice_missing_step()):
                 self._warn("no step", missing)
-        strategy = self.strategy if compressing else Strategy()
+        cut = self._cut(views)
         base, view = self.encoder.patch_size, (views.shape[2], views.shape[3])
-        full = self.compression.full_size(view)
-        patch = base if strategy.patch_size is None else (strategy.patch_size, strategy.patch_size)
-        grid = self.encoder.grid(full, patch)
-        if full != view:  # made smaller: the same grid, whose patches have fewer pixels here
-            patch = (max(base[0], round(view[0] / grid[0])), max(base[1], round(view[1] / grid[1])))
+        patch, grid, full = cut.patch, cut.grid, cut.full
         patches = grid[0] * grid[1]
-        kept = num_kept(patches, strategy.token_dropout)
+        # Where something is predicted, all that predicts it and all that is to be predicted is there.
+        is_whole = self._mask is not None or not compressing
+        kept = patches if is_whole else num_kept(patches, self.strategy.token_dropout)
         prefix = self.encoder.num_prefix_tokens
         if not in_backward():
             self.tally[Forward(tuple(views.shape), prefix + kept, graph)] += 1
-        # Views that the plain model refuses: compressed or not, training takes them, so that a schedule that ends
-        # at the base strategy does not end in an error.
-        plain = self.encoder.plain_grid(view)
-        if patch == base and kept == patches and full == view and (plain is not None or not compressing):
+        if kept == patches and cut.is_plain:
             return None
+        plain = self.encoder.plain_grid(view)
         if plain is None and full == view:
             self._warn_of_another_size(view)
+        if not self.encoder.model.training:
+            self._warn(
+                "goes by its student",
+                "a teacher in eval mode gets larger patches all the same while its student trains, since one mask is "
+                "for both; to evaluate it in between, put the student in eval mode, too",
+            )
         subset = None
         if kept < patches:
             # Without values, or with a batch that a function transform hides, there is no stream of numbers to follow.
@@ -490,6 +592,21 @@ class CompressedPatchEmbed(nn.Module):
         is_own = patch == base and full == view and grid == plain
         area = (grid[0] * patch[0], grid[1] * patch[1]) if is_own else view
         return select(views, grid, patch, base, subset, area)
+
+    def _cut(self, views: Tensor) -> _Cut:
+        """How these views (B, C, H, W) are cut by the strategy in force, if this forward is compressed at all."""
+        compressing = self.when == "train" or _builds_graph(views, self.encoder.model)
+        size = self.strategy.patch_size if compressing else None
+        base, view = self.encoder.patch_size, (views.shape[2], views.shape[3])
+        full = self.compression.full_size(view)
+        patch = base if size is None else (size, size)
+        grid = self.encoder.grid(full, patch)
+        if full != view:  # made smaller: the same grid, whose patches have fewer pixels here
+            patch = (max(base[0], round(view[0] / grid[0])), max(base[1], round(view[1] / grid[1])))
+        # Views that the plain model refuses: compressed or not, training takes them, so that a schedule that ends
+        # at the base strategy does not end in an error.
+        takes_it = self.encoder.plain_grid(view) is not None or not compressing
+        return _Cut(patch, grid, full, patch == base and full == view and takes_it)
 
     def _trial_selection(self, views: Tensor) -> Selection:
         assert self.trial is not None

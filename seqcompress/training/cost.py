@@ -29,10 +29,13 @@ __all__ = [
     "batch_factor",
     "encoder_flops",
     "flops_by_tokens",
+    "grid_size",
     "num_tokens",
     "relative_cost",
     "sequence_length",
 ]
+
+Size = tuple[int, int]
 
 FORWARD_AND_BACKWARD = 3  # forward passes that a forward and its backward cost together
 
@@ -57,16 +60,42 @@ def num_tokens(model: nn.Module, strategy: Strategy, image_size: int | tuple[int
         >>> num_tokens(vit, Strategy(0.5, 32), 224)
         25
     """
+    encoder, view = _checked(model, strategy, image_size)
+    return sequence_length(encoder, strategy, view)
+
+
+def grid_size(model: nn.Module, strategy: Strategy, image_size: int | tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of patches that a view is cut into under a strategy: what masks for it are drawn on.
+
+    Token dropout changes nothing in it: a forward with a mask drops no tokens.
+
+    Args and errors are those of [num_tokens][seqcompress.num_tokens].
+
+    Examples:
+        >>> import timm
+        >>> from seqcompress import compress, get_strategy
+        >>> vit = compress(timm.create_model("vit_tiny_patch16_224"), Strategy(0.5, 32))
+        >>> grid_size(vit, get_strategy(vit), (224, 160))
+        (7, 5)
+    """
+    encoder, view = _checked(model, strategy, image_size)
+    return encoder.grid(view, _patch(encoder, strategy))
+
+
+def _checked(model: nn.Module, strategy: Strategy, image_size: int | tuple[int, int]) -> tuple[Encoder, Size]:
     encoder = find_encoder(model)
     if not isinstance(strategy, Strategy):
         raise TypeError(f"strategy must be a Strategy, got {described(strategy)}")
-    return sequence_length(encoder, strategy, _checked_size(image_size))
+    return encoder, _checked_size(image_size)
+
+
+def _patch(encoder: Encoder, strategy: Strategy) -> Size:
+    return encoder.patch_size if strategy.patch_size is None else (strategy.patch_size, strategy.patch_size)
 
 
 def sequence_length(encoder: Encoder, strategy: Strategy, view: tuple[int, int] | None = None) -> int:
     """``num_tokens`` of an encoder; by default, of a view of the size it was built for."""
-    patch = encoder.patch_size if strategy.patch_size is None else (strategy.patch_size, strategy.patch_size)
-    patches = math.prod(encoder.grid(encoder.image_size if view is None else view, patch))
+    patches = math.prod(encoder.grid(encoder.image_size if view is None else view, _patch(encoder, strategy)))
     return encoder.num_prefix_tokens + num_kept(patches, strategy.token_dropout)
 
 

@@ -320,3 +320,26 @@ def test_two_processes_train_one_model_and_count_one_budget(tmp_path):
     learned = [name for name, value in one["weights"].items() if "running" not in name]
     assert len(learned) > 40
     assert all(torch.equal(one["weights"][name], other["weights"][name]) for name in learned)
+
+
+@pytest.mark.parametrize("name", ["MAE", "IJEPA"])
+def test_methods_that_leave_tokens_out_say_that_they_train_plain(name: str) -> None:
+    from stable_pretraining import methods
+
+    torch.manual_seed(0)
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=4, depth=2, num_classes=0)
+    sizes = {"decoder_depth": 1} if name == "MAE" else {"predictor_depth": 1}
+    module = getattr(methods, name)(vit, **sizes).train()
+    views = Images().pixels[:4]
+    blocks = next(child.blocks for child in module.modules() if isinstance(child, timm.models.VisionTransformer))
+    seen: list[int] = []
+    blocks[0].register_forward_pre_hook(lambda block, args: seen.append(args[0].shape[1]))
+    torch.manual_seed(1)
+    plain = module(views).loss
+    seqcompress.accelerate(module, seqcompress.Strategy(0.5, 8))
+    torch.manual_seed(1)
+    with pytest.warns(UserWarning, match="training is uncompressed: the blocks of a compressed encoder are") as told:
+        losses = [module(views).loss for _ in range(2)]
+    assert torch.equal(losses[0], plain)
+    assert len([one for one in told if "training is uncompressed" in str(one.message)]) == 1
+    assert seen[1] == seen[0] < 65
