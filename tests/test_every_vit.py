@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -381,6 +381,17 @@ def vit(name: str) -> Vit:
     return VITS[name]
 
 
+@cache
+def _compressed(name: str) -> Any:
+    """Proven once for all tests; each has a copy."""
+    return compress(_built(VITS[name]), Strategy())
+
+
+@pytest.fixture
+def compressed(name: str) -> Any:
+    return copy.deepcopy(_compressed(name))
+
+
 @pytest.fixture
 def model(vit: Vit) -> Any:
     return _built(vit)
@@ -486,10 +497,11 @@ def _difference(found: Tensor, expected: Tensor) -> float:
 # The contract
 
 
-def test_features_are_those_of_the_plain_model_on_the_same_patches(vit: Vit, model: Any, patches_among: Any) -> None:
+def test_features_are_those_of_the_plain_model_on_the_same_patches(
+    vit: Vit, compressed: Any, patches_among: Any
+) -> None:
+    model, plain = compressed, restore(copy.deepcopy(compressed))
     views, prefix, own = _views(model), find_encoder(model).num_prefix_tokens, _patch(model)
-    plain = copy.deepcopy(model)
-    compress(model, Strategy())
     for strategy in (Strategy(0.5), Strategy(0.75), Strategy(0.0, 2 * own), Strategy(0.5, 2 * own)):
         reference, tokens = copy.deepcopy(plain), None
         if strategy.patch_size is not None and vit.larger is not None:
@@ -508,13 +520,13 @@ def test_features_are_those_of_the_plain_model_on_the_same_patches(vit: Vit, mod
             assert _difference(features, _run(reference, views)[1]) < 1e-4, strategy
 
 
-def test_views_of_another_size_have_the_plain_models_positions(vit: Vit, model: Any, patches_among: Any) -> None:
-    encoder = find_encoder(model)
+def test_views_of_another_size_have_the_plain_models_positions(vit: Vit, compressed: Any, patches_among: Any) -> None:
+    model, encoder = compressed, find_encoder(compressed)
     if encoder.only_size is not None:
         pytest.skip("it takes views of one size")
     height, width = encoder.image_size
-    views, plain = _views(model, 2, (height // 2, width + width // 2)), copy.deepcopy(model)
-    compress(model, Strategy(0.5))
+    views, plain = _views(model, 2, (height // 2, width + width // 2)), restore(copy.deepcopy(model))
+    set_strategy(model, Strategy(0.5))
     every, prefix = _run(plain, views)[0], encoder.num_prefix_tokens
     found, features = _run(model, views)
     assert found.shape[1] == num_tokens(model, Strategy(0.5), views.shape[2:])
@@ -544,13 +556,13 @@ def test_the_base_strategy_and_evaluation_are_the_plain_model_and_restoring_leav
 
 
 def test_every_parameter_that_trains_plainly_trains_compressed_and_in_half_precision(
-    model: Any, gradients: Any
+    compressed: Any, gradients: Any
 ) -> None:
-    views, trained = _views(model), []
+    model, views, trained = compressed, _views(compressed), []
     for strategy, kind in [(Strategy(), None), (Strategy(0.5, 2 * _patch(model)), None), (None, torch.bfloat16)]:
         model.zero_grad(set_to_none=True)
         if strategy is not None:
-            compress(model, strategy)
+            set_strategy(model, strategy)
         _output(model.to(kind or torch.float32), views.to(kind or torch.float32)).float().square().sum().backward()
         trained.append(gradients(model))
     assert trained[0].keys() == trained[1].keys() == trained[2].keys()
@@ -610,14 +622,14 @@ def test_a_scheduled_run_is_counted_and_measured(vit: Vit, model: Any) -> None:
 
 
 def test_two_forwards_before_a_checkpointed_backward_have_the_gradients_of_a_run_without(
-    vit: Vit, model: Any, gradients: Any
+    vit: Vit, compressed: Any, gradients: Any
 ) -> None:
     if vit.checkpoint is None:
         pytest.skip("it has no checkpointing of its own")
-    compress(model, Strategy(0.5, 2 * _patch(model)))
-    one, other, found = _views(model), _views(model), []
+    set_strategy(compressed, Strategy(0.5, 2 * _patch(compressed)))
+    one, other, found = _views(compressed), _views(compressed), []
     for reentrant in (None, *vit.reentrant):
-        twin = copy.deepcopy(model)
+        twin = copy.deepcopy(compressed)
         if reentrant is not None:
             vit.checkpoint(twin, reentrant)
         torch.manual_seed(1)
@@ -628,9 +640,10 @@ def test_two_forwards_before_a_checkpointed_backward_have_the_gradients_of_a_run
         torch.testing.assert_close(each, found[0], rtol=1e-4, atol=1e-5)
 
 
-def test_views_are_made_smaller_for_them_or_refused_in_one_line(vit: Vit, model: Any) -> None:
-    (height, width), own, encoder = _size(model), _patch(model), find_encoder(model)
-    compress(model, Strategy(0.0, 2 * own))
+def test_views_are_made_smaller_for_them_or_refused_in_one_line(vit: Vit, compressed: Any) -> None:
+    model, encoder = compressed, find_encoder(compressed)
+    (height, width), own = encoder.image_size, _patch(model)
+    set_strategy(model, Strategy(0.0, 2 * own))
     crop = v2.Compose([v2.RandomResizedCrop((height, width)), torchvision.transforms.ToTensor()])
     images = torchvision.datasets.FakeData(4, (3, 2 * height, 2 * width), transform=crop)
     loader = seqcompress.scale_views(DataLoader(Subset(images, range(4)), batch_size=4), model)
