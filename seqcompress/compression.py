@@ -61,8 +61,8 @@ def compress(
             Until then the model runs uncompressed, and says so. Without plan and keywords: "default".
         teacher: the momentum encoder, of the same image size, patch size and width. Patch scaling then goes to both
             encoders and token dropout to ``model`` only: asymmetric dropout and symmetric scaling, as in the paper.
-            Of encoders whose tokens are masked (Lightly's masked ViTs, Meta's class), it goes by ``model``'s mode: one
-            mask is for both, and so is its grid.
+            Where a host reads the grid off one of them to draw masks for both (Lightly's iBOT and DINOv2), it goes by
+            ``model``'s mode from then on.
         when: "grad" compresses only forwards in train mode that build a graph, "train" every forward in train
             mode. A ``teacher``, which builds none, is always treated as "train".
         token_dropout: short form of ``plan=Strategy(token_dropout, patch_size)``.

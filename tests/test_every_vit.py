@@ -846,14 +846,16 @@ def test_masked_crops_keep_all_their_tokens_and_are_masked_on_the_grid_in_force(
     assert torch.equal(model.forward_features(views, own)["patches"], plain.forward_features(views, own)["patches"])
 
 
-def test_a_teacher_of_metas_class_in_eval_mode_has_the_grid_of_its_student() -> None:
+def test_masks_for_a_teacher_in_eval_mode_are_refused_since_it_has_a_grid_of_its_own() -> None:
     student, teacher = LikeDinov2(chunks=0).train(), LikeDinov2(chunks=0).requires_grad_(False).eval()
     compress(student, Strategy(0.5, 16), teacher=teacher)
-    views = torch.randn(2, 3, 32, 32)
-    with pytest.warns(UserWarning, match="a teacher in eval mode gets larger patches all the same"):
-        assert teacher.forward_features(views)["patches"].shape == (2, 4, 32)
-    student.eval()
+    views, masks = torch.randn(2, 3, 32, 32), torch.ones(2, 4, dtype=torch.bool)
     assert teacher.forward_features(views)["patches"].shape == (2, 16, 32)
+    with pytest.raises(ValueError, match=r"masks must be for student and teacher alike, got one for 2 \* 2 patches"):
+        student.forward_features(views, masks)
+    teacher.train()
+    assert teacher.forward_features(views)["patches"].shape == (2, 4, 32)
+    assert student.forward_features(views, masks)["patches"].shape == (2, 4, 32)
 
 
 @pytest.mark.parametrize("kind", [partial(LikeDinov2, 0), LikeDinov3])

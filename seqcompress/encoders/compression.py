@@ -46,12 +46,15 @@ class Compression:
 
     Attributes:
         members: the patch embeddings of these encoders, those of copies in other processes or files excluded.
+        masks_are_drawn: whether the host has read the grid in force off one of the encoders, to draw masks for all.
         batch: "merge" if a host is to run several batches at once while sequences are short, else None.
         finished: whether the plan has been run to its end, as its driver says. Who drives by itself, without being
             asked to, drives no such encoders: they stay plain.
     """
 
-    batch: BatchPolicy | None = None  # where it was pickled before there was one, too
+    # Where it was pickled before there were these, too.
+    batch: BatchPolicy | None = None
+    masks_are_drawn = False
 
     def __init__(
         self,

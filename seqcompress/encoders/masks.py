@@ -44,7 +44,7 @@ def masked_forward(
         prefix: how many prefix tokens the mask says something of.
 
     Raises:
-        ValueError: the mask was drawn for another grid.
+        ValueError: the mask was drawn for another grid, or the teacher runs on another one.
     """
     grid = embed.masked_grid(views)
     if grid is None:  # the plain model's forward, or none that it would take
@@ -56,6 +56,11 @@ def masked_forward(
     if mask.ndim != 2 or mask.shape[1] != prefix + math.prod(grid) or len(mask) not in (1, len(views)):
         _refuse_grid(embed, views, mask, grid, name, prefix)
     of_patches = math.prod(embed.encoder.blank_grid((views.shape[2], views.shape[3])))
+    if any(not teacher.drops_tokens and not teacher.is_training for teacher in embed.partners()):
+        raise ValueError(
+            f"{name} must be for student and teacher alike, got one for {grid[0]} * {grid[1]} patches, while a teacher "
+            "in eval mode is not compressed: call teacher.train()"
+        )
     blank = mask.new_zeros(embed.num_blanks(len(views), is_masked=True), prefix + of_patches, dtype=torch.bool)
     blank[1:] = True
     mask = F.pad(mask.to(torch.bool), (embed.encoder.num_prefix_tokens - prefix, 0))

@@ -174,7 +174,8 @@ class CompressedPatchEmbed(nn.Module):
         except AttributeError:
             if "embed" not in vars(self):  # not set up yet: copy and pickle ask early
                 raise
-            if name in ("grid_size", "num_patches") and vars(self)["host"] is not None and self.is_training:
+            is_of_grid = name in ("grid_size", "num_patches") and vars(self)["host"] is not None
+            if is_of_grid and (self.is_training or self._may_go_by_student()):
                 return self._own_or_scaled(name)
             return getattr(vars(self)["embed"], name)
 
@@ -232,19 +233,16 @@ class CompressedPatchEmbed(nn.Module):
     def is_training(self) -> bool:
         """Whether its encoder is in train mode; a frozen patch embedding may be in eval mode by itself.
 
-        A teacher whose tokens somebody masks goes by its student: one mask is for both, and so is its grid.
+        A teacher off which the host has read the grid, to draw masks for both, goes by its student.
         """
         if self.trial is not None or self.encoder.model.training:
             return True
-        return not self.drops_tokens and self.takes_masks and not self.is_probed and self._student_trains()
-
-    @property
-    def takes_masks(self) -> bool:
-        """Whether somebody may mask the encoder's tokens."""
-        return self.host is not None or self.encoder.masks_tokens
+        return self.compression.masks_are_drawn and self._may_go_by_student()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _student_trains(self) -> bool:
+    def _may_go_by_student(self) -> bool:
+        if self.drops_tokens or self.host is None or self.is_probed:
+            return False
         return any(partner.drops_tokens and partner.encoder.model.training for partner in self.partners())
 
     @property
@@ -322,6 +320,7 @@ class CompressedPatchEmbed(nn.Module):
         strategy = self.strategy
         if self._joining or self.is_probed or strategy == self._plain_under or strategy.patch_size is None:
             return getattr(self.embed, name)
+        self.compression.masks_are_drawn = True
         grid = self.encoder.grid(self.encoder.image_size, (strategy.patch_size, strategy.patch_size))
         return grid if name == "grid_size" else math.prod(grid)
 

@@ -130,6 +130,7 @@ def test_masked_features_of_student_and_teacher_are_the_native_ones(settings: An
     pair = Pair(tiny_vit(**settings))
     plain, prefix = native(pair), pair.student.vit.num_prefix_tokens
     seqcompress.accelerate(pair, HALF_AND_16)
+    pair.teacher.train()  # whoever draws masks by themselves asks nobody for the grid
     mask = torch.zeros(4, prefix + 4, dtype=torch.bool)
     mask[:, prefix:] = torch.tensor([[0, 1, 0, 1], [1, 1, 1, 1], [0, 0, 0, 0], [1, 0, 0, 0]])
     mask[3, 0] = True  # Lightly masks prefix tokens as well, where it is told to
@@ -141,6 +142,20 @@ def test_masked_features_of_student_and_teacher_are_the_native_ones(settings: An
         pair.student(large(), mask=mask), plain.student(large(), mask=mask), rtol=1e-4, atol=1e-5
     )
     torch.testing.assert_close(pair.teacher.encode(large()), plain.teacher.encode(large()), rtol=1e-4, atol=1e-5)
+
+
+def test_a_teacher_in_eval_mode_is_the_plain_one_until_the_host_draws_masks_on_its_grid(pair: Pair) -> None:
+    plain = copy.deepcopy(pair).teacher.encode(large())
+    seqcompress.accelerate(pair, PATCH_16)
+    pair.student.encode(large())
+    assert torch.equal(pair.teacher.encode(large()), plain)
+    mask = torch.ones(4, 5, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"for 2 \* 2 patches, while a teacher in eval mode is not compressed: call"):
+        pair.student.encode(large(), mask=mask)
+    assert torch.equal(pair.teacher.encode(large()), plain)
+    assert pair.teacher.vit.patch_embed.grid_size == (2, 2)
+    with pytest.warns(UserWarning, match="a teacher in eval mode gets larger patches all the same"):
+        assert pair.teacher.encode(large()).shape == pair.student.encode(large(), mask=mask).shape == (4, 5, 32)
 
 
 def test_a_forward_with_a_mask_drops_nothing_and_one_without_does(pair: Pair, note_tokens: Build) -> None:
@@ -248,6 +263,7 @@ def test_a_mask_of_another_grid_is_refused_with_both_shapes_and_the_way_to_draw_
     assert str(got.value).endswith(line)
     names = {"model": pair.student, "seqcompress": seqcompress}
     exec(line, names)
+    pair.teacher.train()
     right = torch.zeros(4, 1 + names["rows"] * names["columns"], dtype=torch.bool)  # type: ignore[operator]
     assert pair.student.encode(large(), mask=right).shape == (4, 5, 32)
 
@@ -308,7 +324,8 @@ def test_masks_of_torchvisions_vit_are_those_of_the_plain_one(batch: int) -> Non
 )
 def test_a_copy_takes_masks_of_its_own(copied: Any, pair: Pair) -> None:
     seqcompress.accelerate(pair, PATCH_16)
-    mask = torch.zeros(4, 5, dtype=torch.bool)
+    mask = torch.zeros(4, pair.teacher.sequence_length, dtype=torch.bool)
+    assert mask.shape == (4, 5)
     mask[1:, 2] = True
     expected = pair.student.encode(large(), mask=mask)
     twin = copied(pair)
