@@ -555,6 +555,25 @@ def test_the_base_strategy_and_evaluation_are_the_plain_model_and_restoring_leav
     assert torch.equal(_output(model, views), _output(plain.train(), views))
 
 
+def test_the_base_strategy_is_the_plain_model_on_views_of_every_size_that_it_takes(name: str, compressed: Any) -> None:
+    plain, (height, width), patch = restore(copy.deepcopy(compressed)), _size(compressed), _patch(compressed)
+    patches, taken = height // patch * (width // patch), 0
+    for size in [
+        *((height + more, width + more) for more in (1, patch - 1, -1, -patch, patch, patch + 1)),
+        (patches * patch, patch),
+        (height + patch - 1, width),
+    ]:
+        views = _views(compressed, 2, size)
+        try:
+            expected = _output(plain, views)
+        except Exception:
+            continue
+        assert torch.equal(_output(compressed, views), expected), size
+        taken += 1
+    if name in ("SiglipVisionModel", "fork"):
+        assert taken == 4
+
+
 def test_every_parameter_that_trains_plainly_trains_compressed_and_in_half_precision(
     compressed: Any, gradients: Any
 ) -> None:
@@ -1118,6 +1137,55 @@ def test_a_model_without_values_cannot_be_proven() -> None:
     with torch.device("meta"):
         model = LikeDino()
     with pytest.raises(TypeError, match="its parameters have no values here"):
+        compress(model, token_dropout=0.5)
+
+
+def test_a_model_whose_parameters_are_sharded_is_told_to_be_compressed_before() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        whole, blocks = LikeDino(), LikeDino()
+        for sharded in (*blocks.blocks, whole):
+            fully_shard(sharded, mesh=mesh)
+        for model in (whole, blocks):
+            with pytest.raises(TypeError, match="its parameters are sharded: compress it before fully_shard") as raised:
+                compress(model, token_dropout=0.5)
+            assert str(raised.value).count("Tensor") == 0
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_model_whose_parameters_are_offloaded_is_told_to_be_compressed_before() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = _built(VITS["Dinov2Model"])
+    accelerate.cpu_offload(model)
+    with pytest.raises(TypeError, match=r"its parameters have no values here .*compress it before it is offloaded"):
+        compress(model, token_dropout=0.5)
+
+
+class OnlySquareViews(LikeDino):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[2] != x.shape[3]:
+            raise AssertionError
+        return super().forward(x)
+
+
+def test_a_model_that_does_not_run_at_its_own_size_is_told_which_that_is() -> None:
+    model = OnlySquareViews()
+    model.patch_embed.img_size = (32, 48)
+    with pytest.raises(TypeError, match=r"AssertionError: no reason \(on a view of 32 x 48 px, its own size\)"):
+        compress(model, token_dropout=0.5)
+    model.patch_embed.img_size = (32, 32)
+    assert num_tokens(compress(model, token_dropout=0.5), Strategy(0.5), 32) == 9
+
+
+def test_a_bias_for_all_tokens_that_a_model_makes_by_itself_is_called_no_more_than_that() -> None:
+    model = _hugging_face("BeitModel", use_shared_relative_position_bias=True)
+    words = "attention_mask must be None in a compressed forward, got a mask or bias for all tokens"
+    with pytest.raises(TypeError, match=words):
         compress(model, token_dropout=0.5)
 
 

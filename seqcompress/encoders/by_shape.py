@@ -25,7 +25,15 @@ from seqcompress.encoders.encoder import Encoder, Size
 from seqcompress.encoders.hooks import Hook, hook_in, join_at, leave, look_behind
 from seqcompress.encoders.masks import refuse_tokens_named
 from seqcompress.encoders.patch_embed import CompressedPatchEmbed, When
-from seqcompress.encoders.probe import call_of, difference, first_tensor, tensors_in, tokens_at, undisturbed
+from seqcompress.encoders.probe import (
+    call_of,
+    difference,
+    first_tensor,
+    tensors_in,
+    tokens_at,
+    undisturbed,
+    without_values,
+)
 from seqcompress.encoders.registry import register, supported
 from seqcompress.strategy import Strategy
 
@@ -166,7 +174,7 @@ class AnyVisionTransformer(Encoder):
         return {name: value for name, value in vars(self).items() if name != "_first_call"}
 
     def look_again(self) -> None:
-        for name in ("image_size", "num_prefix_tokens", "_first_call", "_takes_other_sizes"):
+        for name in ("image_size", "num_prefix_tokens", "_first_call", "_takes_other_sizes", "_unchecked"):
             vars(self).pop(name, None)
 
     @staticmethod
@@ -236,7 +244,8 @@ class AnyVisionTransformer(Encoder):
     def plain_grid(self, view: Size) -> Size | None:
         patch = self.patch_size
         grid = (view[0] // patch[0], view[1] // patch[1])
-        takes_it = view == self.image_size or self.interpolates or self._takes_other_sizes
+        takes_all = self.interpolates or self._takes_other_sizes
+        takes_it = view == self.image_size or takes_all or self._kind(grid) in self._unchecked
         return grid if min(grid) > 0 and takes_it else None
 
     def check(self, strategies: Iterable[Strategy]) -> None:
@@ -267,7 +276,7 @@ class AnyVisionTransformer(Encoder):
 
     def attach(self, compression: Compression, *, drops_tokens: bool, when: When) -> CompressedPatchEmbed:
         # All that the plain model shows of itself, before anything is changed.
-        places, rotary, _ = self._places(), self._rotary(), self._takes_other_sizes
+        places, rotary, _, _ = self._places(), self._rotary(), self._takes_other_sizes, self._unchecked
         embed = CompressedPatchEmbed(self, compression, drops_tokens=drops_tokens, when=when)
         self.model.set_submodule(self._names.projection, embed)
         # The earliest place behind the positions: dropout and norms before the blocks then see the kept patches.
@@ -328,9 +337,12 @@ class AnyVisionTransformer(Encoder):
             with undisturbed(self.model):
                 args, kwargs = call_of(self.model, (self.blocks[0],), self._zeros(self.image_size))
         except Exception as error:
+            name, (height, width) = type(self.model).__name__, self.image_size
+            if (problem := without_values(self.model)) is not None:
+                raise TypeError(f"a {name} cannot be proven: {problem}") from error
             raise TypeError(
-                f"a {type(self.model).__name__} must run on views alone, in eval mode, got {type(error).__name__}: "
-                f"{str(error).strip() or 'no reason'}"
+                f"a {name} must run on views alone, in eval mode, got {type(error).__name__}: "
+                f"{str(error).strip() or 'no reason'} (on a view of {height} x {width} px, its own size)"
             ) from error
         return FirstCall(first_tensor((args, kwargs)), args, kwargs)
 
@@ -343,6 +355,43 @@ class AnyVisionTransformer(Encoder):
         except Exception:
             return False
         return True
+
+    @cached_property
+    def _unchecked(self) -> frozenset[str]:
+        """Views of which kinds a model of one size takes all the same: one that looks at no more than their number of
+        patches, or not at what is left over at their edges."""
+        if self._takes_other_sizes:
+            return frozenset()
+        size, patch = self.image_size, self.patch_size
+        patches, (rows, columns) = math.prod(self._own_grid), self._own_grid
+        whole, odd = (rows * patch[0], columns * patch[1]), ((rows + 1) * patch[0] - 1, (columns + 1) * patch[1] - 1)
+        views: tuple[Size, ...] = (
+            whole if odd == size else odd,
+            (patches * patch[0], patch[1]),
+            (patch[0], patches * patch[1]),
+            (size[0] - patch[0], size[1] - patch[1]),
+        )
+        return frozenset(
+            self._kind((view[0] // patch[0], view[1] // patch[1]))
+            for view in views
+            if view != size and min(view) > 0 and self._takes(view)
+        )
+
+    def _kind(self, grid: Size) -> str:
+        more = math.prod(grid) - math.prod(self._own_grid)
+        if grid == self._own_grid:
+            return "own grid"
+        return "as many patches" if more == 0 else "more patches" if more > 0 else "fewer patches"
+
+    def _takes(self, view: Size) -> bool:
+        """Whether the plain model brings the patches of such a view to its first block, and no others."""
+        patch = self.patch_size
+        try:
+            with undisturbed(self.model):
+                tokens = self.first_tokens(self._zeros(view))
+        except Exception:
+            return False
+        return tokens.shape[1] == self.num_prefix_tokens + view[0] // patch[0] * (view[1] // patch[1])
 
     def _rotary(self) -> nn.Module | None:
         """The module outside the blocks that makes what they are given for each patch, (N, d), if there is one."""

@@ -528,7 +528,7 @@ class CompressedPatchEmbed(nn.Module):
             )
 
     def check_mask(self, named: dict[str, Any]) -> None:
-        """Refuse an attention mask, which is made for all tokens, where tokens have been joined.
+        """Refuse a mask or bias of attention, which is made for all tokens, where tokens have been joined.
 
         Args:
             named: what a block is given by name.
@@ -539,8 +539,8 @@ class CompressedPatchEmbed(nn.Module):
         name = next((name for name in _ATTENTION_MASKS if named.get(name) is not None), None)
         if name is not None and self.is_training and self.selection is not None:
             raise ValueError(
-                f"{name} must be None while a compressed encoder trains: it is made for the tokens of the plain "
-                "model, of which some are dropped or cut in another size"
+                f"{name} must be None in a compressed forward, got a mask or bias for all tokens of the plain model, "
+                "of which some are dropped or cut in another size"
             )
 
     def _select(self, views: Tensor) -> Selection | None:

@@ -16,7 +16,16 @@ from seqcompress.encoders.hooks import without_hooks
 from seqcompress.encoders.patch_embed import ChangedTokensError, CompressedPatchEmbed, Trial
 from seqcompress.encoders.precision import full_precision
 
-__all__ = ["Reached", "call_of", "difference", "first_tensor", "tensors_in", "tokens_at", "undisturbed"]
+__all__ = [
+    "Reached",
+    "call_of",
+    "difference",
+    "first_tensor",
+    "tensors_in",
+    "tokens_at",
+    "undisturbed",
+    "without_values",
+]
 
 _VIEWS = 3  # not as many as the blank views that stand in for them
 
@@ -76,6 +85,19 @@ def first_tensor(values: Any) -> Tensor:
     return found
 
 
+def without_values(model: nn.Module) -> str | None:
+    """Why a model cannot be run by itself, if parameters of it are elsewhere; None if all are here."""
+    for parameter in model.parameters():
+        if hasattr(parameter, "full_tensor"):
+            return "its parameters are sharded: compress it before fully_shard"
+        if parameter.is_meta:
+            return (
+                "its parameters have no values here (meta device, or offloaded): load it, and compress it before it is "
+                "offloaded"
+            )
+    return None
+
+
 def difference(embed: CompressedPatchEmbed, *, blocks: bool = True) -> str | None:
     """In what the tokens of a compressed forward differ from the plain model's, or None if in nothing.
 
@@ -94,6 +116,8 @@ def difference(embed: CompressedPatchEmbed, *, blocks: bool = True) -> str | Non
         blocks: whether to look behind the first block too.
     """
     encoder = embed.encoder
+    if encoder.general and (problem := without_values(encoder.model)) is not None:
+        return problem
     parameter = next(encoder.model.parameters(), None)
     if parameter is None or type(parameter.data) is not Tensor or parameter.is_meta or is_fake():
         return "its parameters have no values here, so that nothing can be proven" if encoder.general else None
