@@ -659,22 +659,39 @@ def test_two_forwards_before_a_checkpointed_backward_have_the_gradients_of_a_run
         torch.testing.assert_close(each, found[0], rtol=1e-4, atol=1e-5)
 
 
-def test_views_are_made_smaller_for_them_or_refused_in_one_line(vit: Vit, compressed: Any) -> None:
-    model, encoder = compressed, find_encoder(compressed)
-    (height, width), own = encoder.image_size, _patch(model)
-    set_strategy(model, Strategy(0.0, 2 * own))
+def _smaller_views(model: Any, *, side: int = 2) -> Tensor:
+    """What a loader makes for the model where its patches are as much larger."""
+    encoder = find_encoder(model)
+    height, width = encoder.image_size
+    set_strategy(model, Strategy(0.0, side * _patch(model)))
     crop = v2.Compose([v2.RandomResizedCrop((height, width)), torchvision.transforms.ToTensor()])
     images = torchvision.datasets.FakeData(4, (3, 2 * height, 2 * width), transform=crop)
     loader = seqcompress.scale_views(DataLoader(Subset(images, range(4)), batch_size=4), model)
-    views = next(iter(loader))[0][:, : encoder.channels]
-    assert views.shape[2:] == (height // 2, width // 2)
-    if encoder.only_size is not None and vit.larger is not _larger_by_timm:
-        with pytest.raises(
-            ValueError, match=r"views must be of .* a \w+ takes, got 16 x (16|24) px .* leave scale_views out"
-        ):
-            model(views)
-        return
-    assert _run(model, views)[0].shape[1] == encoder.num_prefix_tokens + (height // own // 2) * (width // own // 2)
+    views: Tensor = next(iter(loader))[0][:, : encoder.channels]
+    assert views.shape[2:] == (height // side, width // side)
+    return views
+
+
+def test_views_are_made_smaller_for_them(vit: Vit, compressed: Any) -> None:
+    views, own = _smaller_views(compressed), _patch(compressed)
+    encoder = find_encoder(compressed)
+    patches = (views.shape[2] // own) * (views.shape[3] // own)
+    assert _run(compressed, views)[0].shape[1] == encoder.num_prefix_tokens + patches
+
+
+def test_smaller_views_have_their_patches_at_resampled_positions_in_a_model_of_one_size() -> None:
+    model, seen = compress(VITS["torchvision"].build(), "drop 0.5").train(), []
+    views = _smaller_views(model)
+    model.encoder.layers[0].register_forward_pre_hook(lambda block, args: seen.append(args[0]))
+    patches = model.conv_proj.embed(views).flatten(2).mT
+    own, prefix = model.encoder.pos_embedding[:, 1:], model.encoder.pos_embedding[:, :1] + model.class_token
+    expected = patches + resample_positions(own, (4, 4), (2, 2))
+    model(views)
+    torch.testing.assert_close(seen[0], torch.cat((prefix.expand(4, -1, -1), expected), dim=1))
+    set_strategy(model, Strategy())  # some that were made before come late: the same patches as of full views
+    assert _run(model, views)[0].shape == (4, 17, 32)
+    with pytest.raises(AssertionError, match="Wrong image"):  # made by no loader: as the plain model says
+        model(views[:, :, 1:])
 
 
 def _one_rank_of_two(rank: int, folder: str) -> dict[str, tuple[float, bool]]:

@@ -59,29 +59,33 @@ class _LookAtCall(Hook):
     """Forward pre-hook of the whole model: what the user's call asks for, beside features of views.
 
     Tokens that are masked would be masked among blank ones. Hugging Face's models take views of another size where they
-    are asked to.
+    are asked to; who takes one size only is given blank views of it where a loader has made them smaller.
     """
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         encoder = self.embed.encoder
         assert isinstance(encoder, AnyVisionTransformer)
         encoder.interpolates = bool(kwargs.get("interpolate_pos_encoding"))
-        if not self.embed.is_training or self.embed.strategy == Strategy() or self.embed.trial is not None:
-            return
+        self.embed.smaller = None
+        if not self.embed.is_training or self.embed.trial is not None:
+            return args, kwargs
         named = [(f"argument {number}", value) for number, value in enumerate(args)] + list(kwargs.items())
-        for name, value in named:
+        for name, value in [] if self.embed.strategy == Strategy() else named:
             is_mask = isinstance(value, Tensor) and (value.dtype == torch.bool or "mask" in name)
             if is_mask and value.ndim in (2, 3) and not encoder.masks_tokens:
                 refuse_tokens_named(name, value)
-            if isinstance(value, Tensor) and value.ndim == 4:
-                view = (value.shape[2], value.shape[3])
-                if encoder.plain_grid(view) is None and self.embed.compression.full_size(view) != view:
-                    size = encoder.image_size
-                    raise ValueError(
-                        f"views must be of {size[0]} x {size[1]} px, which is all that a {type(module).__name__} "
-                        f"takes, got {view[0]} x {view[1]} px as the loader makes them: leave scale_views out, or have "
-                        "the model interpolate (interpolate_pos_encoding=True)"
-                    )
+        return tuple(map(self._of_its_size, args)), {name: self._of_its_size(value) for name, value in kwargs.items()}
+
+    def _of_its_size(self, value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.ndim != 4:
+            return value
+        encoder, view = self.embed.encoder, (value.shape[2], value.shape[3])
+        if encoder.plain_grid(view) is not None or self.embed.compression.full_size(view) == view:
+            return value
+        self.embed.smaller = value
+        return value.new_zeros(()).expand(*value.shape[:2], *encoder.image_size)
 
 
 class _RefuseMaps(Hook):

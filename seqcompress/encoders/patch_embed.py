@@ -82,6 +82,7 @@ _FRESH: dict[str, Any] = {  # what forwards and hosts leave behind, of which a c
     "_watched": None,
     "_deleted": None,
     "_mask": None,
+    "smaller": None,
     "_plain_under": None,
     "_was_reached": False,
 }
@@ -123,6 +124,7 @@ class CompressedPatchEmbed(nn.Module):
     _mask: Tensor | None  # (B, P + N) of the forward that runs, if it is a masked one
     _plain_under: Strategy | None  # the strategy in force as the last forward in train mode ran, if that was plain
     _was_reached: bool  # whether a training forward has ever come here
+    smaller: Tensor | None  # views (B, C, H, W) in whose place the model was given blank ones of its own size
     selection: Selection | None  # of the last forward in train mode; None where that was the plain model's
 
     def __init__(self, encoder: Encoder, compression: Compression, *, drops_tokens: bool, when: When) -> None:
@@ -444,6 +446,8 @@ class CompressedPatchEmbed(nn.Module):
                 "the last forward did not come from its patch embedding to its first block: it failed in between, or "
                 "its features do not depend on the views, since another model has been given this patch embedding",
             )
+        if self.smaller is not None:
+            views, self.smaller = self.smaller.to(views.dtype), None
         self._pending = self._joined = None
         self._joining = False
         self._was_reached = True
