@@ -574,6 +574,26 @@ def test_the_base_strategy_is_the_plain_model_on_views_of_every_size_that_it_tak
         assert taken == 4
 
 
+class PositionsCutOff(ForkWithOtherNames):
+    def forward(self, pixels: Tensor) -> Tensor:
+        tokens = self.stem(pixels).flatten(2).mT
+        return self.trunk(tokens + self.where[:, : tokens.shape[1]])
+
+
+@pytest.mark.parametrize(("size", "patches"), [((24, 32), 12), ((39, 55), 24), ((192, 8), 24)])
+def test_a_model_that_checks_no_size_keeps_its_own_tokens_of_views_of_another(
+    size: tuple[int, int], patches: int, patches_among: Any
+) -> None:
+    model, views = _with_weights_that_matter(PositionsCutOff()), torch.randn(2, 1, *size)
+    every = _run(model, views, model.trunk[0])[0]
+    assert every.shape[1] == patches
+    compress(model, Strategy())
+    assert torch.equal(_run(model, views, model.trunk[0])[0], every)
+    tokens = _run(compress(model, token_dropout=0.5), views, model.trunk[0])[0]
+    assert tokens.shape[1] == patches // 2
+    patches_among(tokens, every)
+
+
 def test_every_parameter_that_trains_plainly_trains_compressed_and_in_half_precision(
     compressed: Any, gradients: Any
 ) -> None:
