@@ -24,6 +24,8 @@ __all__ = ["POOLING", "LightlyTrain"]
 POOLING = ("DINO", "Distillation", "SimCLR")
 """Classes of lightly-train's methods whose loss takes nothing but the mean or the class token of each view."""
 
+_MASKING = "DINOv2", "DINOv31"  # methods that draw masks, on a grid that they know before there is a strategy
+
 _PACKAGE = "lightly_train"
 _PATCHES = "x_norm_patchtokens"  # in what Meta's ViTs return
 
@@ -40,7 +42,7 @@ class LightlyTrain(SequenceCompression):
         self._fitted: list[_Fitted] = []
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Fit the compressed ViTs of a method in, or raise what of their plan it cannot do."""
+        """Fit the compressed ViTs of a method in, or raise ValueError for what it cannot do."""
         if stage == "fit" and _is_lightly_trains(pl_module):
             from seqcompress.compression import is_compressed
 
@@ -61,7 +63,7 @@ class LightlyTrain(SequenceCompression):
             self._take_out()
 
     def _fit_in(self, pl_module: Any) -> None:
-        """Raises ValueError where a loss needs tokens that would be dropped; nothing has been changed then."""
+        """Raises ValueError where tokens are masked, or would be dropped that a loss needs; nothing is changed then."""
         from seqcompress.encoders import CompressedPatchEmbed
         from seqcompress.pairs import names_a_teacher
 
@@ -69,7 +71,13 @@ class LightlyTrain(SequenceCompression):
         places = {
             place: module for place, module in pl_module.named_modules() if isinstance(module, CompressedPatchEmbed)
         }
-        pools = type(pl_module).__name__ in POOLING
+        method = type(pl_module).__name__
+        if method in _MASKING:
+            raise ValueError(
+                f"model must be uncompressed for lightly-train's {method}, which masks tokens on its plain grid: train "
+                'it plain, or with method="dino"'
+            )
+        pools = method in POOLING
         for place, embed in places.items():
             _check_dropout(pl_module, place, embed, pools)
         # The plan, its driver and whether it has been run to its end stay with the ViT that was compressed.

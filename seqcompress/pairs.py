@@ -53,8 +53,8 @@ def accelerate(
 
     Raises:
         TypeError: an encoder is not supported, or an argument has the wrong type.
-        ValueError: no encoder was found, or it is not clear which is which. In each case, nothing has been
-            changed.
+        ValueError: no encoder was found, none that is trained, or it is not clear which is which. In each case,
+            nothing has been changed.
 
     Examples:
         >>> import copy, timm, torch
@@ -103,7 +103,13 @@ def _recognised(others: dict[str, nn.Module], roles: dict[str, nn.Module], modul
     if len(roles) == 2 or not others:
         return {}
     if len(others) == 1:
-        return {"teacher" if "student" in roles else "student": next(iter(others.values()))}
+        ((name, encoder),) = others.items()
+        if "student" not in roles and is_frozen(encoder) and names_a_teacher(name):
+            raise ValueError(
+                f"module must hold an encoder that is trained, found only {name!r}, which is frozen: call accelerate "
+                "once all encoders have been made"
+            )
+        return {"teacher" if "student" in roles else "student": encoder}
     if len(others) == 2 and not roles:
         teachers = [name for name in others if is_frozen(others[name]) or names_a_teacher(name)]
         students = [name for name in others if _words(name) & _STUDENT_WORDS]

@@ -257,6 +257,12 @@ def _pair(vit: nn.Module) -> dict[str, nn.Module]:
         (_pair, {}, ValueError, "found 'a', 'b', and cannot tell which is which"),
         (lambda vit: {**_pair(vit), "teacher": copy.deepcopy(vit)}, {}, ValueError, "found 'a', 'b', 'teacher'"),
         (lambda vit: {"teacher_1": vit, "teacher_2": copy.deepcopy(vit)}, {}, ValueError, "cannot tell which is which"),
+        (
+            lambda vit: {"backbone_momentum": vit.requires_grad_(False)},
+            {},
+            ValueError,
+            "an encoder that is trained, found only 'backbone_momentum', which is frozen",
+        ),
         (_pair, {"student": "bakcbone"}, ValueError, "student must name a module of Module, got 'bakcbone'.*'a', 'b'"),
         (_pair, {"student": "a", "teacher": "b.vit"}, ValueError, "teacher must name a module of Module, got 'b.vit'"),
         (_pair, {"student": "a.blocks"}, TypeError, "student must be a supported ViT, got .*Sequential"),

@@ -262,7 +262,7 @@ def test_the_other_distillations_and_what_masks_tokens_do_what_the_page_says(pho
         assert tokens_of(vit) == (tokens, [])
 
     vit = seqcompress.compress(dinov2_vit(), patch_size=28)
-    with pytest.raises(ValueError, match="must be None while a compressed encoder trains, got a mask"):
+    with pytest.raises(ValueError, match="must be uncompressed for lightly-train's DINOv2, which masks tokens"):
         pretrain(vit, photos, tmp_path / "dinov2", "dinov2", patch=14, **settings)
 
 
