@@ -440,8 +440,8 @@ class SequenceCompression:
             return
         if most_together(2, accumulated) == 1:
             self._tell(
-                "batch='merge': has nothing to merge where the Trainer accumulates no even number of batches for an "
-                f"update, got accumulate_grad_batches={accumulated}"
+                "batch='merge': needs an even accumulate_grad_batches of the Trainer, such as 4, got "
+                f"{accumulated}: batches are run one by one"
             )
         self._merging = Merging(trainer, pl_module, lambda line: self._tell(f"batch='merge': {line}"))
 

@@ -190,12 +190,7 @@ def test_a_step_that_fails_leaves_nothing_behind(make_regressor: Build, make_tra
 @pytest.mark.parametrize(
     ("plan", "accumulated", "manual", "line"),
     [
-        (
-            HALVES,
-            1,
-            False,
-            "has nothing to merge where the Trainer accumulates no even number of batches for an update",
-        ),
+        (HALVES, 1, False, "needs an even accumulate_grad_batches of the Trainer, such as 4, got 1: batches are run"),
         (HALVES, 1, True, "goes on without, since its training_step optimizes by hand"),
         (Online(HALVES), 4, False, "goes on without, since an online plan measures by the batches as they come"),
     ],
