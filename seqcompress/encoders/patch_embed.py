@@ -239,7 +239,7 @@ class CompressedPatchEmbed(nn.Module):
         """
         if self.trial is not None or self.encoder.model.training:
             return True
-        return self.compression.masks_are_drawn and self._may_go_by_student()
+        return self.compression.masks_are_drawn and not _is_exporting() and self._may_go_by_student()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _may_go_by_student(self) -> bool:
@@ -399,14 +399,14 @@ class CompressedPatchEmbed(nn.Module):
         Raises:
             RuntimeError: something adds or takes away tokens before the first block: masks or prompts, for instance.
         """
-        if is_last and not self._was_reached:
+        if is_last and not self._was_reached and self.is_training:
             self._notice_plain_blocks()
         return self._join_in_training(blank, is_last) if self._joining and self.is_training else blank
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _notice_plain_blocks(self) -> None:
         """Whoever holds the plain patch embedding, and the blocks, trains without the compressors."""
-        is_of_training = self.is_training and not self.is_probed and torch.is_grad_enabled() and not in_backward()
+        is_of_training = not self.is_probed and torch.is_grad_enabled() and not in_backward()
         if is_of_training and self.drops_tokens and self.strategy != Strategy():
             self._warn(
                 "plain blocks",

@@ -353,7 +353,7 @@ def undisturbed(model: Any, *, training: bool = False) -> Iterator[None]:
             registry.update({name: value for name, value in before.items() if registry.get(name) is not value})
         with torch.no_grad():
             for buffer, content, version in buffers:
-                if version is None or _version(buffer) != version:
+                if _was_changed(buffer, content, version):
                     buffer.copy_(content)
         for module, mode in modes:
             vars(module)["training"] = mode
@@ -364,6 +364,11 @@ def undisturbed(model: Any, *, training: bool = False) -> Iterator[None]:
 def _version(buffer: Tensor) -> int | None:
     """How often it has been changed in place; None for one that does not count."""
     return None if buffer.is_inference() else buffer._version
+
+
+def _was_changed(buffer: Tensor, content: Tensor, version: int | None) -> bool:
+    """Whether it has another content or version. Batch norms change theirs without counting."""
+    return version is None or _version(buffer) != version or not (buffer.is_meta or torch.equal(buffer, content))
 
 
 def _hooks_in(model: nn.Module) -> list[list[int]]:
