@@ -147,7 +147,7 @@ def test_tokens_of_a_convolutional_stem_can_be_dropped(dynamic: bool, first_toke
 
 def test_patches_that_are_not_square_are_never_made_smaller() -> None:
     vit, views = VisionTransformer(**{**SMALL, "patch_size": (8, 16)}).train(), torch.randn(2, 3, 32, 32)
-    with pytest.raises(ValueError, match="patch_size must be at least the encoder's own, 16, got 8"):
+    with pytest.raises(ValueError, match="patch_size must be at least the encoder's own, 8 x 16, got 8"):
         compress(vit, patch_size=8)
     assert num_tokens(vit, Strategy(), 32) == 9
     assert num_tokens(vit, Strategy(0.0, 16), 32) == 5

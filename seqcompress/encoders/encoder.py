@@ -110,9 +110,10 @@ class Encoder(ABC):
 
     def check(self, strategies: Iterable[Strategy]) -> None:
         """Raise ValueError, saying why, if the encoder cannot be compressed in one of these ways."""
-        own = max(self.patch_size)  # where its patches are not square, those of a strategy are at least as large
+        height, width = self.patch_size
         for size in (strategy.patch_size for strategy in strategies):
-            if size is not None and size < own:
+            if size is not None and size**2 < height * width:
+                own = f"{height}" if height == width else f"{height} x {width}"
                 raise ValueError(
                     f"patch_size must be at least the encoder's own, {own}, got {size}: smaller patches make "
                     "sequences longer"
