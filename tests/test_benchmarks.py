@@ -60,6 +60,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], s
     return json.loads(output.with_suffix(".json").read_text()), text
 
 
+@pytest.mark.soak
 def test_a_batch_that_follows_the_length_is_timed_by_stages(tmp_path: Path) -> None:
     settings = ("--device", "cpu", "--model", MODEL, "--batch-size", "2", "--repeats", "6", "--min-seconds", "0")
     command = [sys.executable, BENCHMARKS / "batch.py", *settings, "--output", tmp_path / "batch"]
@@ -386,6 +387,7 @@ def test_the_step_by_itself_runs_on_views_of_its_own_strategy(
     assert sides[-9:] == [112] * 9
 
 
+@pytest.mark.soak
 def test_loader_and_step_are_measured_alone_and_together(tmp_path: Path) -> None:
     settings = ("--method", "simclr", "--steps", "1", "--images", "4", "--num-workers", "1")
     found = _results_of("end_to_end.py", *SMALL, *settings, folder=tmp_path)["end_to_end"]

@@ -553,6 +553,7 @@ def test_an_order_that_is_foretold_has_a_rank_correlation_of_one(evidence: Simpl
     assert low < value < high
 
 
+@pytest.mark.soak
 def test_branches_go_on_from_a_checkpoint_and_are_not_done_twice(
     evidence: SimpleNamespace, small: Any, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

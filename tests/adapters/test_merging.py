@@ -291,7 +291,7 @@ torch.save(done, f"{{sys.argv[1]}}/rank{{trainer.global_rank}}.pt")
 """
 
 
-@pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
+@pytest.mark.parametrize("package", ["lightning.pytorch", pytest.param("pytorch_lightning", marks=pytest.mark.soak)])
 def test_ranks_merge_together_or_not_at_all(package: str, tmp_path: Path, run_ranks: Build) -> None:
     script = tmp_path / "train.py"
     script.write_text(DISTRIBUTED.format(package=package))

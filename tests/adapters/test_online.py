@@ -323,7 +323,7 @@ Path(sys.argv[1], f"{{trainer.global_rank}}.json").write_text(json.dumps([module
 """
 
 
-@pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
+@pytest.mark.parametrize("package", ["lightning.pytorch", pytest.param("pytorch_lightning", marks=pytest.mark.soak)])
 def test_two_ranks_measure_and_move_together(package: str, tmp_path: Path, run_ranks: Callable[..., list[str]]) -> None:
     script = tmp_path / "train.py"
     script.write_text(DISTRIBUTED.format(package=package))

@@ -849,7 +849,7 @@ print(sorted(heavy & {{name.partition(".")[0] for name in sys.modules}}))
     assert in_a_process("-c", script, cwd=tmp_path).stdout == "[]\n"
 
 
-@pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
+@pytest.mark.parametrize("package", ["lightning.pytorch", pytest.param("pytorch_lightning", marks=pytest.mark.soak)])
 def test_ranks_share_strategies_and_weights_and_drop_different_tokens(package: str, tmp_path: Path) -> None:
     in_a_process(HELPER, package, tmp_path, cwd=tmp_path)
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))

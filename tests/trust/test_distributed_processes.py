@@ -57,7 +57,7 @@ print(scheduler.last_step, 15 < time.monotonic() - begin < 40)
 """
 
 
-@pytest.mark.parametrize("backend", ["gloo", None])
+@pytest.mark.parametrize("backend", ["gloo", pytest.param(None, marks=pytest.mark.soak)])
 def test_a_rank_that_is_left_alone_says_so_after_the_time_that_its_run_may_wait(
     backend: str | None, tmp_path: Path, run_ranks: Callable[..., list[str]]
 ) -> None:
