@@ -399,7 +399,7 @@ class CompressedPatchEmbed(nn.Module):
         Raises:
             RuntimeError: something adds or takes away tokens before the first block: masks or prompts, for instance.
         """
-        if is_last and not self._was_reached and self.is_training:
+        if is_last and self.is_training and not self._was_reached:
             self._notice_plain_blocks()
         return self._join_in_training(blank, is_last) if self._joining and self.is_training else blank
 
