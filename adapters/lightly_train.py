@@ -68,15 +68,15 @@ class LightlyTrain(SequenceCompression):
         from seqcompress.pairs import names_a_teacher
 
         self._take_out()
-        places = {
-            place: module for place, module in pl_module.named_modules() if isinstance(module, CompressedPatchEmbed)
-        }
         method = type(pl_module).__name__
         if method in _MASKING:
             raise ValueError(
                 f"model must be uncompressed for lightly-train's {method}, which masks tokens on its plain grid: train "
                 'it plain, or with method="dino"'
             )
+        places = {
+            place: module for place, module in pl_module.named_modules() if isinstance(module, CompressedPatchEmbed)
+        }
         pools = method in POOLING
         for place, embed in places.items():
             _check_dropout(pl_module, place, embed, pools)

@@ -311,7 +311,7 @@ class CompressedPatchEmbed(nn.Module):
         """Patches along each side of views (B, C, H, W) in a forward that drops none; None if it is the plain one."""
         if not self.is_training or self.trial is not None or not isinstance(views, Tensor) or views.ndim != 4:
             return None
-        cut = self._cut(views)
+        cut = self._cut(views, self.when == "train" or _builds_graph(views, self.encoder.model))
         return None if cut.is_plain else cut.grid
 
     def _own_or_scaled(self, name: str) -> Any:
@@ -565,7 +565,7 @@ class CompressedPatchEmbed(nn.Module):
                 self._warn("no driver", missing)
             if self._was_updated() and (missing := self.compression.notice_missing_step()):
                 self._warn("no step", missing)
-        cut = self._cut(views)
+        cut = self._cut(views, compressing)
         base, view = self.encoder.patch_size, (views.shape[2], views.shape[3])
         patch, grid, full = cut.patch, cut.grid, cut.full
         patches = grid[0] * grid[1]
@@ -596,9 +596,8 @@ class CompressedPatchEmbed(nn.Module):
         area = (grid[0] * patch[0], grid[1] * patch[1]) if is_own else view
         return select(views, grid, patch, base, subset, area)
 
-    def _cut(self, views: Tensor) -> _Cut:
+    def _cut(self, views: Tensor, compressing: bool) -> _Cut:
         """How these views (B, C, H, W) are cut by the strategy in force, if this forward is compressed at all."""
-        compressing = self.when == "train" or _builds_graph(views, self.encoder.model)
         size = self.strategy.patch_size if compressing else None
         base, view = self.encoder.patch_size, (views.shape[2], views.shape[3])
         full = self.compression.full_size(view)

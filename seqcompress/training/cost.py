@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from seqcompress.compressors.token_dropout import num_kept
 from seqcompress.encoders import Encoder, Forward, find_encoder
+from seqcompress.encoders.encoder import Size
 from seqcompress.encoders.hooks import without_hooks
 from seqcompress.encoders.sharding import past_wrappers
 from seqcompress.messages import described
@@ -34,8 +35,6 @@ __all__ = [
     "relative_cost",
     "sequence_length",
 ]
-
-Size = tuple[int, int]
 
 FORWARD_AND_BACKWARD = 3  # forward passes that a forward and its backward cost together
 
