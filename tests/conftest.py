@@ -18,7 +18,8 @@ from hypothesis import settings
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-torch.set_num_threads(1)
+torch.set_num_threads(1)  # of the two processes of a small machine, each has a core
+os.environ["OMP_NUM_THREADS"] = "1"  # and so has whatever a test starts
 settings.register_profile("suite", max_examples=50, deadline=None, derandomize=True)
 settings.load_profile("suite")
 

@@ -19,7 +19,6 @@ from seqcompress import OnlineScheduler, Strategy, compress, get_strategy
 
 
 def main(rank: int, folder: Path, way: str) -> None:
-    torch.set_num_threads(1)
     logged: list[logging.LogRecord] = []
     logging.getLogger("seqcompress").setLevel(logging.INFO)
     handler = logging.Handler()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -21,7 +20,6 @@ from torch import Tensor
 from seqcompress import Strategy, set_strategy
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 MODEL = "test_vit"  # timm's smallest, 6 blocks x 64, with patches of 16 px
 CPU = torch.device("cpu")
 
@@ -53,7 +51,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], s
     settings = ("--device", "cpu", "--model", MODEL, "--batch-size", "2", "--repeats", "6", "--min-seconds", "0")
     methods = ("--methods", "simclr", "dino", "--dino-dim", "64", "--strategies", "drop 0.5, patch 32")
     command = [sys.executable, BENCHMARKS / "training_step.py", *settings, *methods, "--output", output]
-    done = subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     text = output.with_suffix(".md").read_text()
     assert done.stdout.strip() == text.strip()
@@ -64,7 +62,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], s
 def test_a_batch_that_follows_the_length_is_timed_by_stages(tmp_path: Path) -> None:
     settings = ("--device", "cpu", "--model", MODEL, "--batch-size", "2", "--repeats", "6", "--min-seconds", "0")
     command = [sys.executable, BENCHMARKS / "batch.py", *settings, "--output", tmp_path / "batch"]
-    done = subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     stages = json.loads((tmp_path / "batch.json").read_text())["stages"]
     assert [(stage["tokens"], stage["factor"]) for stage in stages] == [(25, 4), (50, 2), (99, 1), (197, 1)]
@@ -249,7 +247,7 @@ SMALL = ("--device", "cpu", "--model", MODEL, "--batch-size", "2", *QUICK)
 def _results_of(script: str, *arguments: str, folder: Path) -> dict[str, Any]:
     output = folder / "found"
     command = [sys.executable, BENCHMARKS / script, *arguments, "--output", output]
-    done = subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == output.with_suffix(".md").read_text().strip()
     return json.loads(output.with_suffix(".json").read_text())

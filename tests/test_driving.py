@@ -166,7 +166,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import distributed as dist
 from seqcompress import SequenceScheduler, Strategy, compress
 
-torch.set_num_threads(1)
 rank, folder = int(sys.argv[1]), sys.argv[2]
 torch.manual_seed(10 + rank)
 vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2, num_classes=0)

@@ -6,7 +6,6 @@ import csv
 import gzip
 import importlib.util
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -25,15 +24,12 @@ from seqcompress import GradientErrorReport, Strategy
 from seqcompress.schedules import Constant, Schedule, Stepwise
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 TINY = ("--epochs", "2", "--images", "96", "--batch-size", "16", "--num-workers", "0")
 
 
 def quickstart(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(EXAMPLES / "quickstart.py"), "--output", str(folder / "output"), *arguments]
-    return subprocess.run(
-        command, env={**os.environ, "OMP_NUM_THREADS": "2"}, cwd=folder, capture_output=True, text=True, timeout=300
-    )
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
 
 
 def results(folder: Path, *arguments: str) -> tuple[dict[str, Any], str]:
@@ -186,8 +182,7 @@ def test_a_plan_with_patches_larger_than_a_local_view_is_refused_before_training
 
 def executed(path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Outputs of a notebook's cells."""
-    for name, value in {"SEQCOMPRESS_TINY": "1", "OMP_NUM_THREADS": "1"}.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SEQCOMPRESS_TINY", "1")
     notebook = nbformat.read(path, as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells), "outputs do not belong into the repository"
 
@@ -247,7 +242,7 @@ def test_the_command_on_the_page_on_solo_learn_trains_on_a_folder_of_images(solo
     here = ["accelerator=cpu", "precision=32", "checkpoint.enabled=false", f"++default_root_dir={tmp_path}"]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", *arguments, *small, *heads, *here, "auto_resume.enabled=false"],
-        env=ONE_THREAD, cwd=solo_learn, capture_output=True, text=True, timeout=300,
+        cwd=solo_learn, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "drop 0.5, patch 32 (25 tokens a view)" in done.stdout
@@ -300,7 +295,7 @@ def test_gradient_error_notebook_finds_a_schedule_and_trains_with_it(monkeypatch
 
 def test_stages_are_checkpoints_that_the_analysis_can_start_from(tmp_path: Path) -> None:
     arguments = ("--epochs", "2", "--images", "64", "--batch-size", "16", "--method", "dino", "--output", "stages")
-    run = partial(subprocess.run, env=ONE_THREAD, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    run = partial(subprocess.run, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     done = run([sys.executable, str(EXAMPLES / "stages.py"), *arguments])
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in (tmp_path / "stages").iterdir()) == [
@@ -330,7 +325,7 @@ def test_stages_of_an_accelerated_run_are_kept_too(
 ) -> None:
     arguments = ("--epochs", "1", "--images", "32", "--batch-size", "16", "--method", "simclr", "--output", "stages")
     command = [sys.executable, str(EXAMPLES / "stages.py"), *arguments, *plan]
-    done = subprocess.run(command, env=ONE_THREAD, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "stages" / "1.pt").is_file()
     if found is not None:  # two steps are too few for a decision

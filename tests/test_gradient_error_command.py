@@ -84,7 +84,6 @@ def small_vit() -> VisionTransformer:
 """
 
 GRID = ("--token-dropout", "0.5", "0", "0.75", "--patch-size", "8", "4", "--batches", "3", "--cost", "flops")
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture
@@ -134,7 +133,7 @@ def _refusal(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
 
 def test_one_command_writes_reports_pictures_and_a_schedule_that_compress_takes(folder: Path) -> None:
     arguments = [sys.executable, "-m", "seqcompress.gradients", *_arguments()]
-    done = subprocess.run(arguments, env=ONE_THREAD, cwd=folder, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(arguments, cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     results = folder / "results"
     assert {path.name for path in results.iterdir()} == {
@@ -357,7 +356,7 @@ def test_two_commands_measure_into_one_folder_at_once_and_neither_loses_its_stag
         return [sys.executable, "-m", "seqcompress.gradients", *_arguments("--checkpoints", stage)]
 
     stages = ("0=early.pt", "0.5=late.pt")
-    settings = {"env": ONE_THREAD, "cwd": folder, "stderr": subprocess.PIPE, "text": True}
+    settings = {"cwd": folder, "stderr": subprocess.PIPE, "text": True}
     both = [subprocess.Popen(arguments(stage), **settings) for stage in stages]
     assert [process.communicate(timeout=300)[1].count("Traceback") for process in both] == [0, 0]
     assert [process.returncode for process in both] == [0, 0]
@@ -387,9 +386,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(folder: Path) -> None:
     def run(*more: str, room: int | None = None) -> subprocess.CompletedProcess[str]:
         limit = None if room is None else (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)))
         arguments = [sys.executable, "-m", "seqcompress.gradients", *_arguments("--checkpoints", "early.pt", *more)]
-        return subprocess.run(
-            arguments, env=ONE_THREAD, cwd=folder, capture_output=True, text=True, timeout=300, preexec_fn=limit
-        )
+        return subprocess.run(arguments, cwd=folder, capture_output=True, text=True, timeout=300, preexec_fn=limit)
 
     assert run().returncode == 0
     names = {path.name for path in (folder / "results").iterdir()}

@@ -165,7 +165,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import distributed as dist
 from seqcompress import SequenceScheduler, Strategy, compress, rehearse
 
-torch.set_num_threads(1)
 rank, folder, first_that_fails = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
 vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2, num_classes=0)

@@ -224,7 +224,6 @@ def note_subsets(vit: Any) -> list[Tensor]:
 
 
 def main(package: str, folder: Path) -> None:
-    torch.set_num_threads(1)
     pl = importlib.import_module(package)
     pl.seed_everything(0, verbose=False)
     section = {"enabled": True, "schedule": "linear", "start": {"token_dropout": 0.75}}

@@ -93,7 +93,7 @@ def columns(folder: str | Path) -> dict[str, list[float]]:
 
 
 def in_a_process(*arguments: str | Path, cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+    environment = {**os.environ, "WANDB_MODE": "disabled"}
     command = [sys.executable, *arguments]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=check, timeout=300)
 

@@ -76,7 +76,6 @@ class FSDPOnCPU(pl.strategies.FSDPStrategy):  # type: ignore[misc]
 
 
 def main(folder: Path) -> None:
-    torch.set_num_threads(1)
     strategies = {
         "ddp": lambda: "ddp",
         "fsdp": lambda: FSDPOnCPU(auto_wrap_policy={Block}, process_group_backend="gloo"),

@@ -36,7 +36,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import distributed as dist
 from seqcompress import SequenceScheduler, Strategy, compress
 
-torch.set_num_threads(1)
 rank, folder, backend = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 dist.init_process_group(
     None if backend == "None" else backend, init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2,
@@ -75,7 +74,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import distributed as dist
 from seqcompress import SequenceScheduler, Strategy, compress
 
-torch.set_num_threads(1)
 rank, folder = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group(
     "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2, timeout=timedelta(seconds=60)

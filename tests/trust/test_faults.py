@@ -40,7 +40,6 @@ from seqcompress.gradients import plots
 from seqcompress.gradients.command import main
 
 WRITERS = Path(__file__).with_name("writers.py")
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 QUICK = ("truncating", "analysis", "schedule.json", "report.json", "report.csv", "summary.txt")
 SLOW = (*QUICK, "report.png", "schedule.png")
 posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills and limits processes as POSIX does")
@@ -53,9 +52,7 @@ posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills and limits pro
 def test_a_writer_that_is_killed_or_refused_leaves_the_whole_file_that_was_there(
     times: int, writers: tuple[str, ...]
 ) -> None:
-    told = subprocess.run(
-        [sys.executable, WRITERS, str(times), *writers], env=ONE_THREAD, capture_output=True, text=True
-    )
+    told = subprocess.run([sys.executable, WRITERS, str(times), *writers], capture_output=True, text=True)
     assert told.returncode == 0, told.stderr
     rows = [line.split() for line in told.stdout.splitlines()]
     lost = {(what, name): int(count) for what, name, _, count in rows}
@@ -89,7 +86,7 @@ def _analysis(folder: Path, output: Path) -> list[str]:
 def test_a_full_standard_output_is_one_line_that_says_where_the_summary_is(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "seqcompress.gradients", *_analysis(tmp_path, tmp_path / "results")]
     with Path("/dev/full").open("w") as full:
-        ended = subprocess.run(command, env=ONE_THREAD, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300)
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300)
     assert ended.returncode == 1
     last = ended.stderr.splitlines()[-1]
     assert last.startswith("python -m seqcompress.gradients: error: standard output: [Errno 28] No space left")

@@ -42,7 +42,7 @@ def _started(pictures: Path, folder: Path, *overrides: str) -> subprocess.Popen[
         *("auto_resume.enabled=false", f"++default_root_dir={folder}", "++seqcompress.enabled=true"),
         *overrides,
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+    environment = {**os.environ, "WANDB_MODE": "disabled"}
     with (folder / "out.txt").open("w") as out:
         return subprocess.Popen(list(map(str, command)), cwd=folder, env=environment, stdout=out, stderr=out, text=True)
 

@@ -249,7 +249,6 @@ def difference(some: list[Tensor], others: list[Tensor]) -> float:
 
 
 def main(folder: Path) -> None:
-    torch.set_num_threads(1)
     dist.init_process_group("gloo")
     seen: dict[str, Any] = {"differences": {}, "strategies": {}, "costs": {}, "told": {}}
     vit = compress(make_vit(), STAGES)
