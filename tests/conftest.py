@@ -29,9 +29,9 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["lightning.pytorch", "pytorch_lightning"])
+@pytest.fixture(params=["lightning.pytorch", pytest.param("pytorch_lightning", marks=pytest.mark.soak)])
 def pl(request: pytest.FixtureRequest) -> Any:
-    """One Lightning package after the other."""
+    """One Lightning package, and the other in the soak; ``adapters/test_lightning.py`` always takes both."""
     return importlib.import_module(request.param)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import math
 import re
 import subprocess
@@ -30,6 +31,12 @@ STAGES = Stepwise({0.0: Strategy(0.5, 16), 0.5: Strategy(0.5)})
 
 Build = Callable[..., Any]
 Images = DataLoader[Any]
+
+
+@pytest.fixture(params=["lightning.pytorch", "pytorch_lightning"])
+def pl(request: pytest.FixtureRequest) -> Any:
+    """One Lightning package after the other, not only in the soak."""
+    return importlib.import_module(request.param)
 
 
 def our_callbacks(trainer: Any) -> list[Any]:
@@ -72,7 +79,7 @@ def test_checkpoints_of_plain_modules_hold_nothing_of_the_callback(
     assert not torch.load(tmp_path / "plain.ckpt", weights_only=True)["callbacks"]
 
 
-@pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
+@pytest.mark.parametrize("package", ["lightning.pytorch", pytest.param("pytorch_lightning", marks=pytest.mark.soak)])
 def test_making_a_trainer_imports_neither_timm_nor_the_compressors(package: str, tmp_path: Path) -> None:
     script = f"""
 import sys
@@ -505,7 +512,7 @@ torch.save(
 """
 
 
-@pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
+@pytest.mark.parametrize("package", ["lightning.pytorch", pytest.param("pytorch_lightning", marks=pytest.mark.soak)])
 def test_ranks_share_the_strategies_and_drop_different_tokens(
     package: str, tmp_path: Path, tiny_vit: Build, run_ranks: Callable[..., list[str]]
 ) -> None:
