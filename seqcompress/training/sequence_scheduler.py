@@ -296,6 +296,7 @@ class SequenceScheduler:
         self._schedule, self._total_steps, self._last_step = schedule, total_steps, last_step
         for model, compression in enumerate(self._compressions):
             compression.finished = last_step >= total_steps
+            compression.steps_left = max(0, total_steps - last_step)
             before = forwards[model] if model < len(forwards) else 0
             compression.stream.anchor(self._seed, last_step, model, before)
             if compression.views is not None:
