@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast, get_args
 from torch import nn
 
 from seqcompress.encoders import (
+    SUPPORTED_VITS,
     BatchPolicy,
     CompressedPatchEmbed,
     Compression,
@@ -19,7 +20,6 @@ from seqcompress.encoders import (
     follow_masks,
     forget_masks,
     is_frozen,
-    supported,
 )
 from seqcompress.encoders.probe import difference
 from seqcompress.encoders.sharding import is_wrapped
@@ -75,7 +75,7 @@ def compress(
         ``model``, the same object.
 
     Raises:
-        TypeError: a model that is not supported (the message lists what is), or an argument of a wrong type.
+        TypeError: a model that is not supported (the message says what is), or an argument of a wrong type.
         ValueError: an argument out of range, or a plan that does not suit the model.
         FileNotFoundError: ``plan`` is the path of a schedule file that does not exist. In each case, nothing has
             been changed.
@@ -330,7 +330,7 @@ def blank_per_view_of(encoder: Encoder, name: str) -> bool:
             _detach(embed)
     raise TypeError(
         f"{name} must be a supported ViT, got a {type(encoder.model).__name__} whose tokens would not be those of the "
-        f"plain model: {problem}. Supported: {supported()}."
+        f"plain model: {problem}. {SUPPORTED_VITS}"
     )
 
 
