@@ -139,10 +139,8 @@ def forecast(
     total_steps = checked_count(total_steps, "total_steps", at_least=1)
     encoder = find_encoder(model)
     teacher_encoder = None if teacher is None else find_encoder(teacher, "teacher")
-    schedule = resolve_plan(plan, encoder)
-    check_plan_for(encoder, schedule, "model")
-    if teacher_encoder is not None:
-        check_plan_for(teacher_encoder, schedule, "teacher")
+    found = {"model": encoder} if teacher_encoder is None else {"model": encoder, "teacher": teacher_encoder}
+    schedule = resolve_plan(plan, found.items())
 
     passes = [(FORWARD_AND_BACKWARD, ViewCosts(encoder, drops_tokens=True))]
     if teacher_encoder is not None:

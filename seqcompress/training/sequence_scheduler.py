@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from seqcompress.compression import Plan, check_plan, compressed_embeds_of, resolve_plan
+from seqcompress.compression import Plan, check_plan, compressed_embeds_of, named_encoders, resolve_plan
 from seqcompress.encoders import CompressedPatchEmbed, Compression, is_frozen
 from seqcompress.json_files import json_text
 from seqcompress.messages import by_script, described
@@ -73,7 +73,7 @@ class SequenceScheduler:
         _refuse_copied_teachers(self._embeds)
         plans = {embed.compression.plan for embed in self._embeds}
         if schedule is not None:
-            plans = {resolve_plan(schedule, self._embeds[0].encoder)}
+            plans = {resolve_plan(schedule, named_encoders(self._embeds))}
         if len(plans) > 1:
             raise ValueError(f"schedule must be given for encoders that were compressed with {len(plans)} plans")
         (plan,) = plans
