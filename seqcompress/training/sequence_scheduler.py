@@ -18,7 +18,7 @@ from seqcompress.json_files import json_text
 from seqcompress.messages import by_script, described
 from seqcompress.schedules import Constant, Online, Schedule
 from seqcompress.strategy import Strategy
-from seqcompress.training.cost import FORWARD_AND_BACKWARD, ViewCosts, batch_factor, sequence_length
+from seqcompress.training.cost import StepCosts, batch_factor, sequence_length
 from seqcompress.training.ranks import Ranks
 
 __all__ = ["SequenceScheduler", "checked_count"]
@@ -306,15 +306,11 @@ class SequenceScheduler:
         """Numbers of steps, from 0 to all, and the cost of as many."""
         key = (self._schedule, self._total_steps)
         if self._spent_of != key:
-            costs = [
-                (FORWARD_AND_BACKWARD if embed.drops_tokens else 1, ViewCosts(embed.encoder, embed.drops_tokens))
-                for embed in self._embeds
-            ]
+            cost = StepCosts((embed.encoder, embed.drops_tokens) for embed in self._embeds)
             steps = [*range(0, self._total_steps, -(-self._total_steps // _LOOKED_AT)), self._total_steps]
             spent = [0.0]
             for done, until in pairwise(steps):
-                strategy = self._schedule.at_step(done, self._total_steps)
-                spent.append(spent[-1] + (until - done) * sum(passes * cost(strategy) for passes, cost in costs))
+                spent.append(spent[-1] + (until - done) * cost(self._schedule.at_step(done, self._total_steps)))
             self._spent_of, self._spent_after = key, (steps, spent)
         return self._spent_after
 
