@@ -950,21 +950,13 @@ def _groups(embeds: dict[str, CompressedPatchEmbed]) -> Iterable[dict[str, Compr
 
 
 def _share_of_plain_budget(drives: list[_Drive]) -> float:
-    """What a whole run at these plans takes, relative to what it takes without: forward and backward passes."""
-    from seqcompress.encoders import is_frozen
-    from seqcompress.training.cost import FORWARD_AND_BACKWARD, ViewCosts
+    """What a whole run at the plan that these have in common takes, relative to the plain run."""
+    from seqcompress.strategy import Strategy
+    from seqcompress.training.cost import StepCosts
 
-    spent = plain = 0.0
-    for drive in drives:
-        samples = [drive.plan((number + 0.5) / _SAMPLES) for number in range(_SAMPLES)]
-        for embed in drive.embeds:
-            passes, cost = (
-                1 if is_frozen(embed.encoder.model) else FORWARD_AND_BACKWARD,
-                ViewCosts(embed.encoder, embed.drops_tokens),
-            )
-            plain += passes
-            spent += passes * sum(map(cost, samples)) / _SAMPLES
-    return spent / plain
+    cost = StepCosts((embed.encoder, embed.drops_tokens) for drive in drives for embed in drive.embeds)
+    spent = sum(cost(drives[0].plan((number + 0.5) / _SAMPLES)) for number in range(_SAMPLES))
+    return spent / _SAMPLES / cost(Strategy())
 
 
 def _forwards_in(state: dict[str, Any]) -> list[int]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast, get_args
+from typing import Any, TypeGuard, TypeVar, cast, get_args
 
 from torch import nn
 
 from seqcompress.encoders import (
+    SUPPORTED_VITS,
     BatchPolicy,
     CompressedPatchEmbed,
     Compression,
@@ -19,7 +20,6 @@ from seqcompress.encoders import (
     follow_masks,
     forget_masks,
     is_frozen,
-    supported,
 )
 from seqcompress.encoders.probe import difference
 from seqcompress.encoders.sharding import is_wrapped
@@ -75,7 +75,7 @@ def compress(
         ``model``, the same object.
 
     Raises:
-        TypeError: a model that is not supported (the message lists what is), or an argument of a wrong type.
+        TypeError: a model that is not supported (the message says what is), or an argument of a wrong type.
         ValueError: an argument out of range, or a plan that does not suit the model.
         FileNotFoundError: ``plan`` is the path of a schedule file that does not exist. In each case, nothing has
             been changed.
@@ -108,11 +108,8 @@ def compress(
         if plan is not None:
             raise ValueError(f"plan excludes token_dropout and patch_size, got plan={described(plan)} as well")
         plan = Strategy(0.0 if token_dropout is None else token_dropout, patch_size)
-    schedule = resolve_plan(plan, found["model"])
     _check_roles(found)
-    for name, encoder in found.items():
-        check_plan_for(encoder, schedule, name)
-
+    schedule = resolve_plan(plan, found.items())
     blank_per_view = {name: blank_per_view_of(encoder, name) for name, encoder in found.items()}
 
     models = [encoder.model for encoder in found.values()]
@@ -184,8 +181,34 @@ def set_strategy(model: nn.Module, strategy: Strategy) -> None:
     compression.ask_views_for(strategy)
 
 
-def resolve_plan(plan: Plan | None, encoder: Encoder) -> Schedule:
-    """Whatever a user may pass as a plan, as a schedule for this encoder."""
+def resolve_plan(plan: Plan | None, encoders: Iterable[tuple[str, Encoder]]) -> Schedule:
+    """Whatever a user may pass as a plan, as a schedule for these encoders, "model" or "teacher" each.
+
+    Raises:
+        TypeError: it is nothing that a plan can be.
+        ValueError: it is none, or does not suit an encoder; the message names the file, if it came from one.
+        FileNotFoundError: there is no such file.
+    """
+    encoders = list(encoders)
+    schedule = _schedule_of(plan, encoders[0][1])
+    try:
+        for name, encoder in encoders:
+            check_plan_for(encoder, schedule, name)
+    except ValueError as error:
+        if plan is not None and _is_file(plan):
+            raise ValueError(f"schedule file {os.fspath(plan)!r}: {error}") from None
+        raise
+    return schedule
+
+
+def _is_file(plan: Plan) -> TypeGuard[str | os.PathLike[str]]:
+    if isinstance(plan, str):
+        is_other = plan in PRESETS or plan.lstrip().startswith("{") or _strategy_of(plan) is not None
+        return not is_other and (plan.endswith(".json") or is_file(plan))
+    return isinstance(plan, os.PathLike)
+
+
+def _schedule_of(plan: Plan | None, encoder: Encoder) -> Schedule:
     if isinstance(plan, Schedule):
         return plan
     if isinstance(plan, Strategy):
@@ -199,7 +222,7 @@ def resolve_plan(plan: Plan | None, encoder: Encoder) -> Schedule:
         return Constant(strategy)
     if isinstance(plan, str) and plan.lstrip().startswith("{"):
         raise ValueError("plan must be a schedule, not its text: pass Schedule.from_json(text)")
-    if isinstance(plan, os.PathLike) or (isinstance(plan, str) and (plan.endswith(".json") or is_file(plan))):
+    if _is_file(plan):
         return Schedule.from_json(Path(plan))
     if isinstance(plan, str):
         raise ValueError(
@@ -211,21 +234,27 @@ def resolve_plan(plan: Plan | None, encoder: Encoder) -> Schedule:
     )
 
 
-def check_plan(embeds: list[CompressedPatchEmbed], schedule: Schedule) -> None:
+def check_plan(embeds: Iterable[CompressedPatchEmbed], schedule: Schedule) -> None:
     """Raise ValueError unless the schedule suits every one of these encoders."""
-    for embed in embeds:
-        check_plan_for(embed.encoder, schedule, "model" if embed.drops_tokens else "teacher")
+    for name, encoder in named_encoders(embeds):
+        check_plan_for(encoder, schedule, name)
+
+
+def named_encoders(embeds: Iterable[CompressedPatchEmbed]) -> list[tuple[str, Encoder]]:
+    """The encoders of compressed patch embeddings, each with what it is called in an error."""
+    return [("model" if embed.drops_tokens else "teacher", embed.encoder) for embed in embeds]
 
 
 def check_plan_for(encoder: Encoder, schedule: Schedule, name: str) -> None:
-    """Raise ValueError, naming the argument, unless the schedule suits this encoder."""
-    strategies = schedule.strategies()
-    if name == "teacher":
-        strategies = tuple(strategy.without_dropout() for strategy in strategies)
+    """Raise ValueError, naming the argument and the stage, unless the schedule suits this encoder."""
+    where = name
     try:
-        encoder.check(strategies)
+        encoder.check(())  # what no strategy changes
+        for strategy in schedule.strategies():
+            where = name if isinstance(schedule, Constant) else f"{name}: stage '{strategy}'"
+            encoder.check([strategy.without_dropout() if name == "teacher" else strategy])
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+        raise ValueError(f"{where}: {error}") from None
 
 
 def compressed_embeds(*models: nn.Module) -> list[CompressedPatchEmbed]:
@@ -330,7 +359,7 @@ def blank_per_view_of(encoder: Encoder, name: str) -> bool:
             _detach(embed)
     raise TypeError(
         f"{name} must be a supported ViT, got a {type(encoder.model).__name__} whose tokens would not be those of the "
-        f"plain model: {problem}. Supported: {supported()}."
+        f"plain model: {problem}. {SUPPORTED_VITS}"
     )
 
 

@@ -123,7 +123,7 @@ def read_json(source: str | os.PathLike[str], what: str) -> tuple[dict[str, Any]
             raise ValueError(f"{origin} is not UTF-8 text: {error}") from None
     fields = _parsed(text, origin)
     if not isinstance(fields, dict):
-        raise ValueError(f"{origin}: must be a JSON object, got {type(fields).__name__}")
+        raise ValueError(f"{origin}: must be a JSON object, got {described(fields)}")
     return fields, origin
 
 

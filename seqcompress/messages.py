@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 __all__ = ["by_script", "described"]
 
 _MANY_DIGITS = 10**40
+_LONGEST = 100  # letters
 
 
 def described(value: object) -> str:
-    """A value on one line: what is short as it is, anything else, a whole module for instance, by its type."""
+    """A value on one line: as it is, or the beginning of what is long; many lines, a module say, by their type."""
     if isinstance(value, int) and abs(value) >= _MANY_DIGITS:  # of one with thousands of digits, str() is an error
         return "a number of very many digits"
     try:
-        shown = repr(value)
+        shown, plainly = repr(value), "\n" if isinstance(value, str) else str(value)
+        is_array = isinstance(shape := getattr(value, "shape", None), tuple)
+        is_several = isinstance(value, (list, tuple, set, Mapping))
+        size = f" of shape {tuple(shape)}" if is_array else f" of {len(value)}" if is_several else ""
     except Exception:  # whatever a foreign class does there, or a list of such numbers
-        shown = "\n"
-    return shown if len(shown) <= 100 and "\n" not in shown else f"a {type(value).__name__}"
+        shown, plainly, size = "\n", "\n", ""
+    if len(shown) > _LONGEST and "\n" not in plainly:  # a schedule's, say
+        shown = plainly
+    return f"a {type(value).__name__}{size}" if "\n" in shown else _cut(shown)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
 def by_script(changes: dict[str, tuple[object, object]], now: object) -> str:
@@ -30,4 +42,4 @@ def by_script(changes: dict[str, tuple[object, object]], now: object) -> str:
 
 
 def _short(value: object) -> str:
-    return value if isinstance(value, str) else described(value)
+    return value if isinstance(value, str) else _cut(str(value))

@@ -12,7 +12,7 @@ from typing import TypeVar, cast
 from torch import nn
 
 from seqcompress.compression import Plan, compress
-from seqcompress.encoders import BatchPolicy, find_encoder, follow_masks, is_encoder, is_frozen, supported
+from seqcompress.encoders import SUPPORTED_VITS, BatchPolicy, find_encoder, follow_masks, is_encoder, is_frozen
 from seqcompress.messages import described
 
 __all__ = ["accelerate", "names_a_teacher"]
@@ -98,7 +98,7 @@ def _recognised(others: dict[str, nn.Module], roles: dict[str, nn.Module], modul
         besides = " besides its teacher" if roles else ""
         raise ValueError(
             f"module must hold a supported ViT{besides}, found none in {type(module).__name__}"
-            f"{_what_it_holds(module)}. Supported: {supported()}."
+            f"{_what_it_holds(module)}. {SUPPORTED_VITS}"
         )
     if len(roles) == 2 or not others:
         return {}

@@ -21,7 +21,7 @@ from seqcompress.json_files import FieldError, check_names, read_json, take, tak
 from seqcompress.messages import described
 from seqcompress.strategy import Strategy
 
-__all__ = ["Constant", "Cosine", "Linear", "Online", "Schedule", "Stepwise"]
+__all__ = ["Constant", "Cosine", "Linear", "Online", "Schedule", "Stepwise", "checked_share"]
 
 _VERSION = 1
 
@@ -51,6 +51,10 @@ class Schedule(ABC):
     @classmethod
     @abstractmethod
     def _from_fields(cls, fields: Mapping[str, Any]) -> Schedule: ...
+
+    @abstractmethod
+    def __str__(self) -> str:
+        """The schedule on one line, for people."""
 
     def __call__(self, progress: float) -> Strategy:
         """The strategy at ``progress``, the share of training that is done, in [0, 1].
@@ -115,6 +119,9 @@ class Constant(Schedule):
     def __post_init__(self) -> None:
         _check_strategy(self.strategy, "strategy")
 
+    def __str__(self) -> str:
+        return str(self.strategy)
+
     def _at(self, progress: float) -> Strategy:
         return self.strategy
 
@@ -143,6 +150,9 @@ class _Ramp(Schedule):
     def __post_init__(self) -> None:
         _check_strategy(self.start, "start")
         _check_strategy(self.end, "end")
+
+    def __str__(self) -> str:
+        return f"{self.kind} from {self.start} to {self.end}"
 
     @abstractmethod
     def _share(self, progress: float) -> float:
@@ -213,6 +223,9 @@ class Stepwise(Schedule):
     def __repr__(self) -> str:
         return f"Stepwise({dict(self.stages)!r})"
 
+    def __str__(self) -> str:
+        return "; ".join(f"{begin:g}: {strategy}" for begin, strategy in self.stages)
+
     def _at(self, progress: float) -> Strategy:
         return [strategy for begin, strategy in self.stages if begin <= progress][-1]
 
@@ -279,9 +292,12 @@ class Online(Schedule):
             raise TypeError(
                 f"preset must be a Stepwise or a Constant, for what is measured must last, got {described(self.preset)}"
             )
-        object.__setattr__(self, "compute_share", _checked_share(self.compute_share, "compute_share"))
+        object.__setattr__(self, "compute_share", checked_share(self.compute_share, "compute_share"))
         if self.time_share is not None:
-            object.__setattr__(self, "time_share", _checked_share(self.time_share, "time_share"))
+            object.__setattr__(self, "time_share", checked_share(self.time_share, "time_share"))
+
+    def __str__(self) -> str:
+        return f"online, at first {self.preset}"
 
     def _at(self, progress: float) -> Strategy:
         return self.preset(progress)
@@ -315,7 +331,8 @@ class Online(Schedule):
             raise FieldError(str(error).partition(" ")[0], str(error)) from None
 
 
-def _checked_share(share: Any, name: str) -> float:
+def checked_share(share: Any, name: str) -> float:
+    """An argument that is a share of something, and not none of it."""
     if isinstance(share, bool) or not isinstance(share, numbers.Real):
         raise TypeError(f"{name} must be a number in (0, 1], got {described(share)}")
     number: Any = share

@@ -11,10 +11,7 @@ from typing import Any
 
 from seqcompress.messages import described
 
-_DROPOUT = r"drop (?P<token_dropout>[0-9.e+-]+)"
-_PATCH = r"patch (?P<patch_size>[0-9]+)"
-_TEXT = re.compile(rf"base|{_DROPOUT}|{_PATCH}|{_DROPOUT.replace('token_dropout', 'both_dropout')}, "
-                   rf"{_PATCH.replace('patch_size', 'both_size')}")  # fmt: skip
+_PART = re.compile(r"drop (?P<token_dropout>[0-9.e+-]+)|patch (?P<patch_size>[0-9]+)")
 _LARGEST_PATCH = 2**31 - 1  # no view has more; sides are multiplied, and written as text
 
 
@@ -58,7 +55,7 @@ class Strategy:
 
     @classmethod
     def parse(cls, text: str) -> Strategy:
-        """Read back what ``str(strategy)`` wrote.
+        """Read back what ``str(strategy)`` wrote; its two parts may come in either order.
 
         Raises:
             TypeError: ``text`` is not a string.
@@ -66,15 +63,16 @@ class Strategy:
         """
         if not isinstance(text, str):
             raise TypeError(f"text must be a string such as 'drop 0.5, patch 32', got {described(text)}")
-        match = _TEXT.fullmatch(" ".join(text.split()))
-        if match is None:
+        parts = " ".join(text.split()).split(", ")
+        found = [] if parts == ["base"] else [_PART.fullmatch(part) for part in parts]
+        fields = {match.lastgroup: match[match.lastgroup] for match in found if match and match.lastgroup}
+        if len(fields) < len(found):  # a part is of another kind, or there twice
             raise ValueError(
                 f"text must read 'base', 'drop 0.5', 'patch 32' or 'drop 0.5, patch 32', got {described(text)}"
             )
-        dropout = match["token_dropout"] or match["both_dropout"] or "0"
-        size = match["patch_size"] or match["both_size"]
+        size = fields.get("patch_size")
         try:
-            return cls(float(dropout), None if size is None else int(size))
+            return cls(float(fields.get("token_dropout", "0")), None if size is None else int(size))
         except ValueError as error:
             raise ValueError(f"text {described(text)} is not a strategy: {error}") from None
 

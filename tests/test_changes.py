@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from seqcompress import (
     Budget,
+    OnlineScheduler,
     SequenceScheduler,
     Strategy,
     accelerate,
     compress,
     get_strategy,
+    gradient_error,
     is_compressed,
     num_tokens,
     rehearse,
@@ -506,24 +508,87 @@ def test_a_scheduler_that_is_never_stepped_is_told_once(tiny_vit: Any) -> None:
     assert get_strategy(vit) == scheduler.schedule(0.0)
 
 
+@pytest.mark.parametrize(("total_steps", "updates"), [(4, 2), (10, 5), (60, 30), (199, 99), (1000, 100)])
+def test_a_scheduler_that_is_never_stepped_is_told_halfway_through_a_short_run(
+    tiny_vit: Any, total_steps: int, updates: int
+) -> None:
+    vit = compress(tiny_vit(depth=1).train(), "default")
+    scheduler = SequenceScheduler(vit, total_steps=total_steps)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _train(vit, updates)  # a forward sees the updates before it
+    with pytest.warns(UserWarning, match="has been updated") as told:
+        vit(VIEWS[:2])
+    (message,) = [str(one.message) for one in told]
+    assert f"updated {updates} times since a SequenceScheduler was made, which has not been stepped and has" in message
+    assert f" {scheduler.total_steps} steps to go: training stays at drop 0.5, patch 16; call its step()" in message
+
+
+def test_a_run_that_goes_on_and_is_never_stepped_is_told_halfway_through_what_is_left(tiny_vit: Any) -> None:
+    vit = compress(tiny_vit(depth=1).train(), "default")
+    scheduler = SequenceScheduler(vit, total_steps=100)
+    scheduler.load_state_dict({**scheduler.state_dict(), "last_step": 94})
+    with pytest.warns(UserWarning, match="updated 3 times .* has not been stepped and has 6 steps to go"):
+        _train(vit, 4)
+    ended = compress(tiny_vit(depth=1).train(), "default")
+    scheduler = SequenceScheduler(ended, total_steps=100)
+    scheduler.load_state_dict({**scheduler.state_dict(), "last_step": 100})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _train(ended, 110)  # plain, as it should be
+
+
+def test_nothing_but_updates_counts_for_a_scheduler_that_is_not_stepped_yet(tiny_vit: Any) -> None:
+    """Forwards before the loop, what is measured, gradient accumulation, a checkpoint: none of them is training."""
+    vit = compress(tiny_vit(depth=1).train(), "default")
+    kept = SequenceScheduler(vit, total_steps=4)
+    optimizer = torch.optim.SGD(vit.parameters(), 1e-6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            vit(VIEWS[:2])
+        rehearse(kept, lambda: vit(VIEWS[:2]).square().mean().backward())
+        gradient_error(vit, lambda views: vit(views).square().mean(), [VIEWS[:2]] * 3, [Strategy(0.5)], cost="flops")
+        vit.load_state_dict(vit.state_dict())
+        for _ in range(4):
+            optimizer.zero_grad()
+            for _ in range(3):
+                vit(VIEWS[:2]).square().mean().backward()
+            optimizer.step()
+            kept.step()
+    assert kept.progress == 1
+
+
+def test_an_online_scheduler_that_is_never_stepped_is_told_by_its_name(tiny_vit: Any) -> None:
+    vit = compress(tiny_vit(depth=1).train(), "online")
+    scheduler = OnlineScheduler(vit, lambda views: vit(views).square().mean(), total_steps=24)
+    with pytest.warns(UserWarning, match="updated 12 times since an OnlineScheduler .* and has 24 steps to go"):
+        _train(vit, 13)
+    assert scheduler.last_step == 0
+
+
 def test_a_rehearsal_is_no_step_of_a_scheduler(tiny_vit: Any) -> None:
     vit = compress(tiny_vit(depth=1).train(), "default")
-    scheduler = SequenceScheduler(vit, total_steps=1000)
+    scheduler = SequenceScheduler(vit, total_steps=20)
     rehearse(scheduler, lambda: vit(VIEWS[:2]).square().mean().backward())
-    with pytest.warns(UserWarning, match="has been updated 100 times"):
-        _train(vit, 110)
+    with pytest.warns(UserWarning, match="has been updated 10 times"):
+        _train(vit, 11)
 
 
 def test_a_scheduler_that_is_stepped_a_strategy_that_is_set_and_a_constant_are_not_told(tiny_vit: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         vit = compress(tiny_vit(depth=1).train(), "default")
-        scheduler = SequenceScheduler(vit, total_steps=1000)
+        scheduler = SequenceScheduler(vit, total_steps=110)
         _train(vit, 110, scheduler)
         by_hand = compress(tiny_vit(depth=1).train(), "default")
         set_strategy(by_hand, Strategy(0.5))
         _train(by_hand, 110)
         _train(compress(tiny_vit(depth=1).train(), Strategy(0.5)), 110)
+        constant = compress(tiny_vit(depth=1).train(), Strategy(0.5))
+        kept = SequenceScheduler(constant, total_steps=10)
+        _train(constant, 10)
+        assert kept.last_step == 0
 
 
 def test_a_frozen_copy_of_a_student_is_told_to_be_plain(tiny_vit: Any) -> None:

@@ -24,6 +24,7 @@ from seqcompress import (
     restore,
     set_strategy,
 )
+from seqcompress.training.forecast import forecast
 
 STRATEGY = Strategy(0.5, 16)
 
@@ -512,6 +513,31 @@ def test_a_bad_schedule_file_is_one_error_that_names_the_field(tmp_path: Path, t
     with pytest.raises(ValueError, match=r"plan\.json.*token_dropout.*1\.5"):
         compress(vit, path)
     assert not is_compressed(vit)
+
+
+def test_a_schedule_file_that_does_not_suit_the_model_is_named_with_its_stage(tmp_path: Path, tiny_vit: Any) -> None:
+    path, vit = tmp_path / "found.json", tiny_vit()
+    schedule = Stepwise({0.0: Strategy(0.5, 16), 0.5: Strategy(0.25, 48), 0.9: Strategy()})
+    schedule.to_json(path)
+    problem = r"model: stage 'drop 0\.25, patch 48': patch_size must not be larger than a side of the view, got .*48"
+    for plan in (path, str(path)):
+        with pytest.raises(ValueError, match=rf"^schedule file '.*found\.json': {problem}"):
+            compress(vit, plan)
+        with pytest.raises(ValueError, match=rf"^schedule file '.*found\.json': {problem}"):
+            forecast(plan, vit, teacher=tiny_vit())
+    with pytest.raises(ValueError, match=f"^{problem}"):
+        compress(vit, schedule)
+    with pytest.raises(ValueError, match=r"^model: patch_size must not be larger than a side of the view, got .*48"):
+        compress(vit, Strategy(0.25, 48))
+    assert not is_compressed(vit)
+    compress(vit, "default")
+    with pytest.raises(ValueError, match=rf"^schedule file '.*found\.json': {problem}"):
+        SequenceScheduler(vit, path, total_steps=10)
+
+
+def test_what_is_wrong_with_a_model_is_laid_on_no_stage_of_a_plan(tiny_vit: Any) -> None:
+    with pytest.raises(ValueError, match=r"^model: the model drops tokens by itself"):
+        compress(tiny_vit(patch_drop_rate=0.5), "default")
 
 
 def test_a_plan_that_does_not_suit_the_teacher_changes_neither(tiny_vit: Any) -> None:

@@ -1079,11 +1079,11 @@ def test_a_teacher_in_eval_mode_leaves_it_to_the_model_to_refuse_a_list(tiny_vit
             vit.eval()([torch.zeros(2, 3, 32, 32)])
 
 
-def test_a_vit_that_keeps_its_patches_in_a_map_is_refused_with_the_list_of_what_is_supported() -> None:
+def test_a_vit_that_keeps_its_patches_in_a_map_is_refused_with_what_is_supported() -> None:
     from timm.models.vision_transformer_sam import VisionTransformerSAM
 
     sam = VisionTransformerSAM(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
-    with pytest.raises(TypeError, match=r"got a tensor of shape \(1, 4, 4, 32\)\. Supported: Meta's DinoVision"):
+    with pytest.raises(TypeError, match=r"got a tensor of shape \(1, 4, 4, 32\)\. Supported: most ViTs of timm"):
         compress(sam, token_dropout=0.5)
 
 
@@ -1167,6 +1167,7 @@ def test_what_shape_cannot_do_is_refused_with_the_reason(make: Any, words: str) 
     with pytest.raises(TypeError, match=words) as raised:
         compress(model, token_dropout=0.5)
     assert "Supported:" in str(raised.value)
+    assert len(str(raised.value)) < 3 * 120
     assert before == [(name, type(module), len(module._forward_pre_hooks)) for name, module in model.named_modules()]
 
 

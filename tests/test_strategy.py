@@ -128,10 +128,17 @@ def test_parse_raises_nothing_but_value_error_on_any_text(text: str) -> None:
         assert Strategy.parse(str(strategy)) == strategy
 
 
+def test_parse_takes_both_orders_and_text_has_one() -> None:
+    strategies = [Strategy.parse(text) for text in ("patch 16, drop 0.5", "drop 0.5, patch 16")]
+    assert strategies == [Strategy(0.5, 16)] * 2
+    assert [str(strategy) for strategy in strategies] == ["drop 0.5, patch 16"] * 2
+
+
 @pytest.mark.parametrize(
     "text",
     ["", "drop", "drop 1", "drop 1.5", "drop nan", "drop -0.5", "drop e", "patch 0", "patch -1", "patch 1.5",
-     "patch 16, drop 0.5", "drop 0.5 patch 16", "base, drop 0.5", "drop 0.5, patch", "Base", "drop 0.5,"],
+     "drop 0.5, drop 0.5", "patch 8, drop 0.5, patch 8", "drop 0.5, base", "drop 0.5 patch 16",
+     "base, drop 0.5", "drop 0.5, patch", "Base", "drop 0.5,"],
 )  # fmt: skip
 def test_parse_refuses_text_that_no_strategy_has(text: str) -> None:
     with pytest.raises(ValueError, match="text") as raised:

@@ -11,9 +11,10 @@ from seqcompress.encoders.compression import BatchPolicy, Compression
 from seqcompress.encoders.encoder import Encoder
 from seqcompress.encoders.masks import follow_masks, forget_masks
 from seqcompress.encoders.patch_embed import CompressedPatchEmbed, Forward, When, is_frozen
-from seqcompress.encoders.registry import find_encoder, is_encoder, register, register_wrapper, supported
+from seqcompress.encoders.registry import SUPPORTED_VITS, find_encoder, is_encoder, register, register_wrapper
 
 __all__ = [
+    "SUPPORTED_VITS",
     "BatchPolicy",
     "CompressedPatchEmbed",
     "Compression",
@@ -27,7 +28,6 @@ __all__ = [
     "is_frozen",
     "register",
     "register_wrapper",
-    "supported",
 ]
 
 for _module in pkgutil.iter_modules(__path__):

@@ -34,7 +34,7 @@ from seqcompress.encoders.probe import (
     undisturbed,
     without_values,
 )
-from seqcompress.encoders.registry import register, supported
+from seqcompress.encoders.registry import SUPPORTED_VITS, register
 from seqcompress.strategy import Strategy
 
 _SIZE_NAMES = ("image_size", "img_size")
@@ -161,10 +161,6 @@ class KeptRotations(Hook):
 class AnyVisionTransformer(Encoder):
     """Additive positions, any class. Positions come from the model's own code, given a map of zeros for its grid."""
 
-    supports = (
-        "any ViT in which one convolution makes patches, positions are added and equal blocks follow "
-        "(DINO, iBOT, DINOv2, Hugging Face, torchvision)"
-    )
     general = True
 
     def __init__(self, model: nn.Module) -> None:
@@ -237,7 +233,7 @@ class AnyVisionTransformer(Encoder):
         if len(tokens) != 3 or tokens[1] < patches:
             raise TypeError(
                 f"a {type(self.model).__name__} must bring {patches} patches to its first block, got a tensor of "
-                f"shape {tuple(tokens)}. Supported: {supported()}."
+                f"shape {tuple(tokens)}. {SUPPORTED_VITS}"
             )
         return tokens[1] - patches
 

@@ -16,6 +16,7 @@ __all__ = ["BatchPolicy", "Compression", "SmallerViews"]
 BatchPolicy = Literal["merge"]
 
 _MANY_UPDATES = 100
+_FEW_UPDATES = 2  # one is what a checkpoint that is loaded, or SAM's step up, looks like
 
 
 class SmallerViews(Protocol):
@@ -50,11 +51,13 @@ class Compression:
         batch: "merge" if a host is to run several batches at once while sequences are short, else None.
         finished: whether the plan has been run to its end, as its driver says. Who drives by itself, without being
             asked to, drives no such encoders: they stay plain.
+        steps_left: of the driver's run, as it says; None where it does not.
     """
 
     # Where it was pickled before there were these, too.
     batch: BatchPolicy | None = None
     masks_are_drawn = False
+    steps_left: int | None = None
 
     def __init__(
         self,
@@ -171,15 +174,21 @@ class Compression:
         )
 
     def notice_missing_step(self) -> str | None:
-        """That a driver is never stepped, in a sentence for people, or None; to be called after every update."""
+        """That a driver is never stepped, in a sentence for people, or None; to be called after every update.
+
+        Only updates of the weights count. So neither forwards before the loop nor gradient accumulation are taken for
+        steps, however short the run is: half of it, and at most 100 updates, is what a loop may do without.
+        """
         self._updates += 1
-        if self._updates != _MANY_UPDATES or self._was_stepped or self.driver is None:
+        if self._was_stepped or self.driver is None or isinstance(self.plan, Constant) or self.steps_left == 0:
             return None
-        if isinstance(self.plan, Constant):
+        left = 2 * _MANY_UPDATES if self.steps_left is None else self.steps_left
+        if self._updates < min(_MANY_UPDATES, max(_FEW_UPDATES, left // 2)):
             return None
         return (
-            f"the encoder has been updated {_MANY_UPDATES} times since {self._driver_name} was made, which has not "
-            f"been stepped: training stays at {self._strategy}; call its step() after every training step"
+            f"the encoder has been updated {self._updates} times since {self._driver_name} was made, which has not "
+            f"been stepped and has {left} steps to go: training stays at {self._strategy}; call its step() after every "
+            "training step"
         )
 
     def __getstate__(self) -> dict[str, Any]:

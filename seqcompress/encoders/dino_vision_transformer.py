@@ -26,7 +26,6 @@ _PREPARES, _LAYERS = "prepare_tokens_with_masks", "get_intermediate_layers"
 class DinoVisionTransformer(AnyVisionTransformer):
     """By the names of its methods, whoever has copied it."""
 
-    supports = "Meta's DinoVisionTransformer (of the repositories of DINOv2 and DINOv3, and their copies)"
     general = False
     positions_in_blocks = True
     masks_tokens = True

@@ -32,13 +32,11 @@ class Encoder(ABC):
         model: the ViT itself, of a kind that ``recognises`` knows.
 
     Attributes:
-        supports: the kind's entry in the list that an unsupported model is answered with.
         general: whether models are known by what they do: such a kind is asked last.
         positions_in_blocks: whether blocks are given positions too.
         masks_tokens: whether it masks tokens by itself, where its call says which.
     """
 
-    supports: ClassVar[str]
     general: ClassVar[bool] = False
     positions_in_blocks: ClassVar[bool] = False
     masks_tokens: ClassVar[bool] = False

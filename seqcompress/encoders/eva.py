@@ -19,7 +19,6 @@ from seqcompress.encoders.vision_transformer import TimmVisionTransformer
 class TimmEva(TimmVisionTransformer):
     """Rotations for all blocks or for each, with positions that are added or without, for any grid or for one."""
 
-    supports = "timm.models.eva.Eva (eva02_*, vit_*_dinov3, vit_*_rope_*, vit_pe_*, ...)"
     positions_in_blocks = True
 
     @staticmethod

@@ -11,10 +11,12 @@ from seqcompress.encoders.encoder import Encoder
 from seqcompress.encoders.patch_embed import CompressedPatchEmbed
 from seqcompress.messages import described
 
-__all__ = ["find_encoder", "is_encoder", "register", "register_wrapper", "supported"]
+__all__ = ["SUPPORTED_VITS", "find_encoder", "is_encoder", "register", "register_wrapper"]
+
+SUPPORTED_VITS = "Supported: most ViTs of timm, Hugging Face, torchvision, DINO and one's own: docs/your-own-vit.md."
 
 _kinds: list[type[Encoder]] = []
-_wrappers: dict[str, Callable[[nn.Module], nn.Module | None]] = {}
+_wrappers: list[Callable[[nn.Module], nn.Module | None]] = []
 _Kind = TypeVar("_Kind", bound=type[Encoder])
 _Wrapper = TypeVar("_Wrapper", bound=Callable[[nn.Module], "nn.Module | None"])
 
@@ -25,19 +27,10 @@ def register(kind: _Kind) -> _Kind:
     return kind
 
 
-def register_wrapper(name: str) -> Callable[[_Wrapper], _Wrapper]:
+def register_wrapper(unwrap: _Wrapper) -> _Wrapper:
     """Function decorator: the function returns the model inside a wrapper that it knows, else None."""
-
-    def decorate(unwrap: _Wrapper) -> _Wrapper:
-        _wrappers[name] = unwrap
-        return unwrap
-
-    return decorate
-
-
-def supported() -> str:
-    """What can be compressed, as a list for people."""
-    return "; ".join([*(kind.supports for kind in _special_first(_kinds)), f"and one inside {' or '.join(_wrappers)}"])
+    _wrappers.append(unwrap)
+    return unwrap
 
 
 def is_encoder(model: object) -> bool:
@@ -49,16 +42,16 @@ def find_encoder(model: object, name: str = "model") -> Encoder:
     """A model as an encoder, or the one inside where ``model`` wraps one.
 
     Raises:
-        TypeError: no kind of ViT that is registered; the message lists what is supported.
+        TypeError: no kind of ViT that is registered; the message says what is supported.
     """
     found = _find(model) if isinstance(model, nn.Module) else None
     if found is None:
-        raise TypeError(f"{name} must be a supported ViT, got {_kind_of(model)}. Supported: {supported()}.")
+        raise TypeError(f"{name} must be a supported ViT, got {_kind_of(model)}. {SUPPORTED_VITS}")
     return found
 
 
 def _find(model: nn.Module) -> Encoder | None:
-    for unwrap in _wrappers.values():
+    for unwrap in _wrappers:
         inner = unwrap(model)
         if inner is not None:
             return _find(inner)

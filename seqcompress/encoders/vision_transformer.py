@@ -30,8 +30,6 @@ check_version("timm", timm.__version__)
 class TimmVisionTransformer(Encoder):
     """Class token or none, registers, distillation token, any pooling, pre-norm, any kind of positions."""
 
-    supports = "timm.models.vision_transformer.VisionTransformer and its subclasses (vit_*, deit*, flexivit_*, ...)"
-
     @staticmethod
     def recognises(model: nn.Module) -> bool:
         # One with somebody's own patch embedding may be known by its shape.

@@ -39,7 +39,7 @@ from seqcompress.gradients.statistics import Estimate, Sketch, interquartile_mea
 from seqcompress.json_files import json_text
 from seqcompress.messages import by_script, described
 from seqcompress.presets import double_patch
-from seqcompress.schedules import Constant, Online, Schedule, Stepwise
+from seqcompress.schedules import Constant, Online, Schedule, Stepwise, checked_share
 from seqcompress.strategy import Strategy
 from seqcompress.training.cost import Flops, sequence_length
 from seqcompress.training.ranks import Ranks
@@ -177,7 +177,7 @@ class OnlineScheduler:
         plan = _online_plan_of(embeds)
         if compute_share is None:
             compute_share = _SHARE if plan is None else plan.compute_share
-        compute_share = _checked_share(compute_share)
+        compute_share = checked_share(compute_share, "compute_share")
         models = [model_or_models] if isinstance(model_or_models, nn.Module) else list(model_or_models)
         parameters = [value for value in nn.ModuleList(models).parameters() if value.requires_grad]
         if not parameters:
@@ -386,7 +386,7 @@ class OnlineScheduler:
                 encoder.check_strategies(ladder)
             if _BASE not in ladder or list(ladder) != _by_cost(dict.fromkeys(ladder), self._encoders, self._flops):
                 raise ValueError(f"ladder must be of rising cost, with the base, got {' / '.join(map(str, ladder))}")
-            share = _checked_share(state["compute_share"])
+            share = checked_share(state["compute_share"], "compute_share")
             trained, measured = (_checked_flops(state[name], name) for name in ("trained", "measured"))
             seconds = [_checked_flops(state[name], name) for name in ("seconds_trained", "seconds_measured")]
             gave_up = None if state["gave_up"] == -1 else _checked_steps(state["gave_up"], "gave_up")
@@ -673,14 +673,6 @@ def _under(
     return changed
 
 
-def _checked_share(share: Any) -> float:
-    if isinstance(share, bool) or not isinstance(share, (int, float)):
-        raise TypeError(f"compute_share must be a number in (0, 1], got {described(share)}")
-    if not 0 < share <= 1:
-        raise ValueError(f"compute_share must be in (0, 1], got {described(share)}")
-    return float(share)
-
-
 def _checked_flops(value: Any, name: str, above: float = -1.0) -> float:
     """More than all machines will ever do is nonsense, and would overflow when it is added up or divided."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not max(above, 0) <= value <= 1e40:
@@ -704,7 +696,7 @@ def _read_list(text: Any, name: str) -> list[Any]:
     except (ValueError, RecursionError):
         raise ValueError(f"{name} must be JSON text of a list, got other text") from None
     if not isinstance(content, list):
-        raise ValueError(f"{name} must be JSON text of a list, got one of a {type(content).__name__}")
+        raise ValueError(f"{name} must be JSON text of a list, got {described(content)}")
     return content
 
 

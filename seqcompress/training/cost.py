@@ -24,8 +24,8 @@ from seqcompress.messages import described
 from seqcompress.strategy import Strategy
 
 __all__ = [
-    "FORWARD_AND_BACKWARD",
     "Flops",
+    "StepCosts",
     "ViewCosts",
     "batch_factor",
     "encoder_flops",
@@ -209,6 +209,25 @@ class ViewCosts:
         if patch_size not in self._patches:
             self._patches[patch_size] = sequence_length(self._encoder, Strategy(0.0, patch_size)) - self._prefix
         return self._patches[patch_size]
+
+
+class StepCosts:
+    """What encoders cost in a step on a view of their own size, in their plain forward passes.
+
+    Args:
+        encoders: those that run, each with whether it drops tokens. One that does is a student: its forward has a
+            backward pass. A teacher's has none.
+    """
+
+    def __init__(self, encoders: Iterable[tuple[Encoder, bool]]) -> None:
+        self._costs = [
+            (FORWARD_AND_BACKWARD if drops_tokens else 1, ViewCosts(encoder, drops_tokens))
+            for encoder, drops_tokens in encoders
+        ]
+
+    def __call__(self, strategy: Strategy) -> float:
+        """Under this strategy."""
+        return sum(passes * cost(strategy) for passes, cost in self._costs)
 
 
 @dataclass

@@ -14,7 +14,7 @@ from seqcompress.compression import Plan, check_plan_for, resolve_plan
 from seqcompress.encoders import find_encoder
 from seqcompress.schedules import Constant, Schedule
 from seqcompress.strategy import Strategy
-from seqcompress.training.cost import FORWARD_AND_BACKWARD, ViewCosts, sequence_length
+from seqcompress.training.cost import StepCosts, ViewCosts, sequence_length
 from seqcompress.training.sequence_scheduler import checked_count
 
 if TYPE_CHECKING:
@@ -139,20 +139,15 @@ def forecast(
     total_steps = checked_count(total_steps, "total_steps", at_least=1)
     encoder = find_encoder(model)
     teacher_encoder = None if teacher is None else find_encoder(teacher, "teacher")
-    schedule = resolve_plan(plan, encoder)
-    check_plan_for(encoder, schedule, "model")
-    if teacher_encoder is not None:
-        check_plan_for(teacher_encoder, schedule, "teacher")
+    found = {"model": encoder} if teacher_encoder is None else {"model": encoder, "teacher": teacher_encoder}
+    schedule = resolve_plan(plan, found.items())
 
-    passes = [(FORWARD_AND_BACKWARD, ViewCosts(encoder, drops_tokens=True))]
-    if teacher_encoder is not None:
-        passes.append((1, ViewCosts(teacher_encoder, drops_tokens=False)))
-    plain = sum(count for count, _ in passes)
+    cost = StepCosts((one, name == "model") for name, one in found.items())
 
     def stage(first: int, steps: int, strategy: Strategy) -> Stage:
         teachers = None if teacher_encoder is None else sequence_length(teacher_encoder, strategy.without_dropout())
-        cost = sum(count * cost_of(strategy) for count, cost_of in passes) / plain
-        return Stage(first, steps, strategy, sequence_length(encoder, strategy), teachers, cost)
+        tokens, share = sequence_length(encoder, strategy), cost(strategy) / cost(Strategy())
+        return Stage(first, steps, strategy, tokens, teachers, share)
 
     begins = _begins(schedule, total_steps)
     stages = tuple(

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from seqcompress.compression import Plan, check_plan, compressed_embeds_of, resolve_plan
+from seqcompress.compression import Plan, check_plan, compressed_embeds_of, named_encoders, resolve_plan
 from seqcompress.encoders import CompressedPatchEmbed, Compression, is_frozen
 from seqcompress.json_files import json_text
 from seqcompress.messages import by_script, described
 from seqcompress.schedules import Constant, Online, Schedule
 from seqcompress.strategy import Strategy
-from seqcompress.training.cost import FORWARD_AND_BACKWARD, ViewCosts, batch_factor, sequence_length
+from seqcompress.training.cost import StepCosts, batch_factor, sequence_length
 from seqcompress.training.ranks import Ranks
 
 __all__ = ["SequenceScheduler", "checked_count"]
@@ -73,7 +73,7 @@ class SequenceScheduler:
         _refuse_copied_teachers(self._embeds)
         plans = {embed.compression.plan for embed in self._embeds}
         if schedule is not None:
-            plans = {resolve_plan(schedule, self._embeds[0].encoder)}
+            plans = {resolve_plan(schedule, named_encoders(self._embeds))}
         if len(plans) > 1:
             raise ValueError(f"schedule must be given for encoders that were compressed with {len(plans)} plans")
         (plan,) = plans
@@ -296,6 +296,7 @@ class SequenceScheduler:
         self._schedule, self._total_steps, self._last_step = schedule, total_steps, last_step
         for model, compression in enumerate(self._compressions):
             compression.finished = last_step >= total_steps
+            compression.steps_left = max(0, total_steps - last_step)
             before = forwards[model] if model < len(forwards) else 0
             compression.stream.anchor(self._seed, last_step, model, before)
             if compression.views is not None:
@@ -305,15 +306,11 @@ class SequenceScheduler:
         """Numbers of steps, from 0 to all, and the cost of as many."""
         key = (self._schedule, self._total_steps)
         if self._spent_of != key:
-            costs = [
-                (FORWARD_AND_BACKWARD if embed.drops_tokens else 1, ViewCosts(embed.encoder, embed.drops_tokens))
-                for embed in self._embeds
-            ]
+            cost = StepCosts((embed.encoder, embed.drops_tokens) for embed in self._embeds)
             steps = [*range(0, self._total_steps, -(-self._total_steps // _LOOKED_AT)), self._total_steps]
             spent = [0.0]
             for done, until in pairwise(steps):
-                strategy = self._schedule.at_step(done, self._total_steps)
-                spent.append(spent[-1] + (until - done) * sum(passes * cost(strategy) for passes, cost in costs))
+                spent.append(spent[-1] + (until - done) * cost(self._schedule.at_step(done, self._total_steps)))
             self._spent_of, self._spent_after = key, (steps, spent)
         return self._spent_after
 

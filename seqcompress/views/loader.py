@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from seqcompress.compression import embeds_of_one_compression, is_compressed
 from seqcompress.encoders import Compression
+from seqcompress.messages import described
 from seqcompress.views.scaled_views import ScaledViews, Size, px, scaled_size
 from seqcompress.views.transforms import ScaledTransforms, put_back
 
@@ -124,7 +125,7 @@ def _check_types(loader: object, model: object) -> None:
             f"{type(model).__name__}"
         )
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got a {type(model).__name__}")
+        raise TypeError(f"model must be a torch.nn.Module, got {described(model)}")
     if isinstance(loader, nn.Module):
         return
     inner = _inner(loader)

@@ -156,9 +156,9 @@ def test_another_plan_and_length_of_the_script_hold_and_that_is_said_in_one_line
     with pytest.warns(UserWarning, match="goes on from its step") as told:
         resumed.load(state)
     assert [str(warning.message) for warning in told] == [
-        "seqcompress: goes on from its step by what this script says, not by the checkpoint: schedule "
-        "Constant(strategy=Strategy(token_dropout=0.1, patch_size=None)) (was a Stepwise), total_steps 30 (was 10); "
-        "now at drop 0.1"
+        "seqcompress: goes on from its step by what this script says, not by the checkpoint: schedule drop 0.1 "
+        "(was 0: drop 0.5, patch 16; 0.2: drop 0.75, patch 16; 0.4: drop 0.75; 0.5: patch 16; 0.7: drop 0.25; 0...), "
+        "total_steps 30 (was 10); now at drop 0.1"
     ]
     scheduler = resumed.scheduler
     assert (scheduler.last_step, scheduler.total_steps, get_strategy(resumed.student)) == (4, 30, Strategy(0.1))
