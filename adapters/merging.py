@@ -7,7 +7,7 @@ Used by [SequenceCompression][seqcompress.adapters.lightning.SequenceCompression
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -98,15 +98,34 @@ def merged(batches: Sequence[Any]) -> tuple[Any, str | None]:
     """Batches as one, along the first dimension of their tensors; or why they cannot be.
 
     Containers of batches are looked into; lists of anything else, such as file names, are joined. Whatever is not one
-    for each sample must be the same in all of them.
+    for each sample must be the same in all of them: tensors of other lengths, such as indices into the batch or views
+    put one after another, would not mean in the whole what they mean in a batch.
     """
     try:
-        return (batches[0] if len(batches) == 1 else _joined(batches)), None
+        samples = [_samples(batch) for batch in batches]
+        return (batches[0] if len(batches) == 1 else _joined(batches, samples)), None
     except (TypeError, ValueError, RuntimeError) as error:
         return None, str(error).partition("\n")[0]
 
 
-def _joined(parts: Sequence[Any]) -> Any:
+def _samples(batch: Any) -> int | None:
+    """How many a batch has; None if it holds no tensor."""
+    lengths = sorted(set(_lengths(batch)))
+    if len(lengths) > 1:
+        raise ValueError(f"they have tensors of {' and '.join(map(str, lengths))} rows, so not all of one a sample")
+    return lengths[0] if lengths else None
+
+
+def _lengths(part: Any) -> Iterator[int]:
+    """Of all tensors that a batch holds."""
+    if isinstance(part, Tensor):
+        yield from part.shape[:1]
+    elif isinstance(part, (Mapping, list, tuple)):
+        for item in part.values() if isinstance(part, Mapping) else part:
+            yield from _lengths(item)
+
+
+def _joined(parts: Sequence[Any], samples: Sequence[int | None]) -> Any:
     first = parts[0]
     if any(type(part) is not type(first) for part in parts):
         raise TypeError(f"their parts are {' and '.join(sorted({type(part).__name__ for part in parts}))}")
@@ -117,18 +136,28 @@ def _joined(parts: Sequence[Any]) -> Any:
     if isinstance(first, Mapping):
         if any(part.keys() != first.keys() for part in parts):
             raise ValueError("they have different keys")
-        joined = {key: _joined([part[key] for part in parts]) for key in first}
+        joined = {key: _joined([part[key] for part in parts], samples) for key in first}
         return joined if type(first) is dict else type(first)(joined)  # type: ignore[call-arg]
     if isinstance(first, (list, tuple)):
         if not any(isinstance(item, (Tensor, Mapping, list, tuple)) for item in first):
-            return type(first)(item for part in parts for item in part)
+            is_one_each = all(count in (None, len(part)) for part, count in zip(parts, samples, strict=True))
+            return type(first)(item for part in parts for item in part) if is_one_each else _alike(parts)
         if len({len(part) for part in parts}) > 1:
             raise ValueError("they have lists of different lengths")
-        items = [_joined(alike) for alike in zip(*parts, strict=True)]
+        items = [_joined(alike, samples) for alike in zip(*parts, strict=True)]
         return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)
-    if any(part != first for part in parts):
-        raise ValueError(f"each has a {type(first).__name__} of its own")
-    return first
+    return _alike(parts)
+
+
+def _alike(parts: Sequence[Any]) -> Any:
+    """What is the same in all of them."""
+    try:
+        is_same = not any(part != parts[0] for part in parts)
+    except (TypeError, ValueError, RuntimeError):  # of what holds tensors or arrays
+        is_same = False
+    if not is_same:
+        raise ValueError(f"each has a {type(parts[0]).__name__} of its own")
+    return parts[0]
 
 
 def _with_loss(output: Any, change: Callable[[Any], Any]) -> Any:

@@ -6,6 +6,7 @@ imports it.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -49,7 +50,9 @@ class Measured(OnlineScheduler):
         self._tell = tell
         self._module_step = _ModuleStep(trainer, pl_module, silent)
         students = [embed.encoder.model for embed in embeds if embed.drops_tokens] or [embeds[0].encoder.model]
-        roots = [pl_module.training_step, pl_module]
+        # Not all that optimizers keep: that is twice the weights, and changes only when they step.
+        groups = [optimizer.param_groups for optimizer in trainer.optimizers]
+        roots = [pl_module.training_step, pl_module, *groups]
         super().__init__(students, self._module_step, total_steps=place[1], protect=roots)
 
     def tell(self, line: str, *, is_problem: bool = False) -> None:
@@ -83,7 +86,7 @@ class Measured(OnlineScheduler):
         made = self.decisions
         what = f"decided {len(made)} times and moved {self._moves} times"
         if not made:
-            what = "was too short to measure anything"
+            what = "was too short for a decision"
         if not self.is_measuring and not made:
             what = "could not be measured, and followed its preset"
         return f"the run {what}; measuring took {self.measured_share_of_time:.1%} of the time of training"
@@ -118,7 +121,7 @@ class _ModuleStep:
         module, step = self._pl_module, self._pl_module.training_step
         takes = inspect.signature(step).parameters.values()
         several = len(takes) > 1 or any(one.kind is one.VAR_POSITIONAL for one in takes)
-        with self._quiet(), self._trainer.precision_plugin.train_step_context():
+        with self._quiet(), self._schedules_kept(), self._trainer.precision_plugin.train_step_context():
             output = step(batch, self.batch_idx) if several else step(batch)
         loss = output["loss"] if isinstance(output, dict) else output
         if not isinstance(loss, Tensor):
@@ -133,6 +136,19 @@ class _ModuleStep:
         now = float(scaler.get_scale())
         self._scale = now if self._scale is None else min(now, self._scale)
         return self._scale
+
+    @contextmanager
+    def _schedules_kept(self) -> Iterator[None]:
+        """Put back learning-rate schedules that a step advances by itself."""
+        schedulers = [config.scheduler for config in self._trainer.lr_scheduler_configs]
+        kept = [copy.deepcopy(scheduler.state_dict()) for scheduler in schedulers]
+        before = [getattr(scheduler, "last_epoch", None) for scheduler in schedulers]
+        try:
+            yield
+        finally:
+            for scheduler, state, last in zip(schedulers, kept, before, strict=True):
+                if getattr(scheduler, "last_epoch", None) != last:
+                    scheduler.load_state_dict(state)
 
     @contextmanager
     def _quiet(self) -> Iterator[None]:

@@ -39,6 +39,7 @@ from seqcompress import (
 from seqcompress.encoders import find_encoder
 from seqcompress.gradients import online
 from seqcompress.gradients.statistics import GradientMoments, jackknife, norm2_of_mean, variance
+from seqcompress.training import cost
 from seqcompress.training.cost import encoder_flops
 
 HALF, LARGE, HUGE = Strategy(0.5), Strategy(0.0, 8), Strategy(0.0, 16)
@@ -244,6 +245,29 @@ def test_measuring_never_takes_more_than_its_share_and_most_of_it(share: float) 
     assert len(run.scheduler.decisions) >= 1
     assert spent["measuring"] > 0.5 * share * spent["training"]
     assert all(made.share <= share for made in run.scheduler.decisions)
+
+
+def test_what_steps_cost_is_counted_once_of_all_that_are_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[int] = []
+    count = encoder_flops
+
+    def counting(encoder: Any, tokens: int) -> int:
+        counted.append(tokens)
+        return count(encoder, tokens)
+
+    run = _Run(compute_share=1e-9)
+    monkeypatch.setattr(cost, "encoder_flops", counting)
+    run.train(_batches(1))
+    first = len(counted)
+    run.train(_batches(20))
+    assert len(counted) == first > 0
+    run.train(batch[:3] for batch in _batches(2))  # a step of another size
+    assert len(counted) == 2 * first
+    assert run.scheduler._trained == 3 * sum(
+        views * (encoder_flops(encoder, 9) * 3 + encoder_flops(encoder, 17)) / 3
+        for views in (4,) * 21 + (3,) * 2
+        for encoder in [find_encoder(run.method.backbone)]
+    )
 
 
 def test_a_run_too_short_for_one_decision_measures_nothing() -> None:

@@ -52,6 +52,7 @@ _BATCHES = 4  # a decision
 _CONFIDENCE = 0.8
 _MOST_COMPARED = 4  # the base, the strategy in force, and a neighbour on either side
 _SHARE = 0.03
+_MOST_PRICES = 1_000  # where no step is like another
 _WAIT, _ANEW, _GO_ON, _DROP = range(4)  # what to do after a step: all ranks the same
 _RUNG = 0.75  # what a rung of the default ladder costs at most, relative to the next dearer one
 
@@ -216,6 +217,7 @@ class OnlineScheduler:
         self._events: list[_Event] = []
         self._trained = self._measured = 0.0
         self._counted = self._tallies()
+        self._prices: dict[tuple[object, ...], int] = {}
         self._resumed_at = time.perf_counter()  # less what was measured since
         self._seconds_before = self._seconds_trained = self._seconds_measured = 0.0
         self._gave_up: int | None = None  # the step
@@ -305,7 +307,7 @@ class OnlineScheduler:
         tallies = self._tallies()
         done = [now - before for now, before in zip(tallies, self._counted, strict=True)]
         self._counted = tallies
-        self._trained += self._flops(done)
+        self._trained += self._price(done)
         if not self.is_measuring:
             return
         verdict = self._ranks.agreed(self._verdict(done, accumulated))
@@ -441,12 +443,21 @@ class OnlineScheduler:
     def _tallies(self) -> list[Counter[Forward]]:
         return [measured.embed.tally.copy() for measured in self._encoders]
 
+    def _price(self, done: Sequence[Counter[Forward]], strategy: Strategy | None = None) -> int:
+        """FLOPs of a step's forwards, or of the same under another strategy: counted once of all steps alike."""
+        key = (strategy, *(frozenset(tally.items()) for tally in done))
+        if key not in self._prices:
+            if len(self._prices) >= _MOST_PRICES:
+                self._prices.clear()
+            self._prices[key] = self._flops(done if strategy is None else _under(strategy, self._encoders, done))
+        return self._prices[key]
+
     def _verdict(self, done: Sequence[Counter[Forward]], accumulated: int) -> int:
         """Whether the shares allow to measure a step like this one; at first, as many as a decision needs."""
         is_over = self.last_step >= self.total_steps or self.progress >= _end_of(self._preset)
         if is_over or not any(forward.graph for tally in done for forward in tally):
             return _WAIT
-        costs = {strategy: self._flops(_under(strategy, self._encoders, done)) for strategy in self._compared()}
+        costs = {strategy: self._price(done, strategy) for strategy in self._compared()}
         is_open = bool(self._events) and set(self._events[0].sketches) == set(costs)  # else, the preset has moved on
         one, extra = sum(costs.values()) / accumulated, self._extra(costs) / accumulated
         needed = one * (1 if is_open else _BATCHES) + extra
@@ -474,6 +485,7 @@ class OnlineScheduler:
                 )
             self._is_blind = True
             return
+        self._prices.clear()  # somebody may have replaced a head since
         compared = self._compared()
         sketches: dict[Strategy, Tensor] = {}
 

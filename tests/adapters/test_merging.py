@@ -321,9 +321,29 @@ def test_batches_are_joined_along_samples_whatever_holds_them() -> None:
     assert [view[:, 0].tolist() for view in views] == [[0, 0, 1, 1]] * 2
     assert names == ["0a", "0b", "1a", "1b"]
     assert same == {"size": 8}
+    assert merged([{"views": torch.zeros(3, 2), "sizes": [8, 4]}] * 2)[0]["sizes"] == [8, 4]
+    assert merged([{"views": torch.zeros(2, 2), "sizes": [size] * 3} for size in (8, 4)]) == (
+        None,
+        "each has a list of its own",
+    )
+    assert merged([{"views": torch.zeros(2, 2), "box": torch.zeros(2, 2).numpy()} for _ in range(2)])[1] == (
+        "each has a ndarray of its own"
+    )
     assert merged([{"a": 1}, {"b": 1}]) == (None, "they have different keys")
     assert merged([torch.zeros(1, 2), [1]]) == (None, "their parts are Tensor and list")
     assert merged([torch.zeros(()), torch.ones(())])[1] == "they have tensors of the shapes () and ()"
+
+
+def test_batches_whose_rows_are_not_samples_are_not_joined() -> None:
+    masks = torch.tensor([[True, False], [False, True], [True, True], [False, False]])  # (crops, patches)
+    batch = {  # as DINOv2 collates it: the crops of one kind after those of another, and masks by their indices
+        "collated_global_crops": torch.zeros(4, 3, 8, 8),
+        "collated_local_crops": torch.zeros(16, 3, 4, 4),
+        "collated_masks": masks,
+        "mask_indices_list": masks.flatten().nonzero().flatten(),
+    }
+    reason = "they have tensors of 4 and 16 rows, so not all of one a sample"
+    assert merged([batch, batch]) == (None, reason)
 
 
 @pytest.mark.parametrize(("fit", "accumulated", "together"), [(8, 4, 4), (4, 6, 2), (4, 3, 1), (1, 8, 1), (16, 48, 16)])

@@ -236,7 +236,7 @@ def test_by_default_a_run_that_is_too_short_is_the_preset_and_says_so(
     make_trainer(max_epochs=5).fit(module, loader(4))
     assert module.tokens == [3] * 10 + [5] * 5 + [9] * 4 + [17]
     assert "in at most 3% of the compute of training and at most 3% of its time" in told[0]
-    assert "the run was too short to measure anything; measuring took 0.0% of the time of training" in told[-1]
+    assert "the run was too short for a decision; measuring took 0.0% of the time of training" in told[-1]
     assert Schedule.from_json(tmp_path / "seqcompress_schedule.json") == PRESETS["default"](16)
 
 
@@ -276,6 +276,36 @@ def test_with_accumulated_gradients_one_batch_of_every_step_is_measured(
     assert any("the run decided" in line for line in told)
     assert same(*modules)
     assert modules[0].losses == modules[1].losses
+
+
+@pytest.mark.parametrize("how", ["group", "schedule"])
+def test_a_learning_rate_that_the_step_itself_changes_is_put_back(
+    make_busy: Build, make_trainer: Build, told: list[str], monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setattr(online, "_CONFIDENCE", 2.0)
+    ends = []
+    for plan in (MUCH, PRESET):
+        module = make_busy(plan)
+        configure, step = module.configure_optimizers, module.training_step
+
+        def configure_optimizers(configure: Build = configure) -> Any:
+            optimizer = configure()
+            return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.99)]
+
+        def training_step(batch: Any, batch_idx: int, module: Any = module, step: Build = step) -> Tensor:
+            if how == "schedule":
+                module.lr_schedulers().step()
+            else:
+                module.optimizers().param_groups[0]["lr"] *= 0.99
+            return step(batch, batch_idx)  # type: ignore[no-any-return]
+
+        module.configure_optimizers, module.training_step = configure_optimizers, training_step
+        make_trainer(max_epochs=5).fit(module, loader(8))
+        ends.append((module.optimizers().param_groups[0]["lr"], module.lr_schedulers().last_epoch, module))
+    assert any("the run decided" in line for line in told)
+    assert ends[0][0] == ends[1][0] == pytest.approx(0.05 * 0.99**45)
+    assert ends[0][1] == ends[1][1]
+    assert same(ends[0][2], ends[1][2])
 
 
 DISTRIBUTED = """

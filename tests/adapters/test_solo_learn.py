@@ -1144,7 +1144,7 @@ def test_solo_learns_own_script_is_accelerated_by_the_flag(pictures: Path, tmp_p
 @needs_solo
 def test_solo_learns_own_script_takes_an_online_plan(pictures: Path, tmp_path: Path) -> None:
     SOON.to_json(tmp_path / "soon.json")
-    kept = ("checkpoint.enabled=true", f"++checkpoint.dir={tmp_path / 'trained'}", "max_epochs=10")
+    kept = ("checkpoint.enabled=true", f"++checkpoint.dir={tmp_path / 'trained'}", "max_epochs=7")
     run = pretrain(
         tmp_path, pictures, *VIT, "++seqcompress.enabled=true", f"++seqcompress.plan={tmp_path}/soon.json", *kept
     )
@@ -1152,6 +1152,16 @@ def test_solo_learns_own_script_takes_an_online_plan(pictures: Path, tmp_path: P
     assert "the run decided" in run.stdout
     (file,) = tmp_path.glob("trained/mocov3/*/seqcompress_schedule.json")
     assert Schedule.from_json(file)(0.0) == Strategy()
+
+
+@needs_solo
+def test_solo_learns_own_script_merges_accumulated_batches(pictures: Path, tmp_path: Path) -> None:
+    merging = ("++seqcompress.enabled=true", "++seqcompress.batch=merge", "++accumulate_grad_batches=2")
+    run = pretrain(tmp_path, pictures, *VIT, *merging, "max_epochs=4")
+    logged = logged_by(run, tmp_path)
+    assert logged["seqcompress/tokens"] == [3, 5, 9, 17]
+    assert logged["seqcompress/batch_factor"] == [2, 2, 1, 1]
+    assert all(map(math.isfinite, logged["train_contrastive_loss_step"]))
 
 
 @needs_solo
