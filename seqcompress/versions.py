@@ -21,6 +21,7 @@ class Supported(NamedTuple):
 SUPPORTED = {
     "torch": Supported("2.6", "3"),
     "timm": Supported("1.0.26", "2"),
+    # 2.1, though the extras and the tests ask for 2.5: solo-learn pins 2.1.2, with which its own script was tried.
     "lightning": Supported("2.1", "3"),
     "pytorch-lightning": Supported("2.1", "3"),
     "lightly": Supported("1.6", "2"),

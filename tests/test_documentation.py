@@ -174,3 +174,24 @@ def test_the_release_check_refuses_what_is_not_ready_and_says_why(tmp_path):
     change("CHANGELOG.md", "- one line\n\n", "")
     change("pyproject.toml", "github.com/OWNER/", "github.com/somebody/")
     assert check(version) == (0, f"version, changelog, citation and address agree: {version}")
+
+
+def test_a_wheel_that_is_missing_or_older_than_the_source_is_not_tried(tmp_path):
+    for name in ("pyproject.toml", "seqcompress/__init__.py", ".ci/release"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "adapters").mkdir()
+
+    def install():
+        done = subprocess.run([".ci/release", "install"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        return done.returncode, done.stderr.strip()
+
+    version = seqcompress.__version__
+    assert install() == (1, f"not ready: there is no wheel of {version} in dist/: run .ci/release build")
+    wheel = tmp_path / "dist" / f"seqcompress-{version}-py3-none-any.whl"
+    wheel.parent.mkdir()
+    wheel.touch()
+    os.utime(wheel, (0, 0))
+    os.utime(tmp_path / "pyproject.toml", (0, 0))
+    code, said = install()
+    assert (code, said.partition("than ")[2]) == (1, "seqcompress/__init__.py: run .ci/release build")

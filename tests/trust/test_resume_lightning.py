@@ -131,8 +131,8 @@ def test_another_plan_of_the_script_holds_and_that_is_said_in_one_line(
     assert resumed.strategies == [Strategy(0.5)] * 8 + [Strategy(0.1)]
     assert [line for line in told if "script" in line] == [
         "seqcompress: vit: goes on from its step by what this script says, not by the checkpoint: schedule 0: drop "
-        "0.5; 0.9: drop 0.1 (was 0: drop 0.5, patch 16; 0.2: drop 0.75, patch 16; 0.4: drop 0.75; 0.6: patch 16; 0.8: drop "
-        "0.25; 0...); now at drop 0.5"
+        "0.5; 0.9: drop 0.1 (was 0: drop 0.5, patch 16; 0.2: drop 0.75, patch 16; 0.4: drop 0.75; 0.6: patch 16; 0.8: "
+        "drop 0.25; 0...); now at drop 0.5"
     ]
 
 
