@@ -853,14 +853,13 @@ class _Drive:
         what = f"{who}: trains at {self._at(start)}"
         if not self.is_constant:
             what += f" now, {self._at(end)} in the end"
-        if set(self.plan.strategies()) == {Strategy()}:
-            return what
-        if share is not None:
-            what += f", {'in all ' if progress else ''}about {share:.0%} of the plain run's budget"
-        teachers = [embed for embed in self.embeds if not embed.drops_tokens]
-        if teachers:
-            scales = any(strategy.patch_size is not None for strategy in self.plan.strategies())
-            what += f"; its teacher gets {'the patch size' if scales else 'nothing of it'}"
+        if set(self.plan.strategies()) != {Strategy()}:
+            if share is not None:
+                what += f", {'in all ' if progress else ''}about {share:.0%} of the plain run's budget"
+            teachers = [embed for embed in self.embeds if not embed.drops_tokens]
+            if teachers:
+                scales = any(strategy.patch_size is not None for strategy in self.plan.strategies())
+                what += f"; its teacher gets {'the patch size' if scales else 'nothing of it'}"
         if isinstance(plan := self.compression.plan, Online):
             what += f"; this is a preset, until gradient error is measured to be less elsewhere, {_limits(plan)}"
         return what

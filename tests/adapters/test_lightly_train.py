@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 import seqcompress
 from seqcompress import Strategy
+from seqcompress.gradients import online
+from seqcompress.schedules import Constant, Online
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("lightly_train") is None,
@@ -387,3 +389,27 @@ def test_two_processes_train_one_model(tmp_path: Path) -> None:
     assert one["teacher"] == other["teacher"] == TEACHER
     assert len(one["weights"]) > 20
     assert all(torch.equal(value, other["weights"][name]) for name, value in one["weights"].items())
+
+
+def test_an_online_plan_is_measured_followed_and_kept_in_the_runs_folder(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(online, "_CONFIDENCE", 0.0)  # always moves
+    vit = seqcompress.compress(timm_vit(), Online(Constant(Strategy()), compute_share=1.0, time_share=None))
+    pretrain(vit, photos, tmp_path / "run")
+    found = seqcompress.Schedule.from_json(tmp_path / "run" / "seqcompress_schedule.json")
+    lengths = [seqcompress.num_tokens(vit, found.at_step(step, 20), 32) for step in range(20)]
+    teacher, student = tokens_of(vit)
+    assert student[::2] == lengths  # the local views' between them
+    assert min(lengths[:11]) == FULL > min(lengths[11:])
+    assert logged(tmp_path / "run", "seqcompress/online_moves")[-1] == len(found.stages) - 1 >= 1
+    assert len(teacher) == 20
+
+
+def test_accumulated_batches_are_merged_while_sequences_are_short(photos: Path, tmp_path: Path) -> None:
+    plan = seqcompress.Stepwise({0.0: Strategy(0.0, 16), 0.5: Strategy()})
+    vit = seqcompress.compress(timm_vit(), plan, batch="merge")
+    pretrain(vit, photos, tmp_path / "run", gradient_accumulation_steps=2)
+    teacher, student = tokens_of(vit)
+    assert teacher == student[::2] == [5] * 5 + [FULL] * 10  # ten batches at once in pairs, then ten one by one
+    assert logged(tmp_path / "run", "seqcompress/batch_factor") == [2.0] * 5 + [1.0] * 5

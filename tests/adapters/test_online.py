@@ -278,6 +278,18 @@ def test_with_accumulated_gradients_one_batch_of_every_step_is_measured(
     assert modules[0].losses == modules[1].losses
 
 
+def test_a_preset_of_the_base_alone_says_that_it_is_measured(
+    make_pair: Build, make_trainer: Build, told: list[str]
+) -> None:
+    module = accelerate(make_pair(), Online(Constant(Strategy())))
+    make_trainer(max_epochs=1).fit(module, loader(2))
+    assert told[0] == (
+        "seqcompress: backbone: trains at base (17 tokens a view) now, base (17 tokens a view) in the end; this is a "
+        "preset, until gradient error is measured to be less elsewhere, in at most 3% of the compute of training and at "
+        "most 3% of its time"
+    )
+
+
 @pytest.mark.parametrize("how", ["group", "schedule"])
 def test_a_learning_rate_that_the_step_itself_changes_is_put_back(
     make_busy: Build, make_trainer: Build, told: list[str], monkeypatch: pytest.MonkeyPatch, how: str

@@ -343,3 +343,21 @@ def test_methods_that_leave_tokens_out_say_that_they_train_plain(name: str) -> N
     assert torch.equal(losses[0], plain)
     assert len([one for one in told if "training is uncompressed" in str(one.message)]) == 1
     assert seen[1] == seen[0] < 65
+
+
+@pytest.mark.parametrize(
+    ("plan", "batch", "line"),
+    [
+        ("online", None, "backbone: cannot be measured, and goes on with its preset: its training_step optimizes by hand"),
+        ("default", "merge", "batch='merge': goes on without, since its training_step optimizes by hand"),
+    ],
+)
+def test_what_its_module_does_not_allow_is_said_in_a_line_and_the_preset_is_run(plan, batch, line, caplog):
+    module = build("SimCLR")
+    student = Noted(module.backbone)
+    seqcompress.accelerate(module, plan, batch=batch)
+    with caplog.at_level("INFO", "lightning.pytorch.seqcompress"):
+        run(module, Images(views=2))
+    assert student.training == times(2, STUDENT)
+    told = [record.getMessage() for record in caplog.records if "by hand" in record.getMessage()]
+    assert told == [f"seqcompress: {line}"]
