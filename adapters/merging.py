@@ -91,8 +91,10 @@ class Merging:
         if wrong:
             return wrong[0]  # Lightning says what it takes
         known = [output for output in outputs if output is not None]  # a step may leave a batch out
-        losses = [loss for loss in map(_loss, known) if loss is not None]
-        return _with_loss(known[-1], lambda last: _times(sum(losses) / len(losses), len(losses))) if known else None
+        if not known:
+            return None
+        losses = torch.stack([loss for loss in map(_loss, known) if loss is not None])
+        return _with_loss(known[-1], lambda last: _times(losses.mean(), len(losses)))
 
     @contextmanager
     def _counted(self, whole: Any) -> Iterator[None]:
