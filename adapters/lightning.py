@@ -196,6 +196,8 @@ class SequenceCompression:
             done = batch_idx - self._length.first_of_step(batch_idx) + 1
             is_last = trainer.is_last_batch or batch_idx + 1 >= trainer.num_training_batches
             self._merging.begin(together, holds=done % together != 0 and not is_last)
+        if self._measured is not None:
+            self._measured.before_step(batch)
 
     def _follow(self, trainer: Any, pl_module: Any, batch_idx: int, length: _Length) -> None:
         """Put in force what the plans have at this batch."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -79,14 +80,31 @@ class Merging:
         if self._trainer.world_size > 1:  # what ranks do together in a step, they must do as often
             fits = bool(self._trainer.strategy.reduce_boolean_decision(fits, all=True))
         if fits:
-            return _with_loss(step(whole, *rest), lambda loss: _times(loss, len(batches)))
+            with self._counted(whole):
+                output = step(whole, *rest)
+            return _with_loss(output, lambda loss: _times(loss, len(batches)))
         if reason is not None and not self._told:
             self._told = True
             self._tell(f"some batches were run one by one, which cannot be merged: {reason}")
         outputs = [step(batch, *rest) for batch in batches]
-        losses = [output["loss"] if isinstance(output, Mapping) else output for output in outputs]
-        known = [loss for loss in losses if loss is not None]
-        return _with_loss(outputs[-1], lambda last: _times(sum(known) / len(known), len(known)))
+        wrong = [output for output in outputs if output is not None and _loss(output) is None]
+        if wrong:
+            return wrong[0]  # Lightning says what it takes
+        known = [output for output in outputs if output is not None]  # a step may leave a batch out
+        if not known:
+            return None
+        losses = torch.stack([loss for loss in map(_loss, known) if loss is not None])
+        return _with_loss(known[-1], lambda last: _times(losses.mean(), len(losses)))
+
+    @contextmanager
+    def _counted(self, whole: Any) -> Iterator[None]:
+        """Have means over an epoch count what the step logs by all of its samples, not by the last batch's."""
+        results = self._trainer._results
+        before, results.batch, results.batch_size = results.batch, whole, None
+        try:
+            yield
+        finally:
+            results.batch, results.batch_size = before, None
 
 
 def most_together(fit: int, accumulated: int) -> int:
@@ -99,11 +117,17 @@ def merged(batches: Sequence[Any]) -> tuple[Any, str | None]:
 
     Containers of batches are looked into; lists of anything else, such as file names, are joined. Whatever is not one
     for each sample must be the same in all of them: tensors of other lengths, such as indices into the batch or views
-    put one after another, would not mean in the whole what they mean in a batch.
+    put one after another, would not mean in the whole what they mean in a batch. Nor would a smaller batch, which
+    counts as much as others.
     """
+    if len(batches) == 1:
+        return batches[0], None
     try:
         samples = [_samples(batch) for batch in batches]
-        return (batches[0] if len(batches) == 1 else _joined(batches, samples)), None
+        counts = sorted({count for count in samples if count is not None})
+        if len(counts) > 1:
+            raise ValueError(f"they have {' and '.join(map(str, counts))} samples")
+        return _joined(batches, samples), None
     except (TypeError, ValueError, RuntimeError) as error:
         return None, str(error).partition("\n")[0]
 
@@ -160,10 +184,17 @@ def _alike(parts: Sequence[Any]) -> Any:
     return parts[0]
 
 
-def _with_loss(output: Any, change: Callable[[Any], Any]) -> Any:
-    if output is None:
-        return None
-    return {**output, "loss": change(output["loss"])} if isinstance(output, Mapping) else change(output)
+def _loss(output: Any) -> Tensor | None:
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    return loss if isinstance(loss, Tensor) else None
+
+
+def _with_loss(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """What a step returns, with another loss; as it is where it has none, for Lightning to judge."""
+    loss = _loss(output)
+    if loss is None:
+        return output
+    return {**output, "loss": change(loss)} if isinstance(output, Mapping) else change(loss)
 
 
 def _times(loss: Tensor, times: int) -> Tensor:

@@ -48,6 +48,7 @@ class Measured(OnlineScheduler):
         tell: Callable[..., None],
     ) -> None:
         self._tell = tell
+        self._given: _Given | None = None
         self._module_step = _ModuleStep(trainer, pl_module, silent)
         students = [embed.encoder.model for embed in embeds if embed.drops_tokens] or [embeds[0].encoder.model]
         # Not all that optimizers keep: that is twice the weights, and changes only when they step.
@@ -59,9 +60,16 @@ class Measured(OnlineScheduler):
         """To whoever made it."""
         self._tell(line, is_problem=is_problem)
 
+    def before_step(self, batch: Any) -> None:
+        """A step begins, which may change what it is given."""
+        self._given = _Given(batch)
+
     def after_step(self, batch: Any, batch_idx: int, place: tuple[int, int], accumulated: int) -> None:
-        """A step is done: measure, if it is time to."""
+        """A step is done: measure, if it is time to, with what it was given."""
         self._module_step.batch_idx = batch_idx
+        given, self._given = self._given, None
+        if given is not None:
+            batch, self._module_step.writes_in_batches = given.batch, given.is_written_in
         done = place[0] if place[1] == self.total_steps else round(place[0] / place[1] * self.total_steps)
         self.step(batch, done, accumulated=accumulated)
 
@@ -109,6 +117,28 @@ def reason_not_to(trainer: Any, pl_module: Any, plain: Any) -> str | None:
     return None
 
 
+class _Given:
+    """A batch as a training step was given it: dictionaries and lists are copies, and tensors are not."""
+
+    def __init__(self, batch: Any) -> None:
+        self._tensors: list[tuple[Tensor, int]] = []
+        self.batch = self._taken(batch)
+
+    @property
+    def is_written_in(self) -> bool:
+        """Whether a tensor has been changed in place since."""
+        return any(tensor._version != version for tensor, version in self._tensors)
+
+    def _taken(self, part: Any) -> Any:
+        if isinstance(part, Tensor) and not part.is_inference():
+            self._tensors.append((part, part._version))
+        if type(part) is dict:
+            return {key: self._taken(item) for key, item in part.items()}
+        if type(part) in (list, tuple):
+            return type(part)(self._taken(item) for item in part)
+        return part
+
+
 class _ModuleStep:
     """The loss of a batch by a LightningModule's ``training_step``, which logs nothing meanwhile."""
 
@@ -116,8 +146,11 @@ class _ModuleStep:
         self._trainer, self._pl_module, self._silent = trainer, pl_module, silent
         self._scale: float | None = None
         self.batch_idx = 0
+        self.writes_in_batches = False
 
     def __call__(self, batch: Any) -> Tensor:
+        if self.writes_in_batches:
+            raise ValueError("its training_step changes the tensors of its batch in place")
         module, step = self._pl_module, self._pl_module.training_step
         takes = inspect.signature(step).parameters.values()
         several = len(takes) > 1 or any(one.kind is one.VAR_POSITIONAL for one in takes)

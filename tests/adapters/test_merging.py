@@ -125,8 +125,11 @@ def test_a_loss_that_compares_samples_sees_those_of_all_merged_batches(
     [
         (lambda number: number, "each has a int of its own"),
         (lambda number: torch.zeros(4, number), "they have tensors of the shapes (4, 0) and (4, 1)"),
+        # Crops that a collate function has stacked, first of all samples, then second of all; and one weight for all.
+        (lambda number: torch.zeros(8, 2), "they have tensors of 4 and 8 rows, so not all of one a sample"),
+        (lambda number: torch.ones(1), "they have tensors of 1 and 4 rows, so not all of one a sample"),
     ],
-    ids=["number", "shape"],
+    ids=["number", "shape", "stacked", "scalar"],
 )
 def test_batches_that_cannot_be_merged_are_run_one_by_one_and_that_is_said_once(
     make_regressor: Build, make_trainer: Build, told: list[str], extra: Build, reason: str
@@ -143,6 +146,70 @@ def test_batches_that_cannot_be_merged_are_run_one_by_one_and_that_is_said_once(
     assert [line for line in told if "merge" in line] == [
         f"seqcompress: batch='merge': some batches were run one by one, which cannot be merged: {reason}"
     ]
+
+
+def test_a_smaller_last_batch_counts_as_much_as_it_does_alone(make_regressor: Build, make_trainer: Build) -> None:
+    ends = []
+    for policy in (None, "merge"):
+        module = make_regressor(Strategy(0.0, 16), policy)
+        views = torch.randn(14, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+        make_trainer(max_epochs=1, accumulate_grad_batches=2).fit(
+            module, DataLoader(TensorDataset(views), batch_size=4)
+        )
+        ends.append(weights(module))
+    assert module.ran == [(8, 5), (4, 5), (2, 5)]
+    torch.testing.assert_close(ends[1], ends[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("left_out", [{0}, {3}, {1, 2, 3}, {0, 1, 2, 3}])
+def test_a_step_that_leaves_out_a_batch_loses_none_of_the_others(
+    make_regressor: Build, make_trainer: Build, left_out: set[int]
+) -> None:
+    views = torch.randn(4, 4, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    batches, ends = [{"views": each, "number": number} for number, each in enumerate(views)], []
+    for policy in (None, "merge"):
+        module = make_regressor(Strategy(0.0, 16), policy)
+        step = module.training_step
+        module.training_step = lambda batch, batch_idx, step=step: (
+            None if batch["number"] in left_out else step(batch, batch_idx)
+        )
+        make_trainer(max_epochs=1, accumulate_grad_batches=4).fit(module, DataLoader(batches, batch_size=None))
+        assert module.ran == [(4, 5)] * (4 - len(left_out))
+        ends.append(weights(module))
+    torch.testing.assert_close(ends[1], ends[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("batches", [[0, 0], [0, 1]], ids=["merged", "one by one"])
+@pytest.mark.parametrize("output", [{"los": torch.ones(())}, 1.0], ids=["no loss", "no tensor"])
+def test_lightning_says_what_a_step_must_return(
+    make_regressor: Build, make_trainer: Build, output: Any, batches: list[int]
+) -> None:
+    module, words = make_regressor(Strategy(0.0, 16), "merge"), []
+    module.training_step = lambda batch, batch_idx: output
+    data = [{"views": torch.zeros(4, 3, 32, 32), "number": number} for number in batches]
+    for accumulated in (1, 2):
+        with pytest.raises(Exception, match=r"(?i)in automatic.optimization") as caught:
+            make_trainer(accumulate_grad_batches=accumulated).fit(module, DataLoader(data, batch_size=None))
+        words.append(str(caught.value))
+    assert words[0] == words[1]
+
+
+def test_a_mean_over_an_epoch_counts_every_sample_once(make_regressor: Build, make_trainer: Build) -> None:
+    means = []
+    for policy in (None, "merge"):
+        module = make_regressor(HALVES, policy)
+        step = module.training_step
+
+        def training_step(batch: Any, batch_idx: int, module: Any = module, step: Any = step) -> Any:
+            module.log("mean", batch[0].mean(), on_step=False, on_epoch=True)
+            return step(batch, batch_idx)
+
+        module.training_step = training_step
+        trainer = make_trainer(max_epochs=1, accumulate_grad_batches=4)
+        trainer.fit(module, loader(8))
+        means.append(trainer.callback_metrics["mean"].item())
+    assert module.ran == [(8, 5)] * 2 + [(4, 17)] * 4
+    assert means == pytest.approx([loader(8).dataset.tensors[0].mean().item()] * 2, abs=1e-6)
 
 
 def test_a_run_that_goes_on_is_the_one_that_never_stopped(
@@ -330,6 +397,9 @@ def test_batches_are_joined_along_samples_whatever_holds_them() -> None:
         "each has a ndarray of its own"
     )
     assert merged([{"a": 1}, {"b": 1}]) == (None, "they have different keys")
+    assert merged([torch.zeros(4, 2), torch.zeros(3, 2)]) == (None, "they have 3 and 4 samples")
+    assert merged([torch.zeros(4, 2), None]) == (None, "their parts are NoneType and Tensor")
+    assert merged([{"crops": torch.zeros(4, 2), "views": torch.zeros(8, 2)}])[1] is None  # alone, it is what it is
     assert merged([torch.zeros(1, 2), [1]]) == (None, "their parts are Tensor and list")
     assert merged([torch.zeros(()), torch.ones(())])[1] == "they have tensors of the shapes () and ()"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import importlib.util
 import json
@@ -109,6 +110,39 @@ def test_measuring_leaves_no_trace_in_a_run_and_its_log(
     assert sorted(log.keys() - plain_log.keys()) == [
         f"seqcompress/online_{name}" for name in ("ca_mse", "moves", "share_of_time")
     ]
+
+
+@pytest.mark.parametrize("way", ["replaced", "taken out", "written in"])
+def test_what_is_measured_is_the_batch_that_the_step_was_given(
+    make_pair: Build, make_trainer: Build, tmp_path: Path, told: list[str], way: str
+) -> None:
+    module, seen = make_pair(), tmp_path / "seen.txt"  # a file, as lists are put back
+    step = module.training_step
+
+    def training_step(batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        if way == "written in":
+            views = batch["views"].mul_(0.5)
+        elif way == "replaced":
+            views = batch["views"] = 0.5 * batch["views"]
+        else:
+            views = 0.5 * batch.pop("views")
+        with seen.open("a") as file:
+            print(views.std().item(), file=file)
+        return step([views], batch_idx)
+
+    module.training_step = training_step
+    pixels = torch.randn(8, 4, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+    batches = DataLoader([{"views": views} for views in pixels], batch_size=None, collate_fn=copy.deepcopy)
+    trainer = make_trainer(max_epochs=5)
+    trainer.fit(accelerate(module, MUCH), batches)
+    runs = [float(line) for line in seen.read_text().splitlines()]
+    assert set(runs) == {(0.5 * views).std().item() for views in pixels}
+    reason = (
+        "cannot be measured, and goes on with its preset: its training_step changes the tensors of its batch in place"
+    )
+    assert len([line for line in told if reason in line]) == (way == "written in")
+    assert (trainer.callback_metrics["seqcompress/online_decisions"] >= 1) == (way != "written in")
+    assert (len(runs) > 40) == (way != "written in")
 
 
 @pytest.mark.usefixtures("always_moves")
