@@ -8,7 +8,6 @@ any other, the callback does nothing. Importing this module imports neither torc
 from __future__ import annotations
 
 import logging
-import math
 import sys
 import time
 import weakref
@@ -17,6 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from seqcompress.adapters.driven_encoders import DrivenEncoders
+from seqcompress.adapters.run_length import RunLength
 from seqcompress.messages import by_script, described
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from seqcompress.adapters.merging import Merging
     from seqcompress.adapters.online import Measured
     from seqcompress.encoders import CompressedPatchEmbed, Compression
-    from seqcompress.schedules import Online, Schedule
+    from seqcompress.schedules import Schedule
     from seqcompress.strategy import Strategy
     from seqcompress.training.budget import Budget
 
@@ -41,7 +42,6 @@ _SHOWN_AS = {  # in the progress bar: a terminal is narrow, it would cut a longe
     "seqcompress/batch_factor": "seq_batch",
 }
 _SECONDS_SHOWN = 0.5  # nobody reads numbers that change faster, and the budget takes a moment to count
-_MOMENTS = 10**6  # in the time of a run
 _SAMPLES = 200  # of a schedule, to say what it will cost
 
 
@@ -98,7 +98,7 @@ class SequenceCompression:
         self._fitting = True
         self._resuming = False  # the state is a checkpoint's
         self._loaded: dict[str, Any] = {}
-        self._tried: list[_Drive] = []  # what batch sizes are tried at
+        self._tried: list[DrivenEncoders] = []  # what batch sizes are tried at
         self._merging: Merging | None = None
         self._forget()
 
@@ -111,8 +111,8 @@ class SequenceCompression:
             drive.release(self)
         self._stop_merging()
         self._places: dict[str, tuple[CompressedPatchEmbed, Compression]] = {}
-        self._drives: list[_Drive] = []
-        self._length: _Length | None = None
+        self._drives: list[DrivenEncoders] = []
+        self._length: RunLength | None = None
         self._budget: Budget | None = None
         self._readings: _Readings | None = None
         self._measured: Measured | None = None  # of an online plan
@@ -199,7 +199,7 @@ class SequenceCompression:
         if self._measured is not None:
             self._measured.before_step(batch)
 
-    def _follow(self, trainer: Any, pl_module: Any, batch_idx: int, length: _Length) -> None:
+    def _follow(self, trainer: Any, pl_module: Any, batch_idx: int, length: RunLength) -> None:
         """Put in force what the plans have at this batch."""
         if batch_idx == length.first_of_step(batch_idx):
             self._progress = length.begin_step(batch_idx)
@@ -360,7 +360,7 @@ class SequenceCompression:
         if not embeds:
             return
         if self._length is None:
-            self._length = _Length(trainer, pl_module, self.timers, self.averaging, self._loaded.get("batches"))
+            self._length = RunLength(trainer, pl_module, self.timers, self.averaging, self._loaded.get("batches"))
             self._seed = self._loaded["seed"] if "seed" in self._loaded else _seed(trainer)
             self._done = self._loaded.get("progress", 0.0) if self._resuming else 0.0
         self._progress = self._length.begin_step(batch_idx)
@@ -396,9 +396,9 @@ class SequenceCompression:
                 continue
             embed.compression, embed.drops_tokens, embed.when = compression, before.drops_tokens, before.when
 
-    def _to_drive(self, embeds: dict[str, CompressedPatchEmbed]) -> list[_Drive]:
+    def _to_drive(self, embeds: dict[str, CompressedPatchEmbed]) -> list[DrivenEncoders]:
         """What nobody else drives, and has not been run to its end."""
-        drives = [_Drive(number, group) for number, group in enumerate(_groups(embeds))]
+        drives = [DrivenEncoders(number, group) for number, group in enumerate(_groups(embeds))]
         return [drive for drive in drives if not drive.is_finished and not drive.is_others]
 
     def _begin_measuring(self, trainer: Any, pl_module: Any) -> None:
@@ -464,7 +464,7 @@ class SequenceCompression:
         ]
         return most_together(min(fit, default=1), trainer.accumulate_grad_batches)
 
-    def _say(self, drive: _Drive, line: str, *, is_problem: bool = False) -> None:
+    def _say(self, drive: DrivenEncoders, line: str, *, is_problem: bool = False) -> None:
         self._tell(f"{drive.name}: {line}")
 
     def _take_over(self, measured: Measured) -> None:
@@ -498,7 +498,7 @@ class SequenceCompression:
         """Take up what a checkpoint says of its run: at its end, there is nothing left of a schedule."""
         before, pace = self._loaded.get("progress"), 0.0 if self._length is None else self._length.pace()
         for group in _groups(embeds):
-            drive = _Drive(0, group)
+            drive = DrivenEncoders(0, group)
             if before is None or drive.is_constant or drive.is_others:
                 continue
             if before >= 1.0:
@@ -520,9 +520,9 @@ class SequenceCompression:
 
     def _announce(self, embeds: dict[str, CompressedPatchEmbed], progress: float) -> None:
         """Say what will happen, in one line for all encoders with which the same will."""
-        drives: dict[tuple[Any, ...], list[_Drive]] = {}
+        drives: dict[tuple[Any, ...], list[DrivenEncoders]] = {}
         for number, group in enumerate(_groups(embeds)):
-            drive = _Drive(number, group)
+            drive = DrivenEncoders(number, group)
             drives.setdefault((drive.plan, drive.is_finished, drive.is_others), []).append(drive)
         for alike in drives.values():
             share = self._guarded("count the budget", partial(_share_of_plain_budget, alike))
@@ -604,282 +604,6 @@ class SequenceCompression:
         self._shown = time.monotonic()
 
 
-class _Length:
-    """How long a run is and how far it has come, as its Trainer counts.
-
-    Args:
-        trainer: the Trainer, in training.
-        pl_module: what it trains.
-        timers: the class of callbacks that end a run after a time.
-        averaging: the class of callbacks that may add an epoch in which nothing is trained.
-        batches: see the attribute.
-
-    Attributes:
-        batches: how many the last epoch had, if these were fewer than its loader had promised.
-    """
-
-    def __init__(self, trainer: Any, pl_module: Any, timers: Any, averaging: Any, batches: int | None) -> None:
-        self._trainer, self._pl_module = trainer, pl_module
-        self._timers = [
-            timer
-            for timer in trainer.callbacks
-            if isinstance(timer, timers) and timer.time_remaining("train") is not None
-        ]
-        self._averaging = [callback for callback in trainer.callbacks if isinstance(callback, averaging)]
-        self._time = 0.0  # share of it that had passed as the step began
-        self.batches = batches
-
-    @property
-    def _epochs(self) -> float:
-        """Epochs that train; infinite without a limit."""
-        limit = self._trainer.max_epochs
-        limits = [float("inf") if limit in (None, -1) else limit]
-        return min([*limits, *(callback.swa_end + 1 for callback in self._averaging)])
-
-    @property
-    def _batches_an_epoch(self) -> float:
-        """Infinite for a stream whose first epoch has not ended."""
-        expected: float = self._trainer.num_training_batches
-        return expected if self.batches is None else min(expected, self.batches)
-
-    def check(self) -> None:
-        """Raise ValueError unless a schedule can go by this length."""
-        trainer = self._trainer
-        by_epochs = self._epochs < float("inf") and (self._batches_an_epoch < float("inf") or self._epochs > 1)
-        if not by_epochs and trainer.max_steps == -1 and not self._timers:
-            raise ValueError(
-                "a schedule needs to know how long training is: set max_epochs, max_steps or max_time of the Trainer "
-                f"(for a loader without a length, max_steps, max_time or more than one epoch), got "
-                f"max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps}"
-            )
-
-    def first_of_step(self, batch: int) -> int:
-        """The batch of this epoch with which the optimizer step of ``batch`` begins."""
-        if not self._pl_module.automatic_optimization:
-            return batch
-        return batch - batch % int(self._trainer.accumulate_grad_batches)
-
-    def begin_step(self, batch: int) -> float:
-        """Progress, in [0, 1], at which the optimizer step of a batch of this epoch is to be run."""
-        if self._timers:
-            self._time = self.share_of_time()
-        return self.share(self.first_of_step(batch))
-
-    def share(self, batches: int) -> float:
-        """Share of the run that is done, in [0, 1], after some batches of this epoch."""
-        trainer, shares = self._trainer, [0.0, self._time]
-        if trainer.max_steps != -1:
-            shares.append(trainer.global_step / trainer.max_steps if trainer.max_steps else 1.0)
-        if self._epochs < float("inf"):
-            of_this = min(1.0, batches / self._batches_an_epoch) if self._batches_an_epoch else 1.0
-            shares.append((trainer.current_epoch + of_this) / self._epochs if self._epochs else 1.0)
-        return min(1.0, max(shares))
-
-    def place(self, batches: int) -> tuple[int, int]:
-        """The same in steps, those done and all, as if every epoch were as long as this one."""
-        trainer, places = self._trainer, [(round(self._time * _MOMENTS), _MOMENTS)]
-        if trainer.max_steps > 0:
-            places.append((int(trainer.global_step), int(trainer.max_steps)))
-        if 0 < self._epochs < float("inf"):
-            epochs, steps, done = int(self._epochs), 1, 0
-            if 0 < self._batches_an_epoch < float("inf"):
-                each = int(trainer.accumulate_grad_batches) if self._pl_module.automatic_optimization else 1
-                steps = math.ceil(self._batches_an_epoch / each)
-                done = min(steps, batches // each)
-            places.append((trainer.current_epoch * steps + done, epochs * steps))
-        # The nearest to its end; of equal ones, the shortest.
-        return max(places, key=lambda place: (place[0] / place[1], -place[1]))
-
-    def share_of_time(self) -> float:
-        """Share of the time that has passed, the same on every rank; 0 without a limit."""
-        if not self._timers:
-            return 0.0
-        shares = []
-        for timer in self._timers:
-            elapsed, remaining = timer.time_elapsed("train"), timer.time_remaining("train")
-            shares.append(elapsed / (elapsed + remaining) if elapsed + remaining > 0 else 1.0)
-        share = min(1.0, max(shares))
-        return float(self._trainer.strategy.broadcast(share)) if self._trainer.world_size > 1 else share
-
-    def pace(self) -> float:
-        """About what a batch adds to the share; rather more than less."""
-        trainer = self._trainer
-        paces = [self._time / max(1, trainer.fit_loop.total_batch_idx)]
-        if trainer.max_steps > 0:
-            paces.append(1 / trainer.max_steps)
-        if 0 < self._epochs < float("inf") and self._batches_an_epoch:
-            paces.append(1 / (self._epochs * self._batches_an_epoch))
-        return max(paces)
-
-    def note_epoch(self, batches: int) -> None:
-        """An epoch is over, after so many batches."""
-        trainer = self._trainer
-        if trainer.should_stop or (trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps):
-            return  # it was broken off
-        if trainer.world_size > 1:
-            batches = int(trainer.strategy.broadcast(batches))
-        self.batches = batches if 0 < batches < trainer.num_training_batches else None
-
-
-class _Drive:
-    """The encoders that were compressed together, and their plan.
-
-    Args:
-        number: of this group in its module, for random subsets of its own.
-        group: the compressed patch embeddings by place; at least one.
-    """
-
-    def __init__(self, number: int, group: dict[str, CompressedPatchEmbed]) -> None:
-        self._number = number
-        self._group = group
-        self.embeds = tuple(group.values())
-        self.compression = self.embeds[0].compression
-        self.plan: Schedule = self.compression.plan
-        self.strategy = self.compression.strategy
-        self._step: int | None = None
-        self.forwards = 0  # of the step that is taken up, where a run goes on in the middle of it
-
-    @property
-    def name(self) -> str:
-        """Where the module has the encoder; the student, of a pair."""
-        place = next((place for place, embed in self._group.items() if embed.drops_tokens), next(iter(self._group)))
-        return place.rpartition(".")[0] or "the encoder"
-
-    @property
-    def student(self) -> Any:
-        """The encoder that drops tokens; the only one, if it is a teacher's."""
-        return next((embed for embed in self.embeds if embed.drops_tokens), self.embeds[0]).encoder
-
-    @property
-    def is_constant(self) -> bool:
-        """Whether the plan is one strategy, which needs nobody to advance it."""
-        return len(self.plan.strategies()) == 1 and not self.is_online
-
-    @property
-    def is_online(self) -> bool:
-        """Whether the plan asks for measuring; what it follows then is what was found so far."""
-        from seqcompress.schedules import Online
-
-        return isinstance(self.compression.plan, Online)
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether the plan has been run to its end."""
-        return self.compression.finished
-
-    @property
-    def is_others(self) -> bool:
-        """Whether something else drives them. A callback that is left over from another Trainer does not."""
-        driven = self.compression.driven_by is not None
-        return driven and not isinstance(self.compression.driver, SequenceCompression)
-
-    def take(self, driver: SequenceCompression) -> None:
-        """Drive a schedule from now on. A constant plan needs no driver, so that others may come."""
-        if not self.is_constant:
-            self.compression.release(self.compression.driver)
-            self.compression.claim(driver, "the Lightning callback")
-
-    def release(self, driver: SequenceCompression) -> None:
-        """Let others drive; until then, a schedule leaves the encoder plain."""
-        self.compression.release(driver)
-
-    def ends_at(self, progress: float) -> bool:
-        """Whether nothing of the plan is left at this progress."""
-        return self.plan(progress) == self.plan(1.0)
-
-    def finish(self) -> None:
-        """The plan has been run to its end. A constant one has none."""
-        self.compression.finished = not self.is_constant
-
-    def most_expensive(self, accumulated: int = 1) -> Strategy:
-        """The strategy of the plan with the longest sequences; with the most tokens at once, of merged batches."""
-        from seqcompress.adapters.merging import most_together
-        from seqcompress.training.cost import batch_factor
-
-        def tokens(strategy: Strategy) -> int:
-            return most_together(batch_factor(self.student, strategy), accumulated) * self.tokens(strategy)
-
-        return max((*self.plan.strategies(), *self.compression.plan.strategies()), key=tokens)
-
-    def follow(self, place: tuple[int, int], step: int, seed: int, progress: float, pace: float) -> None:
-        """Put in force what the plan has at this place of the run, and have views made for what comes next.
-
-        Args:
-            place: steps done, and all steps of the run.
-            step: decides the random subsets, with the seed; those of a step's batches follow each other.
-            seed: of the run, the same on every rank.
-            progress: the share that is done, in [0, 1].
-            pace: what a batch adds to it.
-        """
-        if self.is_others:  # who has come since, which a constant plan allows
-            return
-        self.compression.count_step()
-        if step != self._step:
-            self.compression.stream.anchor(seed, step, self._number, self.forwards)
-            self._step, self.forwards = step, 0
-        self.strategy = self.plan.at_step(*place)
-        self.use(self.strategy)
-        self.have_views_made(progress, pace)
-
-    def have_views_made(self, progress: float, pace: float = 0.0) -> None:
-        """Have loaders make views for this progress and what comes next; their workers start before training does."""
-        views = self.compression.views
-        if views is not None and not self.is_constant:
-            views.ask_ahead(lambda batches: self.plan(min(1.0, progress + batches * pace)))
-
-    def use(self, strategy: Strategy) -> None:
-        """Put a strategy of the plan in force until the next step."""
-        if not self.is_constant:
-            self.compression.strategy = strategy
-
-    def tokens(self, strategy: Strategy) -> int:
-        """The student's, in a view of the size it was built for."""
-        from seqcompress.training.cost import sequence_length
-
-        return sequence_length(self.student, strategy)
-
-    def outlook(self, progress: float, share: float | None, names: list[str]) -> str:
-        """One line: what will happen to the encoders of these names."""
-        from seqcompress.strategy import Strategy
-
-        who, start, end = " and ".join(names), self.plan(progress), self.plan(1.0)
-        if self.is_others:
-            return f"{who}: driven by {self.compression.driven_by}, and left to it; only logged here"
-        if self.is_finished:
-            return (
-                f"{who}: trains plain, at {self._at(Strategy())}, as its schedule has been run to its end; for another "
-                "run of it, call compress(model, plan) again"
-            )
-        from seqcompress.schedules import Online
-
-        what = f"{who}: trains at {self._at(start)}"
-        if not self.is_constant:
-            what += f" now, {self._at(end)} in the end"
-        if set(self.plan.strategies()) != {Strategy()}:
-            if share is not None:
-                what += f", {'in all ' if progress else ''}about {share:.0%} of the plain run's budget"
-            teachers = [embed for embed in self.embeds if not embed.drops_tokens]
-            if teachers:
-                scales = any(strategy.patch_size is not None for strategy in self.plan.strategies())
-                what += f"; its teacher gets {'the patch size' if scales else 'nothing of it'}"
-        if isinstance(plan := self.compression.plan, Online):
-            what += f"; this is a preset, until gradient error is measured to be less elsewhere, {_limits(plan)}"
-        return what
-
-    def shortfall(self, progress: float) -> str:
-        """One line: what is missing of a plan whose run has ended at this progress."""
-        end = self.plan(1.0)
-        return (
-            f"{self.name}: the run ended before its plan, at {progress:.0%} of it and {self._at(self.strategy)}: it "
-            f"never trained at {self._at(end)}, and its figures are worse for it; to add what is missing, let "
-            "trainer.fit(module, ckpt_path=...) go on to the end, or call compress(model, "
-            f"{_written(end)}) and fit for some more epochs"
-        )
-
-    def _at(self, strategy: Strategy) -> str:
-        return f"{strategy} ({self.tokens(strategy)} tokens a view)"
-
-
 class _Readings:
     """What there is to tell about a run: the strategy of its latest step, and what has been spent."""
 
@@ -950,7 +674,7 @@ def _groups(embeds: dict[str, CompressedPatchEmbed]) -> Iterable[dict[str, Compr
     return groups.values()
 
 
-def _share_of_plain_budget(drives: list[_Drive]) -> float:
+def _share_of_plain_budget(drives: list[DrivenEncoders]) -> float:
     """What a whole run at the plan that these have in common takes, relative to the plain run."""
     from seqcompress.strategy import Strategy
     from seqcompress.training.cost import StepCosts
@@ -974,17 +698,6 @@ def _schedule_in(state: dict[str, Any], name: str) -> Schedule | None:
 
     text = state.get("plans", {}).get(name)
     return None if text is None else Schedule.from_json(json_text(text, "plans"))
-
-
-def _limits(plan: Online) -> str:
-    time_too = "" if plan.time_share is None else f" and at most {plan.time_share:.0%} of its time"
-    return f"in at most {plan.compute_share:.0%} of the compute of training{time_too}"
-
-
-def _written(strategy: Strategy) -> str:
-    from seqcompress.strategy import Strategy
-
-    return "Strategy()" if strategy == Strategy() else repr(str(strategy))
 
 
 def _withdraw(trainer: Any) -> None:

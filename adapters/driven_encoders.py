@@ -1,0 +1,183 @@
+"""Encoders that a Trainer drives by the plan they have in common, and what there is to say of it. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from seqcompress.encoders import CompressedPatchEmbed
+    from seqcompress.schedules import Online, Schedule
+    from seqcompress.strategy import Strategy
+
+__all__ = ["DrivenEncoders"]
+
+CALLBACK = "the Lightning callback"
+
+
+class DrivenEncoders:
+    """The encoders that were compressed together, and their plan.
+
+    Args:
+        number: of this group in its module, for random subsets of its own.
+        group: the compressed patch embeddings by place; at least one.
+    """
+
+    def __init__(self, number: int, group: dict[str, CompressedPatchEmbed]) -> None:
+        self._number = number
+        self._group = group
+        self.embeds = tuple(group.values())
+        self.compression = self.embeds[0].compression
+        self.plan: Schedule = self.compression.plan
+        self.strategy = self.compression.strategy
+        self._step: int | None = None
+        self.forwards = 0  # of the step that is taken up, where a run goes on in the middle of it
+
+    @property
+    def name(self) -> str:
+        """Where the module has the encoder; the student, of a pair."""
+        place = next((place for place, embed in self._group.items() if embed.drops_tokens), next(iter(self._group)))
+        return place.rpartition(".")[0] or "the encoder"
+
+    @property
+    def student(self) -> Any:
+        """The encoder that drops tokens; the only one, if it is a teacher's."""
+        return next((embed for embed in self.embeds if embed.drops_tokens), self.embeds[0]).encoder
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether the plan is one strategy, which needs nobody to advance it."""
+        return len(self.plan.strategies()) == 1 and not self.is_online
+
+    @property
+    def is_online(self) -> bool:
+        """Whether the plan asks for measuring; what it follows then is what was found so far."""
+        from seqcompress.schedules import Online
+
+        return isinstance(self.compression.plan, Online)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the plan has been run to its end."""
+        return self.compression.finished
+
+    @property
+    def is_others(self) -> bool:
+        """Whether something else drives them. A callback that is left over from another Trainer does not."""
+        return self.compression.driven_by not in (None, CALLBACK)
+
+    def take(self, driver: object) -> None:
+        """Drive a schedule from now on. A constant plan needs no driver, so that others may come."""
+        if not self.is_constant:
+            self.compression.release(self.compression.driver)
+            self.compression.claim(driver, CALLBACK)
+
+    def release(self, driver: object) -> None:
+        """Let others drive; until then, a schedule leaves the encoder plain."""
+        self.compression.release(driver)
+
+    def ends_at(self, progress: float) -> bool:
+        """Whether nothing of the plan is left at this progress."""
+        return self.plan(progress) == self.plan(1.0)
+
+    def finish(self) -> None:
+        """The plan has been run to its end. A constant one has none."""
+        self.compression.finished = not self.is_constant
+
+    def most_expensive(self, accumulated: int = 1) -> Strategy:
+        """The strategy of the plan with the longest sequences; with the most tokens at once, of merged batches."""
+        from seqcompress.adapters.merging import most_together
+        from seqcompress.training.cost import batch_factor
+
+        def tokens(strategy: Strategy) -> int:
+            return most_together(batch_factor(self.student, strategy), accumulated) * self.tokens(strategy)
+
+        return max((*self.plan.strategies(), *self.compression.plan.strategies()), key=tokens)
+
+    def follow(self, place: tuple[int, int], step: int, seed: int, progress: float, pace: float) -> None:
+        """Put in force what the plan has at this place of the run, and have views made for what comes next.
+
+        Args:
+            place: steps done, and all steps of the run.
+            step: decides the random subsets, with the seed; those of a step's batches follow each other.
+            seed: of the run, the same on every rank.
+            progress: the share that is done, in [0, 1].
+            pace: what a batch adds to it.
+        """
+        if self.is_others:  # who has come since, which a constant plan allows
+            return
+        self.compression.count_step()
+        if step != self._step:
+            self.compression.stream.anchor(seed, step, self._number, self.forwards)
+            self._step, self.forwards = step, 0
+        self.strategy = self.plan.at_step(*place)
+        self.use(self.strategy)
+        self.have_views_made(progress, pace)
+
+    def have_views_made(self, progress: float, pace: float = 0.0) -> None:
+        """Have loaders make views for this progress and what comes next; their workers start before training does."""
+        views = self.compression.views
+        if views is not None and not self.is_constant:
+            views.ask_ahead(lambda batches: self.plan(min(1.0, progress + batches * pace)))
+
+    def use(self, strategy: Strategy) -> None:
+        """Put a strategy of the plan in force until the next step."""
+        if not self.is_constant:
+            self.compression.strategy = strategy
+
+    def tokens(self, strategy: Strategy) -> int:
+        """The student's, in a view of the size it was built for."""
+        from seqcompress.training.cost import sequence_length
+
+        return sequence_length(self.student, strategy)
+
+    def outlook(self, progress: float, share: float | None, names: list[str]) -> str:
+        """One line: what will happen to the encoders of these names."""
+        from seqcompress.strategy import Strategy
+
+        who, start, end = " and ".join(names), self.plan(progress), self.plan(1.0)
+        if self.is_others:
+            return f"{who}: driven by {self.compression.driven_by}, and left to it; only logged here"
+        if self.is_finished:
+            return (
+                f"{who}: trains plain, at {self._at(Strategy())}, as its schedule has been run to its end; for another "
+                "run of it, call compress(model, plan) again"
+            )
+        from seqcompress.schedules import Online
+
+        what = f"{who}: trains at {self._at(start)}"
+        if not self.is_constant:
+            what += f" now, {self._at(end)} in the end"
+        if set(self.plan.strategies()) != {Strategy()}:
+            if share is not None:
+                what += f", {'in all ' if progress else ''}about {share:.0%} of the plain run's budget"
+            teachers = [embed for embed in self.embeds if not embed.drops_tokens]
+            if teachers:
+                scales = any(strategy.patch_size is not None for strategy in self.plan.strategies())
+                what += f"; its teacher gets {'the patch size' if scales else 'nothing of it'}"
+        if isinstance(plan := self.compression.plan, Online):
+            what += f"; this is a preset, until gradient error is measured to be less elsewhere, {_limits(plan)}"
+        return what
+
+    def shortfall(self, progress: float) -> str:
+        """One line: what is missing of a plan whose run has ended at this progress."""
+        end = self.plan(1.0)
+        return (
+            f"{self.name}: the run ended before its plan, at {progress:.0%} of it and {self._at(self.strategy)}: it "
+            f"never trained at {self._at(end)}, and its figures are worse for it; to add what is missing, let "
+            "trainer.fit(module, ckpt_path=...) go on to the end, or call compress(model, "
+            f"{_written(end)}) and fit for some more epochs"
+        )
+
+    def _at(self, strategy: Strategy) -> str:
+        return f"{strategy} ({self.tokens(strategy)} tokens a view)"
+
+
+def _limits(plan: Online) -> str:
+    time_too = "" if plan.time_share is None else f" and at most {plan.time_share:.0%} of its time"
+    return f"in at most {plan.compute_share:.0%} of the compute of training{time_too}"
+
+
+def _written(strategy: Strategy) -> str:
+    from seqcompress.strategy import Strategy
+
+    return "Strategy()" if strategy == Strategy() else repr(str(strategy))
