@@ -348,7 +348,11 @@ def test_methods_that_leave_tokens_out_say_that_they_train_plain(name: str) -> N
 @pytest.mark.parametrize(
     ("plan", "batch", "line"),
     [
-        ("online", None, "backbone: cannot be measured, and goes on with its preset: its training_step optimizes by hand"),
+        (
+            "online",
+            None,
+            "backbone: cannot be measured, and goes on with its preset: its training_step optimizes by hand",
+        ),
         ("default", "merge", "batch='merge': goes on without, since its training_step optimizes by hand"),
     ],
 )
