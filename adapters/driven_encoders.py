@@ -35,8 +35,11 @@ class DrivenEncoders:
     @property
     def name(self) -> str:
         """Where the module has the encoder; the student, of a pair."""
-        place = next((place for place, embed in self._group.items() if embed.drops_tokens), next(iter(self._group)))
-        return place.rpartition(".")[0] or "the encoder"
+        of_students = ((place, embed) for place, embed in self._group.items() if embed.drops_tokens)
+        place, embed = next(of_students, next(iter(self._group.items())))
+        names = (name for name, module in embed.encoder.model.named_modules() if module is embed)
+        within = next(names, place.rpartition(".")[2])
+        return place.removesuffix(within).rstrip(".") or "the encoder"
 
     @property
     def student(self) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -587,6 +588,20 @@ def test_the_start_of_a_fit_says_what_will_happen_in_one_line(
         "seqcompress: backbone: trains at drop 0.5, patch 16 (3 tokens a view) now, base (17 tokens a view) in the "
         f"end, about {0.25 * start + 0.75:.0%} of the plain run's budget; its teacher gets the patch size"
     ]
+
+
+def test_an_encoder_is_called_by_its_own_name_however_deep_its_patch_embedding_lies(
+    make_pair: Build, make_trainer: Build, told: list[str]
+) -> None:
+    module = make_pair()
+    settings = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    module.backbone = transformers.ViTModel(
+        transformers.ViTConfig(**settings, image_size=32, patch_size=8), add_pooling_layer=False
+    )
+    module.training_step = lambda batch, batch_idx: module.backbone(batch[0]).last_hidden_state.square().mean()
+    compress(module.backbone, Strategy(0.5))
+    make_trainer(max_epochs=1).fit(module, batches(2))
+    assert told[0].startswith("seqcompress: backbone: trains at drop 0.5 (9 tokens a view)")
 
 
 def test_the_expected_share_of_the_budget_is_that_of_the_run(

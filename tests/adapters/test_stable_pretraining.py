@@ -322,6 +322,47 @@ def test_two_processes_train_one_model_and_count_one_budget(tmp_path):
     assert all(torch.equal(one["weights"][name], other["weights"][name]) for name in learned)
 
 
+def test_its_functions_for_a_module_of_ones_own_train_on_the_tokens_of_the_plan(spt) -> None:
+    from stable_pretraining.forward import byol
+
+    def made() -> Any:
+        vit = build("SimCLR").backbone
+        return spt.Module(
+            forward=byol,
+            backbone=spt.TeacherStudentWrapper(vit),
+            projector=spt.TeacherStudentWrapper(nn.Linear(32, 16)),
+            predictor=nn.Linear(16, 16),
+            byol_loss=spt.losses.BYOLLoss(),
+            optim={"optimizer": {"type": "AdamW", "lr": 1e-3}, "scheduler": {"type": "CosineAnnealingLR", "T_max": 20}},
+        )
+
+    weights = []
+    for plan in (None, seqcompress.Strategy()):
+        plain = made() if plan is None else seqcompress.accelerate(made(), plan)
+        run(plain, Images(views=2))
+        weights.append(plain.state_dict())
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    module = seqcompress.accelerate(made(), "default")
+    student, teacher = Noted(module.backbone.student), Noted(module.backbone.teacher)
+    run(module, Images(views=2))
+    assert student.training == times(2, STUDENT)
+    assert teacher.training == times(2, TEACHER)
+    assert set(teacher.validation) == {FULL}
+
+
+@pytest.mark.parametrize("name", ["MSN", "SimMIM", "BEiT"])
+@pytest.mark.parametrize("strategy", [seqcompress.Strategy(0.5), seqcompress.Strategy(0.0, 16)], ids=str)
+def test_methods_that_mask_tokens_themselves_are_refused(strategy: seqcompress.Strategy, name: str) -> None:
+    from stable_pretraining import methods
+
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, num_classes=0)
+    sizes = {"image_size": 32} if name == "MSN" else {"image_size": 32, "patch_size": 8}
+    module = seqcompress.accelerate(getattr(methods, name)(vit, **sizes).train(), strategy)
+    views = Images().pixels[:4]
+    with pytest.raises(RuntimeError, match="cannot be combined with compression"):
+        module(views, views) if name == "MSN" else module(views)
+
+
 @pytest.mark.parametrize("name", ["MAE", "IJEPA"])
 def test_methods_that_leave_tokens_out_say_that_they_train_plain(name: str) -> None:
     from stable_pretraining import methods
