@@ -16,9 +16,13 @@ def described(value: object) -> str:
         return "a number of very many digits"
     try:
         shown, plainly = repr(value), "\n" if isinstance(value, str) else str(value)
-        is_array = isinstance(shape := getattr(value, "shape", None), tuple)
-        is_several = isinstance(value, (list, tuple, set, Mapping))
-        size = f" of shape {tuple(shape)}" if is_array else f" of {len(value)}" if is_several else ""
+        shape = getattr(value, "shape", None)
+        if isinstance(shape, tuple):
+            size = f" of shape {tuple(shape)}"
+        elif isinstance(value, (list, tuple, set, Mapping)):
+            size = f" of {len(value)}"
+        else:
+            size = ""
     except Exception:  # whatever a foreign class does there, or a list of such numbers
         shown, plainly, size = "\n", "\n", ""
     if len(shown) > _LONGEST and "\n" not in plainly:  # a schedule's, say
