@@ -275,7 +275,8 @@ class Online(Schedule):
         preset: what holds until the first move; its last stage holds in the end in any case, if it has several.
         compute_share: measuring takes at most this share of the encoders' FLOPs of training so far, in (0, 1].
         time_share: and at most this share of the time of training so far, in (0, 1]; ``None`` for as long as it takes.
-            Where time is what limits, the moments of measuring depend on the machine.
+            A decision that is begun is ended if the time of the whole run allows it. Where time is what limits, the
+            moments of measuring depend on the machine.
 
     Raises:
         TypeError: an argument has the wrong type.

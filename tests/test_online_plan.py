@@ -28,18 +28,19 @@ def _vit() -> VisionTransformer:
 
 
 class _Run:
-    """A run in a plain loop; ``slow`` seconds are spent in every loss that is measured."""
+    """A run in a plain loop; a loss that trains takes ``pause`` seconds more, one that is measured ``slow``."""
 
-    def __init__(self, plan: Any, steps: int, slow: float = 0.0) -> None:
+    def __init__(self, plan: Any, steps: int, slow: float = 0.0, pause: float = 0.001) -> None:
         self.vit = compress(_vit(), plan)
-        self.steps, self.slow = steps, slow
+        self.steps, self.slow, self.pause = steps, slow, pause
         self.training = False
         self.scheduler = OnlineScheduler(self.vit, self.loss, total_steps=steps)
         self.optimizer = torch.optim.SGD(self.vit.parameters(), lr=0.01)
         self.followed: list[Strategy] = []
+        self.events_dropped = 0
 
     def loss(self, views: Tensor) -> Tensor:
-        time.sleep(0.001 if self.training else self.slow)
+        time.sleep(self.pause if self.training else self.slow)
         return self.vit(views)[:, 0].sin().mean()
 
     def go_on(self, until: int) -> _Run:
@@ -51,8 +52,14 @@ class _Run:
             self.loss(views).backward()
             self.training = False
             self.optimizer.step()
+            before = self._open, len(self.scheduler.decisions)
             self.scheduler.step(views)
+            self.events_dropped += before[0] > self._open and len(self.scheduler.decisions) == before[1]
         return self
+
+    @property
+    def _open(self) -> int:
+        return len(json.loads(self.scheduler.state_dict()["events"]))
 
 
 @pytest.mark.parametrize("moves", [False, True])
@@ -88,10 +95,37 @@ def test_a_decision_is_begun_anew_where_the_preset_moves_on_within_it() -> None:
 
 def test_measuring_that_is_slower_than_its_flops_is_held_to_its_share_of_the_time() -> None:
     free = _Run(Online(PRESET, 1.0, None), 300, slow=0.05).go_on(200)
-    held = _Run(Online(PRESET, 1.0, 0.5), 300, slow=0.05).go_on(200)
+    held = _Run(Online(PRESET, 1.0, 0.5), 300, slow=0.05).go_on(300)
     assert free.scheduler.measured_share_of_time > 0.6
     assert held.scheduler.measured_share_of_time <= 0.5
     assert held.scheduler.measured_share < free.scheduler.measured_share
+
+
+def test_a_decision_whose_first_batch_takes_longer_than_thought_is_ended_and_the_run_keeps_its_share() -> None:
+    run = _Run(Online(Constant(HALF), 1.0, 0.2), 400, slow=0.02, pause=0.005).go_on(400)
+    batches = [decision.report.num_batches for decision in run.scheduler.decisions]
+    assert batches == [4] * len(batches)
+    assert batches
+    assert run.events_dropped == 0
+    assert run.scheduler.measured_share_of_time <= 0.2
+
+
+@pytest.mark.parametrize("preset", [PRESET, Constant(HALF), Constant(Strategy())])
+def test_a_run_that_is_too_short_to_decide_says_so_at_its_first_step_and_how_long_it_must_be(
+    preset: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = Online(preset, 0.2, None)
+    _Run(plan, 10).go_on(1)
+    said = [record.message for record in caplog.records if "too few" in record.message]
+    assert len(said) == 1
+    assert said[0].startswith(f"10 steps are too few for a decision, and the run keeps to {preset}")
+    enough = int(said[0].split()[-3])
+    caplog.clear()
+    assert not _Run(plan, enough - 2).go_on(enough - 2).scheduler.decisions
+    assert "too few" in caplog.text
+    caplog.clear()
+    assert _Run(plan, enough + 8).go_on(enough + 8).scheduler.decisions  # begun at the end, it takes four steps
+    assert "too few" not in caplog.text
 
 
 def test_the_time_of_a_run_goes_on_where_it_was_stopped() -> None:

@@ -125,6 +125,8 @@ class OnlineScheduler:
     nothing is measured in there. Measuring then keeps to the plan's share of the time as well. Where a step cannot be
     measured or put back, it is put back as far as it can be, the reason is told once, and the preset goes on.
 
+    A run that is too short for a decision says so at its first step.
+
     What was found is ``schedule``, at any time: a [Stepwise][seqcompress.schedules.Stepwise] to save as JSON. Decisions
     are logged (level INFO, rank 0) and kept in ``decisions``.
 
@@ -222,7 +224,7 @@ class OnlineScheduler:
         self._seconds_before = self._seconds_trained = self._seconds_measured = 0.0
         self._gave_up: int | None = None  # the step
         self._reported: set[str] = set()
-        self._is_blind = False
+        self._is_blind = self._has_looked_ahead = False
         self._ranks = Ranks()
 
     @property
@@ -462,14 +464,41 @@ class OnlineScheduler:
         one, extra = sum(costs.values()) / accumulated, self._extra(costs) / accumulated
         needed = one * (1 if is_open else _BATCHES) + extra
         if self._measured + needed > self._compute_share * self._trained:
+            self._say_if_too_short(done, accumulated)
             return _WAIT
         if self._plan is not None and self._plan.time_share is not None:
             seconds = self._seconds_trained
             pace = self._seconds_measured / self._measured if self._measured else seconds / self._trained
             expected = pace * (one * (_BATCHES - (len(self._events) if is_open else 0)) + extra)
-            if self._seconds_measured + expected > self._plan.time_share * seconds:
+            # What is begun is ended if the whole run can afford it: its first batch tells what the others will take.
+            until_then = seconds / self.progress if is_open else seconds
+            if self._seconds_measured + expected > self._plan.time_share * until_then:
                 return _DROP if is_open else _WAIT
         return _GO_ON if is_open else _ANEW
+
+    def _say_if_too_short(self, done: Sequence[Counter[Forward]], accumulated: int) -> None:
+        """At the first step, of which all others are taken to be: once, if no decision will be affordable."""
+        if self._has_looked_ahead or self._measured:
+            return
+        self._has_looked_ahead = True
+        stages, end = self._preset.stages, min(1.0, _end_of(self._preset))
+        trained, steps = 0.0, math.inf  # FLOPs of a step's share of the run so far; steps that allow a decision
+        for begin, strategy in stages:
+            later = [start for start, _ in stages if start > begin]
+            until = min([*later, end])
+            if until <= begin:
+                break
+            trained += (until - begin) * self._price(done, strategy)
+            compared = [self._price(done, each) for each in _compared(self._ladder, strategy)]
+            needed = (_BATCHES * sum(compared) + self._price(done, _BASE)) / accumulated
+            steps = min(steps, needed / (self._compute_share * trained))
+        if steps > self.total_steps and self._ranks.own == 0:
+            kept = self._preset if len(stages) > 1 else stages[0][1]
+            self.tell(
+                f"{self.total_steps} steps are too few for a decision, and the run keeps to {kept!s}: "
+                f"{self._compute_share:.3g} of its compute allow one from about {math.ceil(steps)} steps on",
+                is_problem=True,
+            )
 
     def _extra(self, flops: Mapping[Strategy, float]) -> float:
         """The base's second run on the first batch of all, which tells whether ``step`` can be put back."""
