@@ -418,6 +418,23 @@ def test_every_comparison_has_its_figure(evidence: SimpleNamespace, tmp_path: Pa
         assert picture.size == (990, 715)
 
 
+def test_a_curve_without_held_out_images_is_not_judged_by_the_judged_images_themselves(
+    evidence: SimpleNamespace, small: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judges: list[Any] = []
+    init = evidence.run.Judge.__init__
+
+    def remember(self: Any, bank: Any, judged: Any) -> None:
+        judges.append((bank, judged))
+        init(self, bank, judged)
+
+    monkeypatch.setattr(evidence.run.Judge, "__init__", remember)
+    evidence.run.run(replace(small, images=60, budget=0.0003), data, tmp_path / "results", tmp_path)
+    bank, judged = judges[0]
+    assert (len(bank), len(judged)) == (30, 30)
+    assert not (bank.pixels[:, None] == judged.pixels).flatten(2).all(dim=2).any()
+
+
 def test_every_run_of_a_suite_is_one_run_whose_command_says_all_about_it(evidence: SimpleNamespace) -> None:
     import argparse
 

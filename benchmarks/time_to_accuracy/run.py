@@ -433,7 +433,10 @@ def run(
     if checkpoint.is_file():
         training.load_state_dict(torch.load(checkpoint, map_location=on, weights_only=True))
         print(f"{settings.name}: goes on after {training.steps_done} steps", flush=True)
-    along_the_way = Judge(train, held_out)
+    bank, few = train, min(1000, len(train) // 2)
+    if not len(held_out):  # all images are trained on: the curve is judged on some of them, by the others
+        held_out, bank = train.part(0, few), train.part(few, len(train))
+    along_the_way = Judge(bank, held_out)
     marks = [round(training.total_steps * number / points) for number in range(1, points + 1)]
     marks = [mark for mark in marks if mark > training.steps_done]
     last = max(1, round(until * training.total_steps))
@@ -478,7 +481,7 @@ def _data(settings: Settings, data: Path, cache: Path) -> tuple[Images, Images, 
         raise ValueError(f"data must be a folder with 'train' and 'test' or 'val', got {data}")
     number = settings.judged_images or _count(folder)
     test = load_images(folder, settings.image_size, number, cache)
-    return train, held_out_images if len(held_out_images) else train.part(0, held_out), test
+    return train, held_out_images, test
 
 
 def _at_most(data: Path, number: int) -> int:
