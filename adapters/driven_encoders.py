@@ -9,9 +9,16 @@ if TYPE_CHECKING:
     from seqcompress.schedules import Online, Schedule
     from seqcompress.strategy import Strategy
 
-__all__ = ["DrivenEncoders"]
+__all__ = ["DrivenEncoders", "embeds_by_place"]
 
 CALLBACK = "the Lightning callback"
+
+
+def embeds_by_place(pl_module: Any) -> dict[str, CompressedPatchEmbed]:
+    """The compressed patch embeddings that a module holds, by their names in it; each once."""
+    from seqcompress.encoders import CompressedPatchEmbed
+
+    return {place: module for place, module in pl_module.named_modules() if isinstance(module, CompressedPatchEmbed)}
 
 
 class DrivenEncoders:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from seqcompress.adapters.driven_encoders import embeds_by_place
 from seqcompress.adapters.lightning import SequenceCompression
 from seqcompress.messages import described
 
@@ -64,7 +65,6 @@ class LightlyTrain(SequenceCompression):
 
     def _fit_in(self, pl_module: Any) -> None:
         """Raises ValueError where tokens are masked, or would be dropped that a loss needs; nothing is changed then."""
-        from seqcompress.encoders import CompressedPatchEmbed
         from seqcompress.pairs import names_a_teacher
 
         self._take_out()
@@ -74,9 +74,7 @@ class LightlyTrain(SequenceCompression):
                 f"model must be uncompressed for lightly-train's {method}, which masks tokens on its plain grid: train "
                 'it plain, or with method="dino"'
             )
-        places = {
-            place: module for place, module in pl_module.named_modules() if isinstance(module, CompressedPatchEmbed)
-        }
+        places = embeds_by_place(pl_module)
         pools = method in POOLING
         for place, embed in places.items():
             _check_dropout(pl_module, place, embed, pools)

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from seqcompress.adapters.driven_encoders import DrivenEncoders
+from seqcompress.adapters.driven_encoders import DrivenEncoders, embeds_by_place
 from seqcompress.adapters.run_length import RunLength
 from seqcompress.messages import by_script, described
 
@@ -107,11 +107,11 @@ class SequenceCompression:
 
     def _forget(self) -> None:
         """Let go of the model."""
-        for drive in getattr(self, "_drives", ()):
-            drive.release(self)
+        for encoders in getattr(self, "_driven", ()):
+            encoders.release(self)
         self._stop_merging()
         self._places: dict[str, tuple[CompressedPatchEmbed, Compression]] = {}
-        self._drives: list[DrivenEncoders] = []
+        self._driven: list[DrivenEncoders] = []
         self._length: RunLength | None = None
         self._budget: Budget | None = None
         self._readings: _Readings | None = None
@@ -142,14 +142,14 @@ class SequenceCompression:
         self._resuming = False
         if not _is_compressed(pl_module):
             return
-        drives = self._to_drive(_embeds_by_place(pl_module))
+        driven = self._to_drive(embeds_by_place(pl_module))
         if any(isinstance(callback, self.finders) for callback in trainer.callbacks):
-            self._tried = drives
-            for drive in drives:
-                drive.compression.set_by_hand(drive.most_expensive())
+            self._tried = driven
+            for encoders in driven:
+                encoders.compression.set_by_hand(encoders.most_expensive())
         elif trainer.global_step == 0:
-            for drive in drives:
-                drive.have_views_made(0.0)
+            for encoders in driven:
+                encoders.have_views_made(0.0)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Batch sizes have been tried by now."""
@@ -164,7 +164,7 @@ class SequenceCompression:
         if _is_compressed(pl_module):
             from seqcompress.strategy import Strategy
 
-            for embed in _embeds_by_place(pl_module).values():
+            for embed in embeds_by_place(pl_module).values():
                 embed.compression.ask_views_for(Strategy())
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -172,7 +172,7 @@ class SequenceCompression:
         self._forget()
         self._speaks = trainer.is_global_zero
         if trainer.global_step == 0 and _is_compressed(pl_module):
-            self._announce(_embeds_by_place(pl_module), 0.0)
+            self._announce(embeds_by_place(pl_module), 0.0)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Look again: the module may compress or restore its encoders between epochs, or as training starts."""
@@ -189,7 +189,7 @@ class SequenceCompression:
             self._look(trainer, pl_module, batch_idx)
         if self._length is None:
             return
-        if self._drives:
+        if self._driven:
             self._follow(trainer, pl_module, batch_idx, self._length)
         if self._merging is not None:
             together = self._together(trainer, pl_module)
@@ -205,22 +205,22 @@ class SequenceCompression:
             self._progress = length.begin_step(batch_idx)
             self._place = length.place(length.first_of_step(batch_idx))
         step = self._steps = _steps_done(trainer, pl_module)
-        for drive in self._drives:
-            drive.follow(self._place, step, self._seed, self._progress, length.pace())
+        for encoders in self._driven:
+            encoders.follow(self._place, step, self._seed, self._progress, length.pace())
         if self._rehearsal_is_due and step > 0:
             from seqcompress.training.rehearsal import forget_peak
 
             together = self._merging is not None
-            longest = self._drives[0].most_expensive(trainer.accumulate_grad_batches if together else 1)
+            longest = self._driven[0].most_expensive(trainer.accumulate_grad_batches if together else 1)
             self._rehearsal_is_due, self._rehearsing = False, longest
             forget_peak(pl_module.device)
         if self._rehearsing is not None:
-            for drive in self._drives:
-                drive.use(self._rehearsing if drive is self._drives[0] else drive.most_expensive())
+            for encoders in self._driven:
+                encoders.use(self._rehearsing if encoders is self._driven[0] else encoders.most_expensive())
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
         """Note the forwards of the step: others may save a checkpoint before this sees the end of the batch."""
-        self._forwards = [drive.compression.stream.forwards for drive in self._drives]
+        self._forwards = [encoders.compression.stream.forwards for encoders in self._driven]
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log what this step was run at, and what has been spent so far, if this step is one to be logged."""
@@ -254,16 +254,16 @@ class SequenceCompression:
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Let go of the model, and say at which strategy a training step did not fit into memory."""
-        if self._drives and trainer.training:
+        if self._driven and trainer.training:
             from seqcompress.training.rehearsal import is_out_of_memory, shortage
 
             if is_out_of_memory(exception):
-                drive = self._drives[0]
-                strategy = self._rehearsing or drive.strategy
+                encoders = self._driven[0]
+                strategy = self._rehearsing or encoders.strategy
                 self._guarded(
                     "say what did not fit",
                     lambda: self.host.error(
-                        "seqcompress: %s", shortage(strategy, drive.student, pl_module.device, exception)
+                        "seqcompress: %s", shortage(strategy, encoders.student, pl_module.device, exception)
                     ),
                 )
         self._loaded = self._state()
@@ -278,11 +278,11 @@ class SequenceCompression:
         if self._length is not None:
             self._done = max(self._done, self._length.share_of_time())
             if not trainer.fast_dev_run:
-                for drive in self._drives:
-                    if drive.ends_at(self._done):
-                        drive.finish()
+                for encoders in self._driven:
+                    if encoders.ends_at(self._done):
+                        encoders.finish()
                     else:
-                        self._tell(drive.shortfall(self._done))
+                        self._tell(encoders.shortfall(self._done))
                 if self._measured is not None:
                     self._keep_what_was_found(trainer, self._measured)
         self._loaded = self._state()
@@ -317,16 +317,16 @@ class SequenceCompression:
             **spent,
             "progress": self._done,
             "batches": self._length.batches,
-            "plans": {drive.name: drive.compression.plan.to_json() for drive in self._drives},
+            "plans": {encoders.name: encoders.compression.plan.to_json() for encoders in self._driven},
             "forwards": self._forwards,
             **({} if online is None else {"online": online}),
         }
 
     def _end_trials(self) -> None:
-        for drive in self._tried:
-            if drive.compression.driver is None:
-                drive.take(self)
-                drive.release(self)
+        for encoders in self._tried:
+            if encoders.compression.driver is None:
+                encoders.take(self)
+                encoders.release(self)
         self._tried = []
 
     def _is_in_place(self, pl_module: Any) -> bool:
@@ -342,7 +342,7 @@ class SequenceCompression:
 
     def _look(self, trainer: Any, pl_module: Any, batch_idx: int) -> None:
         """Find the compressed encoders, and take up their plans where these stand."""
-        embeds = _embeds_by_place(pl_module) if _is_compressed(pl_module) else {}
+        embeds = embeds_by_place(pl_module) if _is_compressed(pl_module) else {}
         self._adopt(embeds)
         places = {place: (embed, embed.compression) for place, embed in embeds.items()}
         if places == self._places:
@@ -350,10 +350,10 @@ class SequenceCompression:
         is_first = self._readings is None
         self._loaded = self._state()
         kept = {compression for _, compression in places.values()}
-        for drive in self._drives:
-            if drive.compression not in kept:
-                drive.release(self)
-        self._places, self._drives = places, []
+        for encoders in self._driven:
+            if encoders.compression not in kept:
+                encoders.release(self)
+        self._places, self._driven = places, []
         self._budget = self._readings = self._rehearsing = self._measured = None
         self._stop_merging()
         self._rehearsal_is_due = False
@@ -367,11 +367,11 @@ class SequenceCompression:
         self._place = self._length.place(self._length.first_of_step(batch_idx))
         if self._resuming and is_first:
             self._go_on(embeds)
-        self._drives = self._to_drive(embeds)
+        self._driven = self._to_drive(embeds)
         if self._resuming and is_first and batch_idx != self._length.first_of_step(batch_idx):
-            for drive, forwards in zip(self._drives, _forwards_in(self._loaded), strict=False):
-                drive.forwards = forwards
-        if not all(drive.is_constant for drive in self._drives):
+            for encoders, forwards in zip(self._driven, _forwards_in(self._loaded), strict=False):
+                encoders.forwards = forwards
+        if not all(encoders.is_constant for encoders in self._driven):
             self._length.check()
         if is_first:
             self._announce(embeds, self._progress if trainer.global_step else 0.0)  # as at the start
@@ -379,12 +379,12 @@ class SequenceCompression:
             self._loaded.pop("online", None)  # another fit's
         self._begin_measuring(trainer, pl_module)
         self._begin_merging(trainer, pl_module)
-        for drive in self._drives:
-            drive.take(self)
+        for encoders in self._driven:
+            encoders.take(self)
         self._ranks = trainer.world_size
         self._budget = self._guarded("count the budget", lambda: self._budget_of(pl_module))
         self._readings = _Readings(list(embeds.values()), self._units_in_millions)
-        if is_first and not self._loaded and self._drives:
+        if is_first and not self._loaded and self._driven:
             self._rehearsal_is_due = self._has_own_memory(pl_module.device)
 
     def _adopt(self, embeds: dict[str, CompressedPatchEmbed]) -> None:
@@ -398,25 +398,25 @@ class SequenceCompression:
 
     def _to_drive(self, embeds: dict[str, CompressedPatchEmbed]) -> list[DrivenEncoders]:
         """What nobody else drives, and has not been run to its end."""
-        drives = [DrivenEncoders(number, group) for number, group in enumerate(_groups(embeds))]
-        return [drive for drive in drives if not drive.is_finished and not drive.is_others]
+        candidates = [DrivenEncoders(number, group) for number, group in enumerate(_groups(embeds))]
+        return [encoders for encoders in candidates if not encoders.is_finished and not encoders.is_others]
 
     def _begin_measuring(self, trainer: Any, pl_module: Any) -> None:
         """Have an online plan find itself; say so where it cannot, and follow its preset."""
-        drives = [drive for drive in self._drives if drive.is_online]
-        if not drives:
+        online = [encoders for encoders in self._driven if encoders.is_online]
+        if not online:
             return
         from seqcompress.adapters.online import Measured, reason_not_to
 
-        drive, self._accumulated = drives[0], 0
+        encoders, self._accumulated = online[0], 0
         problem = reason_not_to(trainer, pl_module, self.plain)
-        if len(drives) > 1:
+        if len(online) > 1:
             problem = "its encoders were compressed apart, and what is measured has to be compressed together"
         if problem is None:
-            drive.compression.release(drive.compression.driver)  # another Trainer's callback, which is done
+            encoders.compression.release(encoders.compression.driver)  # another Trainer's callback, which is done
             try:
-                tell = partial(self._say, drive)
-                measured = Measured(trainer, pl_module, drive.embeds, self._place, self.silent, tell)
+                tell = partial(self._say, encoders)
+                measured = Measured(trainer, pl_module, encoders.embeds, self._place, self.silent, tell)
                 if "online" in self._loaded:
                     measured.load_state_dict(self._loaded["online"])
                 self._measured = measured
@@ -424,7 +424,7 @@ class SequenceCompression:
             except (TypeError, ValueError, RuntimeError) as error:
                 problem = str(error)
         if problem is not None:
-            self._say(drive, f"cannot be measured, and goes on with its preset: {problem}")
+            self._say(encoders, f"cannot be measured, and goes on with its preset: {problem}")
 
     def _begin_merging(self, trainer: Any, pl_module: Any) -> None:
         """Have batches merged where that was asked for; say so where it cannot be done."""
@@ -435,7 +435,7 @@ class SequenceCompression:
 
         accumulated = trainer.accumulate_grad_batches
         problem = reason_not_to(trainer, pl_module, self.plain)
-        if any(drive.is_online for drive in self._drives):
+        if any(encoders.is_online for encoders in self._driven):
             problem = "an online plan measures by the batches as they come"
         if problem is not None:
             self._tell(f"batch='merge': goes on without, since {problem}")
@@ -464,21 +464,21 @@ class SequenceCompression:
         ]
         return most_together(min(fit, default=1), trainer.accumulate_grad_batches)
 
-    def _say(self, drive: DrivenEncoders, line: str, *, is_problem: bool = False) -> None:
-        self._tell(f"{drive.name}: {line}")
+    def _say(self, encoders: DrivenEncoders, line: str, *, is_problem: bool = False) -> None:
+        self._tell(f"{encoders.name}: {line}")
 
     def _take_over(self, measured: Measured) -> None:
         """Follow what was found so far."""
-        for drive in self._drives:
-            if drive.is_online:
-                drive.plan = measured.schedule
+        for encoders in self._driven:
+            if encoders.is_online:
+                encoders.plan = measured.schedule
 
     def _keep_what_was_found(self, trainer: Any, measured: Measured) -> None:
         """Write it down as a plan for another run. Collective."""
         from seqcompress.adapters.online import FILE
 
         folder = self._guarded("find the run's folder", lambda: self._folder(trainer))
-        name = next(drive.name for drive in self._drives if drive.is_online)
+        name = next(encoders.name for encoders in self._driven if encoders.is_online)
 
         def write() -> Path:
             file = Path(str(folder)) / FILE
@@ -498,35 +498,35 @@ class SequenceCompression:
         """Take up what a checkpoint says of its run: at its end, there is nothing left of a schedule."""
         before, pace = self._loaded.get("progress"), 0.0 if self._length is None else self._length.pace()
         for group in _groups(embeds):
-            drive = DrivenEncoders(0, group)
-            if before is None or drive.is_constant or drive.is_others:
+            encoders = DrivenEncoders(0, group)
+            if before is None or encoders.is_constant or encoders.is_others:
                 continue
             if before >= 1.0:
-                drive.finish()
+                encoders.finish()
                 continue
-            drive.compression.finished = False
-            now = drive.plan.at_step(*self._place)
-            was = self._guarded("compare schedules", partial(_schedule_in, self._loaded, drive.name))
-            if was is not None and was != drive.compression.plan:
-                self._tell(f"{drive.name}: {by_script({'schedule': (was, drive.compression.plan)}, now)}")
+            encoders.compression.finished = False
+            now = encoders.plan.at_step(*self._place)
+            was = self._guarded("compare schedules", partial(_schedule_in, self._loaded, encoders.name))
+            if was is not None and was != encoders.compression.plan:
+                self._tell(f"{encoders.name}: {by_script({'schedule': (was, encoders.compression.plan)}, now)}")
                 continue
             # A run that was broken off within a batch has not counted it.
             is_elsewhere = abs(before - self._progress) > 1.5 * pace
-            if is_elsewhere and drive.plan(before) != now:
+            if is_elsewhere and encoders.plan(before) != now:
                 self._tell(
-                    f"{drive.name}: the checkpoint was at {before:.0%} of its run ({drive.plan(before)}), which is "
-                    f"{self._progress:.0%} of this one: goes on from its step, at {now}"
+                    f"{encoders.name}: the checkpoint was at {before:.0%} of its run ({encoders.plan(before)}), which "
+                    f"is {self._progress:.0%} of this one: goes on from its step, at {now}"
                 )
 
     def _announce(self, embeds: dict[str, CompressedPatchEmbed], progress: float) -> None:
         """Say what will happen, in one line for all encoders with which the same will."""
-        drives: dict[tuple[Any, ...], list[DrivenEncoders]] = {}
+        by_outlook: dict[tuple[Any, ...], list[DrivenEncoders]] = {}
         for number, group in enumerate(_groups(embeds)):
-            drive = DrivenEncoders(number, group)
-            drives.setdefault((drive.plan, drive.is_finished, drive.is_others), []).append(drive)
-        for alike in drives.values():
+            encoders = DrivenEncoders(number, group)
+            by_outlook.setdefault((encoders.plan, encoders.is_finished, encoders.is_others), []).append(encoders)
+        for alike in by_outlook.values():
             share = self._guarded("count the budget", partial(_share_of_plain_budget, alike))
-            line = alike[0].outlook(progress, share, [drive.name for drive in alike])
+            line = alike[0].outlook(progress, share, [encoders.name for encoders in alike])
             if line not in self._said:  # at the first batch all is known; at the start, mostly
                 self._said.add(line)
                 self._tell(line)
@@ -565,8 +565,8 @@ class SequenceCompression:
         from seqcompress.training.rehearsal import measured
 
         self._tell(str(measured(strategy, device)))
-        for drive in self._drives:
-            drive.use(drive.strategy)
+        for encoders in self._driven:
+            encoders.use(encoders.strategy)
         self._rehearsing = None
 
     def _log(self, trainer: Any, pl_module: Any, readings: _Readings) -> None:
@@ -659,13 +659,6 @@ def _checked_state(state: Any) -> dict[str, Any]:
     return dict(state)
 
 
-def _embeds_by_place(pl_module: Any) -> dict[str, CompressedPatchEmbed]:
-    """The compressed patch embeddings that a module holds, by their names in it; each once."""
-    from seqcompress.encoders import CompressedPatchEmbed
-
-    return {place: module for place, module in pl_module.named_modules() if isinstance(module, CompressedPatchEmbed)}
-
-
 def _groups(embeds: dict[str, CompressedPatchEmbed]) -> Iterable[dict[str, CompressedPatchEmbed]]:
     """Those that were compressed together."""
     groups: dict[Compression, dict[str, CompressedPatchEmbed]] = {}
@@ -674,13 +667,13 @@ def _groups(embeds: dict[str, CompressedPatchEmbed]) -> Iterable[dict[str, Compr
     return groups.values()
 
 
-def _share_of_plain_budget(drives: list[DrivenEncoders]) -> float:
+def _share_of_plain_budget(driven: list[DrivenEncoders]) -> float:
     """What a whole run at the plan that these have in common takes, relative to the plain run."""
     from seqcompress.strategy import Strategy
     from seqcompress.training.cost import StepCosts
 
-    cost = StepCosts((embed.encoder, embed.drops_tokens) for drive in drives for embed in drive.embeds)
-    spent = sum(cost(drives[0].plan((number + 0.5) / _SAMPLES)) for number in range(_SAMPLES))
+    cost = StepCosts((embed.encoder, embed.drops_tokens) for encoders in driven for embed in encoders.embeds)
+    spent = sum(cost(driven[0].plan((number + 0.5) / _SAMPLES)) for number in range(_SAMPLES))
     return spent / _SAMPLES / cost(Strategy())
 
 
