@@ -443,7 +443,7 @@ class SequenceCompression:
         if most_together(2, accumulated) == 1:
             self._tell(
                 "batch='merge': needs an even accumulate_grad_batches of the Trainer, such as 4, got "
-                f"{accumulated}: batches are run one by one"
+                f"{accumulated}: batches are run one by one while it is so"
             )
         self._merging = Merging(trainer, pl_module, lambda line: self._tell(f"batch='merge': {line}"))
 
