@@ -237,6 +237,8 @@ class SequenceCompression:
             self._end_rehearsal(pl_module.device, self._rehearsing)
         self._accumulated += 1
         if self._measured is not None and _steps_done(trainer, pl_module) != self._steps:
+            if not self._is_in_place(pl_module):  # the step has put a copy there, which is looked at as the next begins
+                return
             self._measured.after_step(batch, batch_idx, length.place(batch_idx + 1), self._accumulated)
             self._accumulated = 0
             self._take_over(self._measured)
@@ -395,6 +397,8 @@ class SequenceCompression:
             if embed is before or embed.compression in known or embed.compression.plan != compression.plan:
                 continue
             embed.compression, embed.drops_tokens, embed.when = compression, before.drops_tokens, before.when
+            if before not in embeds.values():  # else it is measured and kept alive with those that run
+                before.release()
 
     def _to_drive(self, embeds: dict[str, CompressedPatchEmbed]) -> list[DrivenEncoders]:
         """What nobody else drives, and has not been run to its end."""

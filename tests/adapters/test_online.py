@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import csv
+import gc
 import importlib.util
 import json
 import re
 import sys
+import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from queue import SimpleQueue
@@ -322,6 +325,36 @@ def test_a_preset_of_the_base_alone_says_that_it_is_measured(
         "preset, until gradient error is measured to be less elsewhere, in at most 3% of the compute of training and "
         "at most 3% of its time"
     )
+
+
+@pytest.mark.soak
+def test_a_teacher_that_the_step_makes_anew_is_measured_in_the_place_of_the_old_one_which_is_let_go(
+    make_pair: Build, make_trainer: Build, told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(online, "_CONFIDENCE", 2.0)
+    preset = Stepwise({0.0: Strategy(0.75, 16), 0.5: Strategy(0.5), 0.9: Strategy()})
+    ends, teachers = [], weakref.WeakSet[Any]()
+    for plan in (Online(preset, 1.0, None), preset):
+        module = accelerate(make_pair(), plan)
+        step = module.training_step
+
+        def training_step(batch: Any, batch_idx: int, module: Any = module, step: Build = step) -> Tensor:
+            if module.global_step > 0 and module.global_step % 6 == 0:  # as Lightly's SMoG does
+                module.backbone_momentum = copy.deepcopy(module.backbone).requires_grad_(False)
+                teachers.add(module.backbone_momentum)
+            return step(batch, batch_idx)
+
+        module.training_step = training_step
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            make_trainer(max_epochs=10).fit(module, loader(8))
+        assert not [warning for warning in caught if "by what this script says" in str(warning.message)]
+        ends.append(module)
+    assert sum(" stay at " in line for line in told) == 2
+    assert not [line for line in told if "cannot be measured" in line]
+    assert same(*ends)
+    gc.collect()
+    assert set(teachers) == {module.backbone_momentum for module in ends}
 
 
 @pytest.mark.parametrize("how", ["group", "schedule"])
