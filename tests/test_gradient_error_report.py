@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -108,6 +109,9 @@ def test_relative_values_need_a_positive_norm() -> None:
         strategies, _estimate(-0.1, 0.1, 3), num_batches=8, cost_kind="flops", own_patch_size=None
     )
     assert math.isnan(report[BASE].relative_variance)
+    again = GradientErrorReport.from_json(report.to_json())
+    assert (again, hash(again)) == (report, hash(report))
+    assert replace(report[BASE], relative_variance=float("nan")) == report[BASE]  # another NaN
     assert report[BASE].relative_variance_interval == (-math.inf, math.inf)
     assert "absolute" in str(report)
     assert "nan" not in str(report)

@@ -383,7 +383,7 @@ def figures(runs: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
                 axis.xaxis.set_minor_locator(ticker.NullLocator())
                 axis.grid(alpha=0.3)
             row[0].set_ylabel(f"{name}, %")
-        grid[0, 0].legend()
+        figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
         figure.suptitle(f"{METHODS[settings['method']]}, {settings['dataset']}, {encoder(settings)}")
         stem = f"evidence-{settings['dataset']}-{settings['method']}"
         same = sum(path.stem.startswith(stem) for path in written)

@@ -41,7 +41,8 @@ class StrategyError:
         ca_mse: cost-adjusted mean squared error, ``bias2 + cost * variance``.
         relative_bias2: ``bias2 / base_norm2``; NaN if the estimate of ``base_norm2`` is not positive.
         relative_variance: likewise.
-        relative_ca_mse: likewise.
+        relative_ca_mse: likewise. None of the relative values is looked at where two are compared: they follow from the
+            rest and the report's ``base_norm2``, and NaN is unlike NaN.
         estimates: bias2, variance and cost with their leave-one-out values.
     """
 
@@ -54,12 +55,12 @@ class StrategyError:
     cost_interval: Interval
     ca_mse: float
     ca_mse_interval: Interval
-    relative_bias2: float
-    relative_bias2_interval: Interval
-    relative_variance: float
-    relative_variance_interval: Interval
-    relative_ca_mse: float
-    relative_ca_mse_interval: Interval
+    relative_bias2: float = field(compare=False)
+    relative_bias2_interval: Interval = field(compare=False)
+    relative_variance: float = field(compare=False)
+    relative_variance_interval: Interval = field(compare=False)
+    relative_ca_mse: float = field(compare=False)
+    relative_ca_mse_interval: Interval = field(compare=False)
     estimates: tuple[Estimate, Estimate, Estimate] = field(repr=False)
 
     @classmethod
