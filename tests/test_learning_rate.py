@@ -145,3 +145,12 @@ def test_a_state_sets_nothing_but_what_a_state_has() -> None:
     optimizer.step()
     scheduler.step()
     assert scheduler.get_last_lr() == [pytest.approx(0.3 * 0.81)]
+
+
+def test_a_model_in_place_of_the_optimizer_is_one_error_that_names_the_argument() -> None:
+    model = nn.Linear(2, 2)
+    expected = r"optimizer must be a torch\.optim\.Optimizer, got "
+    with pytest.raises(TypeError, match=expected):
+        PolynomialDecayLR(model, total_steps=5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=expected + r"\[\]"):
+        PolynomialDecayLR([], total_steps=5)  # type: ignore[arg-type]

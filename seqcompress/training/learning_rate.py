@@ -38,6 +38,7 @@ class PolynomialDecayLR(LRScheduler):
         last_epoch: as in every torch scheduler.
 
     Raises:
+        TypeError: ``optimizer`` is none.
         ValueError: an argument is out of range.
 
     Examples:
@@ -61,6 +62,8 @@ class PolynomialDecayLR(LRScheduler):
         share: Callable[[int], float] | None = None,
         last_epoch: int = -1,
     ) -> None:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {described(optimizer)}")
         total_steps, warmup_steps, power = _checked_curve(total_steps, warmup_steps, power)
         if share is not None and not callable(share):
             raise ValueError(f"share must be a function of the number of steps, got {described(share)}")
