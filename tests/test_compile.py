@@ -331,7 +331,9 @@ def _assert_equal_steps(eager: Any, compiled: Any, plan: Schedule, gradients: An
             torch.testing.assert_close(computed[name], expected[name], rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("plan", [STAGES, EVERY_STEP], ids=["four stages", "every step"])
+@pytest.mark.parametrize(
+    "plan", [STAGES, pytest.param(EVERY_STEP, marks=pytest.mark.soak)], ids=["four stages", "every step"]
+)
 def test_compiled_blocks_compute_what_eager_ones_do_with_one_compilation_for_training(
     plan: Schedule, vit: Any, compiler: Compiler, gradients: Any
 ) -> None:

@@ -59,7 +59,7 @@ def idx_files(folder: Path, *, gzipped: bool, images: int = 40) -> None:
     # or less of the FLOPs.
     [
         ("moco", 2 * 3 + 2),
-        ("simclr", 2 * 3),
+        pytest.param("simclr", 2 * 3, marks=pytest.mark.soak),
         pytest.param("dino", pytest.approx(2 * 3 + 2 + 4 * 3 / 4, rel=0.03), marks=pytest.mark.soak),
     ],
 )
@@ -87,7 +87,9 @@ def test_quickstart_compares_a_plain_and_an_accelerated_run(tmp_path: Path, meth
     assert (tmp_path / "output" / "accuracy_over_cost.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize(("folder", "gzipped"), [(".", True), ("FashionMNIST/raw", False)])
+@pytest.mark.parametrize(
+    ("folder", "gzipped"), [(".", True), pytest.param("FashionMNIST/raw", False, marks=pytest.mark.soak)]
+)
 def test_quickstart_reads_fashion_mnist_in_either_layout(tmp_path: Path, folder: str, gzipped: bool) -> None:
     idx_files(tmp_path / "idx" / folder, gzipped=gzipped)
     content, printed = results(
@@ -311,6 +313,7 @@ def test_gradient_error_notebook_finds_a_schedule_and_trains_with_it(monkeypatch
     assert 0 < spent <= plain
 
 
+@pytest.mark.soak
 def test_stages_are_checkpoints_that_the_analysis_can_start_from(tmp_path: Path) -> None:
     arguments = ("--epochs", "2", "--images", "64", "--batch-size", "16", "--method", "dino", "--output", "stages")
     run = partial(subprocess.run, cwd=tmp_path, capture_output=True, text=True, timeout=300)
