@@ -236,9 +236,11 @@ class SequenceCompression:
         if self._rehearsing is not None and not (self._merging is not None and self._merging.is_holding):
             self._end_rehearsal(pl_module.device, self._rehearsing)
         self._accumulated += 1
-        if self._measured is not None and _steps_done(trainer, pl_module) != self._steps:
-            if not self._is_in_place(pl_module):  # the step has put a copy there, which is looked at as the next begins
-                return
+        if (
+            self._measured is not None
+            and _steps_done(trainer, pl_module) != self._steps
+            and self._is_in_place(pl_module)  # else the step has put a copy there, looked at as the next begins
+        ):
             self._measured.after_step(batch, batch_idx, length.place(batch_idx + 1), self._accumulated)
             self._accumulated = 0
             self._take_over(self._measured)

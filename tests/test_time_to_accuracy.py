@@ -442,7 +442,7 @@ def test_every_run_of_a_suite_is_one_run_whose_command_says_all_about_it(evidenc
     evidence.run.add_settings(parser)
     for suite in evidence.suite.SUITES.values():
         rows = evidence.suite.unique(suite())
-        assert len(rows) > 30
+        assert len(rows) > 40
         assert len({row.name for row in rows}) == len(rows)
         for row in rows:
             assert evidence.run.Settings(**vars(parser.parse_args(evidence.suite._options(row)))) == row

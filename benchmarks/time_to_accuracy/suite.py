@@ -48,6 +48,7 @@ IMAGENETTE = Settings(  # the recipe of stable-pretraining's table, which the pl
 )
 SMALL_PHOTOGRAPHS = replace(CIFAR, dataset="imagenette", images=9469, image_size=96, patch_size=12)
 
+SHORT = "drop 0.5, patch {0}"  # to the very end
 HALVES = "0: drop 0.5, patch {0}; 0.9: base"  # short from the start, and a full-length end
 PLANS = (
     "drop 0.5",
@@ -80,7 +81,11 @@ def cpu() -> Iterator[Settings]:
     yield from _lengths(CIFAR, ("none", "default"), (0.2, 0.4))
     yield replace(CIFAR, plan="default", budget=0.2, views="scaled")
     yield replace(CIFAR, plan=HALVES.format(2 * CIFAR.patch_size), budget=0.2)
-    yield from _lengths(CIFAR, ("none", "default"), (0.8, 1.6))
+    short = _for_patch(CIFAR, (SHORT, ENDS[-1]))
+    yield from _lengths(CIFAR, short, (0.2, 0.4))
+    yield from _lengths(CIFAR, short[:1], (0.1,))
+    yield from _lengths(replace(CIFAR, method="simclr"), ("default", *short[:1]), (0.1,))
+    yield from _lengths(CIFAR, ("none", "default", *short), (0.8, 1.6))
     for method in ("simclr", "dino"):
         yield from _lengths(replace(CIFAR, method=method), ("none", "default"), (0.2, 0.4, 0.8))
     yield from _lengths(CIFAR, plans[1:], (0.4,))
@@ -88,16 +93,17 @@ def cpu() -> Iterator[Settings]:
         yield from _lengths(replace(CIFAR, seed=seed), ("none", "default"), (0.1, 0.2, 0.4, 0.8, 1.6))
     yield from _lengths(CIFAR, plans[1:], (0.2, 0.8))
     yield from _lengths(CIFAR, ("none", "default"), (3.2,))
-    yield from _lengths(CIFAR, [ONLINE, *_for_patch(CIFAR, ("drop 0.5, patch {0}", *ENDS))], (0.4, 0.8))
+    yield from _lengths(CIFAR, [ONLINE, *_for_patch(CIFAR, (SHORT, *ENDS))], (0.4, 0.8))
     for seed in (1, 2):
         yield from _lengths(replace(CIFAR, seed=seed), plans[1:], (0.2, 0.4, 0.8))
 
 
 def photographs() -> Iterator[Settings]:
     """Imagenette, 9,469 photographs at 96 px, the same ViT with 64 tokens, on a CPU."""
-    halves = HALVES.format(2 * SMALL_PHOTOGRAPHS.patch_size)
-    yield from _lengths(SMALL_PHOTOGRAPHS, ("default", "none"), (0.1, 0.2))
-    yield from _lengths(SMALL_PHOTOGRAPHS, ("none", "default"), (0.4,))
+    short, halves = _for_patch(SMALL_PHOTOGRAPHS, (SHORT, HALVES))
+    yield replace(SMALL_PHOTOGRAPHS, plan="default", budget=0.05)
+    yield from _lengths(SMALL_PHOTOGRAPHS, ("default", "none", short), (0.1, 0.2))
+    yield from _lengths(SMALL_PHOTOGRAPHS, ("none", "default", short), (0.4,))
     yield from _lengths(SMALL_PHOTOGRAPHS, (halves, ONLINE), (0.2,))
     yield replace(SMALL_PHOTOGRAPHS, plan="default", budget=0.2, views="scaled")
     for seed in (1, 2):
@@ -118,7 +124,7 @@ def gpu() -> Iterator[Settings]:
     for seed in (1, 2):
         yield from _lengths(replace(IMAGENETTE, seed=seed), ("none", "default"), (0.75, 1.5, 3.0, 6.0))
     yield from _lengths(IMAGENETTE, _for_patch(IMAGENETTE, (*PLANS, *PEERS)), (1.5, 3.0))
-    yield from _lengths(IMAGENETTE, [ONLINE, *_for_patch(IMAGENETTE, ("drop 0.5, patch {0}", *ENDS))], (1.5,))
+    yield from _lengths(IMAGENETTE, [ONLINE, *_for_patch(IMAGENETTE, (SHORT, *ENDS))], (1.5,))
     yield from _lengths(IMAGENETTE, ("none", "default"), (15.2,))
 
 

@@ -482,15 +482,14 @@ class OnlineScheduler:
             return
         self._has_looked_ahead = True
         stages, end = self._preset.stages, min(1.0, _end_of(self._preset))
+        ends = [*(begin for begin, _ in stages[1:]), end]
         trained, steps = 0.0, math.inf  # FLOPs of a step's share of the run so far; steps that allow a decision
-        for begin, strategy in stages:
-            later = [start for start, _ in stages if start > begin]
-            until = min([*later, end])
-            if until <= begin:
+        for (begin, strategy), until in zip(stages, ends, strict=True):
+            if begin >= end:
                 break
             trained += (until - begin) * self._price(done, strategy)
-            compared = [self._price(done, each) for each in _compared(self._ladder, strategy)]
-            needed = (_BATCHES * sum(compared) + self._price(done, _BASE)) / accumulated
+            costs = {each: self._price(done, each) for each in _compared(self._ladder, strategy)}
+            needed = (_BATCHES * sum(costs.values()) + self._extra(costs)) / accumulated
             steps = min(steps, needed / (self._compute_share * trained))
         if steps > self.total_steps and self._ranks.own == 0:
             kept = self._preset if len(stages) > 1 else stages[0][1]
