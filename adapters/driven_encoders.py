@@ -55,8 +55,10 @@ class DrivenEncoders:
 
     @property
     def is_constant(self) -> bool:
-        """Whether the plan is one strategy, which needs nobody to advance it."""
-        return len(self.plan.strategies()) == 1 and not self.is_online
+        """Whether the plan is a Strategy, which needs nobody to advance it; a schedule of one stage does."""
+        from seqcompress.schedules import Constant
+
+        return isinstance(self.plan, Constant) and not self.is_online
 
     @property
     def is_online(self) -> bool:

@@ -667,6 +667,18 @@ def test_a_constant_plan_needs_no_rehearsal_and_stays(make_pair: Build, make_tra
     assert module.tokens == [9] * 8
 
 
+def test_a_schedule_of_one_stage_is_driven_like_any_other(
+    make_pair: Build, make_trainer: Build, images: Images, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = accelerate(make_pair(), Stepwise({0.0: Strategy(0.5)}))
+    with caplog.at_level("INFO"):
+        make_trainer(max_epochs=2).fit(module, images)
+    assert module.tokens == [9] * 8
+    assert "trains at drop 0.5 (9 tokens a view) now, drop 0.5 (9 tokens a view) in the end" in caplog.text
+    make_trainer().fit(module, images)
+    assert module.tokens[8:] == [17] * 8  # run to its end, as every schedule is
+
+
 def test_encoders_that_are_accelerated_as_training_starts_follow_their_schedule(
     make_pair: Build, make_trainer: Build, images: Images
 ) -> None:
