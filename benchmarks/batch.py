@@ -39,18 +39,18 @@ from training_step import compressed, plain_training
 import seqcompress
 from seqcompress import Strategy
 from seqcompress.encoders import find_encoder
-from seqcompress.presets import DEFAULT, PRESETS
 from seqcompress.training.cost import batch_factor
 
 
+STAGES = (Strategy(0.5, 32), Strategy(0.0, 32), Strategy(0.5), Strategy())
+
+
 def measure(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    """A record for each stage of the default plan."""
+    """A record for each stage."""
     encoder = find_encoder(
         plain_training("moco-v3", argparse.Namespace(**{**vars(options), "batch_size": 2}), device).student
     )
-    stages = {
-        stage: batch_factor(encoder, stage) for stage in PRESETS[DEFAULT](2 * min(encoder.patch_size)).strategies()
-    }
+    stages = {stage: batch_factor(encoder, stage) for stage in STAGES}
     most = argparse.Namespace(**{**vars(options), "batch_size": options.batch_size * max(stages.values())})
     training = compressed(plain_training("moco-v3", most, device))
     variants = {

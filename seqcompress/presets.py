@@ -28,14 +28,7 @@ def double_patch(patch: int, side: int) -> int:
 
 
 def _default(large: int) -> Stepwise:
-    return Stepwise(
-        {
-            0.0: Strategy(0.5, large),
-            0.5: Strategy(0.0, large),
-            0.75: Strategy(0.5),
-            0.95: Strategy(),
-        }
-    )
+    return Stepwise({0.0: Strategy(0.5, large), 0.95: Strategy()})
 
 
 def _gentle(large: int) -> Schedule:
@@ -43,7 +36,7 @@ def _gentle(large: int) -> Schedule:
 
 
 def _strong(large: int) -> Schedule:
-    return Stepwise({0.0: Strategy(0.5, large), 0.9: Strategy(0.0, large)})
+    return Stepwise({0.0: Strategy(0.5, large)})
 
 
 def _online(large: int) -> Schedule:

@@ -22,7 +22,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from seqcompress import Strategy, gradient_error
-from seqcompress.presets import PRESETS
+from seqcompress.presets import PRESETS, double_patch
 from seqcompress.schedules import Online
 
 FOLDER = Path(__file__).parent.parent / "benchmarks" / "time_to_accuracy"
@@ -448,6 +448,16 @@ def test_every_run_of_a_suite_is_one_run_whose_command_says_all_about_it(evidenc
             assert evidence.run.Settings(**vars(parser.parse_args(evidence.suite._options(row)))) == row
 
 
+def test_the_suites_default_plan_is_the_preset_and_the_tables_call_it_so(evidence: SimpleNamespace) -> None:
+    for settings in (evidence.suite.CIFAR, evidence.suite.SMALL_PHOTOGRAPHS, evidence.suite.IMAGENETTE):
+        patch = settings.patch_size
+        plan = evidence.suite.DEFAULT.format(2 * patch)
+        assert evidence.run.parse_plan(plan) == PRESETS["default"](double_patch(patch, settings.image_size))
+        run = {"plan": plan, "patch_size": patch, "image_size": settings.image_size}
+        assert evidence.report._plan_of(run) == "default"
+        assert evidence.report._plan_of({**run, "plan": "drop 0.5"}) == "drop 0.5"
+
+
 def test_a_suite_knows_what_is_done_and_what_is_missing(
     evidence: SimpleNamespace, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -456,19 +466,25 @@ def test_a_suite_knows_what_is_done_and_what_is_missing(
     for row in rows[:2]:
         (tmp_path / f"{row.name}.json").write_text("{}")
     assert evidence.suite.main([*command, "--list"]) == 0
-    told = ["   done", "   done", "missing", "missing", "missing"]
+    told = ["   done"] * 2 + ["missing"] * 4
     assert capsys.readouterr().out.splitlines() == [
-        "5 runs, 3 missing", *(f"{state} {row.name}" for state, row in zip(told, rows, strict=True))
+        "6 runs, 4 missing", *(f"{state} {row.name}" for state, row in zip(told, rows, strict=True))
     ]  # fmt: skip
     for row in rows[2:]:
         (tmp_path / f"{row.name}.json").write_text("{}")
     assert evidence.suite.main(command) == 0
-    assert capsys.readouterr().out.splitlines() == ["5 runs, 0 missing", "0 of 0 done"]
+    assert capsys.readouterr().out.splitlines() == ["6 runs, 0 missing", "0 of 0 done"]
 
 
-@pytest.mark.parametrize(("suite", "word"), [("cpu", "dino_default_0.2M"), ("gpu", "moco_default_0.75M_seed0")])
-def test_a_suite_is_tried_at_a_size_of_seconds(data: Path, suite: str, word: str) -> None:
-    command = [sys.executable, FOLDER / "suite.py", suite, "--data", data, "--smoke", "--only", word]
+@pytest.mark.parametrize(
+    ("suite", "name"),
+    [
+        ("cpu", "dino_0-drop-0.5-patch-8-0.95-base_0.4M"),
+        ("gpu", "moco_0-drop-0.5-patch-32-0.95-base_0.75M_seed0"),
+    ],
+)
+def test_a_suite_is_tried_at_a_size_of_seconds(data: Path, suite: str, name: str) -> None:
+    command = [sys.executable, FOLDER / "suite.py", suite, "--data", data, "--smoke", "--only", name]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "1 of 1 done"

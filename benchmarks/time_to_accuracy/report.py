@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from seqcompress.json_files import write_text
+from seqcompress.presets import DEFAULT, PRESETS, double_patch
 
 RESULTS = Path(__file__).parent.parent / "results" / "time_to_accuracy"
 PAGE = Path(__file__).parent.parent.parent / "docs" / "evidence.md"
@@ -421,8 +422,11 @@ def _place(run: dict[str, Any]) -> tuple[str, int, str]:
 
 
 def _plan_of(settings: dict[str, Any]) -> str:
-    """The plan, and whether views are made smaller with it (they are full where nothing is said)."""
-    return settings["plan"] + (", scaled views" if settings.get("views", "full") == "scaled" else "")
+    """The plan, by its name if it is the default, and whether views are made smaller with it."""
+    plan = settings["plan"]
+    if plan == str(PRESETS[DEFAULT](double_patch(settings["patch_size"], settings["image_size"]))):
+        plan = DEFAULT
+    return plan + (", scaled views" if settings.get("views", "full") == "scaled" else "")
 
 
 def _plan(text: str) -> str:

@@ -48,84 +48,77 @@ IMAGENETTE = Settings(  # the recipe of stable-pretraining's table, which the pl
 )
 SMALL_PHOTOGRAPHS = replace(CIFAR, dataset="imagenette", images=9469, image_size=96, patch_size=12)
 
+NONE = "none"
+DEFAULT = "0: drop 0.5, patch {0}; 0.95: base"  # spelled out, as a preset may change: short, and a full-length end
 SHORT = "drop 0.5, patch {0}"  # to the very end
-HALVES = "0: drop 0.5, patch {0}; 0.9: base"  # short from the start, and a full-length end
-PLANS = (
-    "drop 0.5",
-    "0: drop 0.5; 0.9: base",
-    "patch {0}",
-    "0: patch {0}; 0.9: base",
-    HALVES,
-    "0: drop 0.75; 0.9: base",
-)
-ENDS = tuple(f"0: drop 0.5, patch {{0}}; {end}: base" for end in (0.8, 0.95, 0.98))  # HALVES has 0.9
+STAGED = "0: drop 0.5, patch {0}; 0.5: patch {0}; 0.75: drop 0.5; 0.95: base"  # longer and longer, as the paper has it
+ENDS = tuple(f"0: drop 0.5, patch {{0}}; {end}: base" for end in (0.98, 0.9, 0.8))  # DEFAULT has 0.95
 PEERS = ("0: patch {0}; 0.75: base", "0: patch {1}; 0.34: patch {0}; 0.67: base")  # FastDINOv2, progressive resizing
+OTHERS = (
+    "drop 0.5",
+    "0: drop 0.5; 0.95: base",
+    "patch {0}",
+    "0: patch {0}; 0.95: base",
+    "drop 0.75, patch {0}",
+    "patch {1}",
+    "0: patch {0}; 0.25: drop 0.5; 0.75: base",  # the preset "gentle"
+)
 
 
 def cpu() -> Iterator[Settings]:
     """CIFAR-10, 10,000 images of 32 px, a ViT of 4 blocks x 64 with 64 tokens."""
-    plans = ["default", *_for_patch(CIFAR, (*PLANS, *PEERS))]
-    for plan, budget in (("none", 0.1), ("default", 0.05), ("default", 0.1), ("none", 0.05), ("default", 0.025)):
-        yield replace(CIFAR, plan=plan, budget=budget)
-    yield replace(CIFAR, budget=0.2)
-    # Two short lengths of each plan are enough for their curves to overlap, so each gets a ratio soon.
-    for first in (replace(CIFAR, method="simclr"), replace(CIFAR, seed=1), replace(CIFAR, seed=2)):
-        for plan, budget in (("none", 0.1), ("default", 0.05), ("none", 0.05), ("default", 0.025)):
-            yield replace(first, plan=plan, budget=budget)
-    yield replace(
-        CIFAR, method="simclr", plan="default", budget=0.0125
-    )  # at 0.025, k-NN is above all of the plain curve
-    # DINO learns next to nothing in so few steps with settings that were tuned for MoCo-v3: tune it before it goes on.
-    yield replace(CIFAR, method="dino", budget=0.1)
-    yield replace(CIFAR, method="dino", plan="default", budget=0.05)
-    yield from _lengths(CIFAR, ("none", "default"), (0.2, 0.4))
-    yield replace(CIFAR, plan="default", budget=0.2, views="scaled")
-    yield replace(CIFAR, plan=HALVES.format(2 * CIFAR.patch_size), budget=0.2)
-    short = _for_patch(CIFAR, (SHORT, ENDS[-1]))
-    yield from _lengths(CIFAR, short, (0.2, 0.4))
-    yield from _lengths(CIFAR, short[:1], (0.1,))
-    yield from _lengths(replace(CIFAR, method="simclr"), ("default", *short[:1]), (0.1,))
-    yield from _lengths(CIFAR, ("none", "default", *short), (0.8, 1.6))
-    for method in ("simclr", "dino"):
-        yield from _lengths(replace(CIFAR, method=method), ("none", "default"), (0.2, 0.4, 0.8))
-    yield from _lengths(CIFAR, plans[1:], (0.4,))
+    simclr, dino = (replace(CIFAR, method=method) for method in ("simclr", "dino"))
+    # Short lengths of each plan first, so that their curves overlap and there is a ratio soon.
+    for first in (CIFAR, simclr, replace(CIFAR, seed=1), replace(CIFAR, seed=2)):
+        yield from _lengths(first, (NONE,), (0.1, 0.05))
+        yield from _lengths(first, (DEFAULT,), (0.1, 0.05, 0.025))
+    yield from _lengths(simclr, (DEFAULT,), (0.0125,))  # at 0.025, k-NN is above all of the plain curve
+    yield from _lengths(CIFAR, (NONE, DEFAULT, SHORT, STAGED), (0.2, 0.4, 0.8))
+    yield from _lengths(simclr, (NONE, DEFAULT), (0.2, 0.4))
+    yield from _lengths(simclr, (SHORT, STAGED), (0.1, 0.2))
+    yield from _lengths(CIFAR, (SHORT, STAGED), (0.1,))
+    yield from _lengths(CIFAR, (*ENDS, *PEERS, *OTHERS, ONLINE), (0.4,))
+    yield from _lengths(CIFAR, ENDS[:2], (0.2,))
+    yield from _lengths(replace(CIFAR, views="scaled"), (DEFAULT,), (0.2,))
+    # DINO learns next to nothing in fewer steps.
+    yield from _lengths(dino, (NONE, DEFAULT, SHORT), (0.4, 0.8))
     for seed in (1, 2):
-        yield from _lengths(replace(CIFAR, seed=seed), ("none", "default"), (0.1, 0.2, 0.4, 0.8, 1.6))
-    yield from _lengths(CIFAR, plans[1:], (0.2, 0.8))
-    yield from _lengths(CIFAR, ("none", "default"), (3.2,))
-    yield from _lengths(CIFAR, [ONLINE, *_for_patch(CIFAR, (SHORT, *ENDS))], (0.4, 0.8))
+        yield from _lengths(replace(CIFAR, seed=seed), (NONE, DEFAULT, SHORT), (0.2, 0.4, 0.8))
+    yield from _lengths(CIFAR, (NONE, DEFAULT, SHORT), (1.6, 3.2))
+    for method in (simclr, dino):
+        yield from _lengths(method, (NONE, DEFAULT, SHORT, ONLINE), (0.8, 1.6))
     for seed in (1, 2):
-        yield from _lengths(replace(CIFAR, seed=seed), plans[1:], (0.2, 0.4, 0.8))
+        yield from _lengths(replace(CIFAR, seed=seed), (*ENDS, *PEERS, *OTHERS, STAGED, ONLINE), (0.4,))
+    yield from _lengths(CIFAR, (*ENDS, *PEERS, *OTHERS, ONLINE), (0.8,))
 
 
 def photographs() -> Iterator[Settings]:
     """Imagenette, 9,469 photographs at 96 px, the same ViT with 64 tokens, on a CPU."""
-    short, halves = _for_patch(SMALL_PHOTOGRAPHS, (SHORT, HALVES))
-    yield replace(SMALL_PHOTOGRAPHS, plan="default", budget=0.05)
-    yield from _lengths(SMALL_PHOTOGRAPHS, ("default", "none", short), (0.1, 0.2))
-    yield from _lengths(SMALL_PHOTOGRAPHS, ("none", "default", short), (0.4,))
-    yield from _lengths(SMALL_PHOTOGRAPHS, (halves, ONLINE), (0.2,))
-    yield replace(SMALL_PHOTOGRAPHS, plan="default", budget=0.2, views="scaled")
+    yield from _lengths(SMALL_PHOTOGRAPHS, (DEFAULT,), (0.05,))
+    yield from _lengths(SMALL_PHOTOGRAPHS, (DEFAULT, NONE, SHORT), (0.1, 0.2))
+    yield from _lengths(SMALL_PHOTOGRAPHS, (NONE, DEFAULT, SHORT), (0.4,))
+    yield from _lengths(SMALL_PHOTOGRAPHS, (STAGED, ONLINE, ENDS[0]), (0.2,))
+    yield from _lengths(replace(SMALL_PHOTOGRAPHS, views="scaled"), (DEFAULT,), (0.2,))
     for seed in (1, 2):
-        yield from _lengths(replace(SMALL_PHOTOGRAPHS, seed=seed), ("default", "none"), (0.1, 0.2, 0.4))
+        yield from _lengths(replace(SMALL_PHOTOGRAPHS, seed=seed), (DEFAULT, NONE), (0.1, 0.2, 0.4))
     for method in ("simclr", "dino"):
-        yield from _lengths(replace(SMALL_PHOTOGRAPHS, method=method), ("default", "none"), (0.1, 0.2, 0.4))
-    yield from _lengths(SMALL_PHOTOGRAPHS, ("none", "default"), (0.8, 1.6))
+        yield from _lengths(replace(SMALL_PHOTOGRAPHS, method=method), (DEFAULT, NONE), (0.1, 0.2, 0.4))
+    yield from _lengths(SMALL_PHOTOGRAPHS, (NONE, DEFAULT), (0.8, 1.6))
 
 
 def gpu() -> Iterator[Settings]:
     """Imagenette, 9,469 photographs of 224 px, ViT-S/16, bfloat16. The yardstick's 200 epochs are 15.2 M."""
-    for plan, budget in (("none", 3.0), ("default", 1.5), ("default", 1.0), ("default", 0.75)):
-        yield replace(IMAGENETTE, plan=plan, budget=budget)
-    yield replace(IMAGENETTE, plan="default", budget=1.0, views="scaled")
-    yield from _lengths(IMAGENETTE, ("none", "default"), (1.5, 3.0, 6.0))
+    yield from _lengths(IMAGENETTE, (NONE,), (3.0,))
+    yield from _lengths(IMAGENETTE, (DEFAULT,), (1.5, 1.0, 0.75))
+    yield from _lengths(replace(IMAGENETTE, views="scaled"), (DEFAULT,), (1.0,))
+    yield from _lengths(IMAGENETTE, (NONE, DEFAULT), (1.5, 3.0, 6.0))
     for method in ("simclr", "dino"):
-        yield from _lengths(replace(IMAGENETTE, method=method), ("none", "default"), (0.75, 1.5, 3.0))
+        yield from _lengths(replace(IMAGENETTE, method=method), (NONE, DEFAULT), (0.75, 1.5, 3.0))
     for seed in (1, 2):
-        yield from _lengths(replace(IMAGENETTE, seed=seed), ("none", "default"), (0.75, 1.5, 3.0, 6.0))
-    yield from _lengths(IMAGENETTE, _for_patch(IMAGENETTE, (*PLANS, *PEERS)), (1.5, 3.0))
-    yield from _lengths(IMAGENETTE, [ONLINE, *_for_patch(IMAGENETTE, (SHORT, *ENDS))], (1.5,))
-    yield from _lengths(IMAGENETTE, ("none", "default"), (15.2,))
+        yield from _lengths(replace(IMAGENETTE, seed=seed), (NONE, DEFAULT), (0.75, 1.5, 3.0, 6.0))
+    yield from _lengths(IMAGENETTE, (SHORT, STAGED, *PEERS, *OTHERS), (1.5, 3.0))
+    yield from _lengths(IMAGENETTE, (ONLINE, *ENDS), (1.5,))
+    yield from _lengths(IMAGENETTE, (NONE, DEFAULT), (15.2,))
 
 
 SUITES = {"cpu": cpu, "photographs": photographs, "gpu": gpu}
@@ -227,15 +220,11 @@ def _options(row: Settings) -> list[str]:
 
 
 def _lengths(row: Settings, plans: Iterable[str], budgets: Iterable[float]) -> Iterator[Settings]:
-    plans = list(plans)
+    """Each length of each plan, with patch sizes that are two and four times the encoder's own."""
+    plans = [plan.format(2 * row.patch_size, 4 * row.patch_size) for plan in plans]
     for budget in budgets:
         for plan in plans:
             yield replace(row, plan=plan, budget=budget)
-
-
-def _for_patch(row: Settings, plans: Iterable[str]) -> list[str]:
-    """Plans with the patch sizes that are two and four times the encoder's own."""
-    return [plan.format(2 * row.patch_size, 4 * row.patch_size) for plan in plans]
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -436,7 +436,7 @@ def test_one_line_accelerates_lightlys_simclr_example(
     trainer = make_trainer(max_epochs=5, enable_progress_bar=True)
     trainer.fit(module, DataLoader(Photos(torch.zeros(16)), batch_size=4))
     # The default plan over 20 steps of two views: from 2 of 4 large patches to all 16 of the model's own.
-    assert tokens == [3] * 20 + [5] * 10 + [9] * 8 + [17] * 2
+    assert tokens == [3] * 38 + [17] * 2
     printed = capsys.readouterr()
     assert re.search(r"tokens[:=]\s*17\.0", printed.out + printed.err)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import seqcompress
 from seqcompress import Strategy
 from seqcompress.gradients import online
-from seqcompress.schedules import Constant, Online
+from seqcompress.schedules import Constant, Online, Stepwise
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("lightly_train") is None,
@@ -28,11 +28,17 @@ pytestmark = pytest.mark.skipif(
 )
 
 EPOCHS = 5
-# The default plan over 20 steps, for views of 4 x 4 patches: patches twice as large with and without dropout, then own.
+# Four stages over 20 steps, for views of 4 x 4 patches: patches twice as large with and without dropout, then own.
 STUDENT = [3] * 10 + [5] * 5 + [9] * 4 + [17]
 TEACHER = [5] * 15 + [17] * 5
 SMALL = [2] * 15 + [3] * 4 + [5]  # local views of 2 x 2 patches, or one
 FULL = 17
+
+
+def staged(patch: int = 8) -> Stepwise:
+    """These four stages, for a ViT with this patch size."""
+    large = 2 * patch
+    return Stepwise({0.0: Strategy(0.5, large), 0.5: Strategy(0.0, large), 0.75: Strategy(0.5), 0.95: Strategy()})
 
 
 class BrokenOffError(RuntimeError):
@@ -163,11 +169,11 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(sys.argv[2]).parent))
-from test_lightly_train import logged, pretrain, seqcompress, timm_vit, tokens_of
+from test_lightly_train import logged, pretrain, seqcompress, staged, timm_vit, tokens_of
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    vit = seqcompress.compress(timm_vit(), "default")
+    vit = seqcompress.compress(timm_vit(), staged())
     pretrain(vit, folder / "photos", folder / "run", devices=2)
     teacher, student = tokens_of(vit)
     seen = {"student": student, "teacher": teacher, "weights": vit.state_dict()}
@@ -182,7 +188,7 @@ def test_one_line_before_its_dino_shortens_the_student_and_scales_the_teacher(
     build: Callable[[], Any], patch: int, photos: Path, tmp_path: Path
 ) -> None:
     vit = build()
-    seqcompress.compress(vit, "default")  # the one line
+    seqcompress.compress(vit, staged(patch))  # the one line
     before = {name: value.clone() for name, value in vit.state_dict().items()}
 
     pretrain(vit, photos, tmp_path / "run", patch=patch)
@@ -201,7 +207,7 @@ def test_one_line_before_its_dino_shortens_the_student_and_scales_the_teacher(
 def test_its_simclr_drops_tokens_of_both_views(
     build: Callable[[], Any], patch: int, photos: Path, tmp_path: Path
 ) -> None:
-    vit = seqcompress.compress(build(), "default")
+    vit = seqcompress.compress(build(), staged(patch))
     pretrain(vit, photos, tmp_path / "run", "simclr", patch=patch)
     assert tokens_of(vit) == (STUDENT, [])
 
@@ -239,7 +245,7 @@ def test_what_its_loss_gets_of_dropped_tokens_is_the_mean_of_those_that_are_kept
 
 def test_distillation_scales_the_students_patches_and_refuses_to_drop_its_tokens(photos: Path, tmp_path: Path) -> None:
     teacher = timm_vit()
-    vit = seqcompress.compress(timm_vit(), "default")
+    vit = seqcompress.compress(timm_vit(), staged())
     with pytest.raises(ValueError, match="no token dropout for lightly-train's DistillationV3, whose loss takes a map"):
         pretrain(vit, photos, tmp_path / "refused", "distillation", method_args={"teacher": teacher})
     assert Noted.seen == {}
@@ -287,7 +293,7 @@ def test_a_wrapper_of_ones_own_gets_no_map_that_lacks_patches(photos: Path, tmp_
         def get_model(self) -> Any:
             return self.vit
 
-    wrapper = Wrapper(seqcompress.compress(timm_vit(), "default"))
+    wrapper = Wrapper(seqcompress.compress(timm_vit(), staged()))
     with pytest.raises(ValueError, match=r"no token dropout for a ViT in a wrapper of your own \(Wrapper\)"):
         pretrain(wrapper, photos, tmp_path / "run", "simclr")
     assert Noted.seen == {}
@@ -321,14 +327,14 @@ def test_embeddings_from_its_checkpoint_are_those_of_the_plain_model(photos: Pat
 
 
 def test_a_run_that_was_broken_off_goes_on_where_its_plan_was(photos: Path, tmp_path: Path) -> None:
-    whole = seqcompress.compress(timm_vit(), "default")
+    whole = seqcompress.compress(timm_vit(), staged())
     pretrain(whole, photos, tmp_path / "whole")
 
     Noted.seen, Noted.stop_after = {}, 2 * 14  # in the fourth epoch
     with pytest.raises(BrokenOffError):
-        pretrain(seqcompress.compress(timm_vit(), "default"), photos, tmp_path / "run")
+        pretrain(seqcompress.compress(timm_vit(), staged()), photos, tmp_path / "run")
     Noted.seen, Noted.stop_after = {}, None
-    vit = seqcompress.compress(timm_vit(), "default")
+    vit = seqcompress.compress(timm_vit(), staged())
     pretrain(vit, photos, tmp_path / "run", resume_interrupted=True)
 
     teacher, student = tokens_of(vit)
@@ -340,11 +346,11 @@ def test_a_run_that_was_broken_off_goes_on_where_its_plan_was(photos: Path, tmp_
 
 
 def test_weights_of_an_earlier_run_begin_a_new_plan(photos: Path, tmp_path: Path) -> None:
-    first = seqcompress.compress(timm_vit(), "default")
+    first = seqcompress.compress(timm_vit(), staged())
     pretrain(first, photos, tmp_path / "first")
     Noted.seen = {}
 
-    vit = seqcompress.compress(timm_vit(), "default")
+    vit = seqcompress.compress(timm_vit(), staged())
     last = tmp_path / "first" / "checkpoints" / "last.ckpt"
     pretrain(vit, photos, tmp_path / "second", checkpoint=last, optim_args={"lr": 0.0}, epochs=1)
 
@@ -354,7 +360,7 @@ def test_weights_of_an_earlier_run_begin_a_new_plan(photos: Path, tmp_path: Path
 
 
 def test_the_vit_is_left_as_it_was_given_with_a_plan_that_has_been_run(photos: Path, tmp_path: Path) -> None:
-    vit = seqcompress.compress(timm_vit(), "default")
+    vit = seqcompress.compress(timm_vit(), staged())
     pretrain(vit, photos, tmp_path / "run")
 
     assert vit.patch_embed.drops_tokens

@@ -44,8 +44,17 @@ _spec.loader.exec_module(contract)
 ON = {"enabled": True}
 OFF = {"enabled": False}
 # The default plan over 20 steps, for 32 px and patches of 8 px: patches of 16 px with and without dropout, then of 8.
-DEFAULT = [3] * 10 + [5] * 5 + [9] * 4 + [17]
-DEFAULT_TEACHER = [5] * 15 + [17] * 5
+DEFAULT = [3] * 19 + [17]
+DEFAULT_TEACHER = [5] * 19 + [17]
+IN_FOUR_STAGES = {
+    "schedule": "stepwise",
+    "stages": [
+        {"progress": 0.0, "token_dropout": 0.5, "patch_size": 16},
+        {"progress": 0.5, "patch_size": 16},
+        {"progress": 0.75, "token_dropout": 0.5},
+        {"progress": 0.95},
+    ],
+}
 
 Build = Callable[..., Any]
 
@@ -121,7 +130,7 @@ def test_validation_sees_every_token_of_both_encoders(make_method: Build, make_t
 def test_small_crops_are_shortened_in_proportion(make_method: Build, make_trainer: Build) -> None:
     method = make_method(ON, small_crops=2)
     make_trainer(max_epochs=5).fit(method, contract.loader(small_crops=2))
-    small = [2] * 10 + [2] * 5 + [3] * 4 + [5]  # of 1 patch of 16 px, then of 4 of 8 px
+    small = [2] * 19 + [5]  # of 1 patch of 16 px, then of 4 of 8 px
     steps = zip(DEFAULT, small, strict=True)
     assert tokens(method) == [length for large, few in steps for length in (large, large, few, few)]
     assert tokens(method, "momentum_backbone") == twice(DEFAULT_TEACHER)
@@ -169,7 +178,7 @@ START = {"token_dropout": 0.75, "patch_size": 16}
         ({"schedule": "stepwise", "stages": STAGES}, [5] * 6 + [13] * 14),
         ({"plan": "default"}, DEFAULT),
         ({"plan": "gentle"}, [5] * 5 + [9] * 10 + [17] * 5),
-        ({"plan": "strong"}, [3] * 18 + [5] * 2),
+        ({"plan": "strong"}, [3] * 20),
         ({"token_dropout": 0.75}, [5] * 20),
         ({"patch_size": 16}, [5] * 20),
         ({"token_dropout": 0.5, "patch_size": 16}, [3] * 20),
@@ -195,17 +204,17 @@ def test_plan_can_be_a_schedule_file(make_method: Build, make_trainer: Build, tm
 
 
 def test_accumulated_batches_share_the_strategy_of_their_step(make_method: Build, make_trainer: Build) -> None:
-    method = make_method(ON)
+    method = make_method({**ON, **IN_FOUR_STAGES})
     make_trainer(max_epochs=5, accumulate_grad_batches=2).fit(method, contract.loader())
     assert tokens(method) == twice(twice([3] * 5 + [5] * 3 + [9] + [17]))
     assert tokens(method, "momentum_backbone") == twice(twice([5] * 8 + [17] * 2))
 
 
-@pytest.mark.parametrize("section", [{**ON, "batch": "merge"}, ON], ids=["merge", "absent"])
+@pytest.mark.parametrize("section", [{"batch": "merge"}, {}], ids=["merge", "absent"])
 def test_accumulated_batches_are_run_together_where_that_is_asked_for(
     make_method: Build, make_trainer: Build, section: Any
 ) -> None:
-    method = make_method(section)
+    method = make_method({**ON, **IN_FOUR_STAGES, **section})
     trainer = make_trainer(max_epochs=5, accumulate_grad_batches=4)
     trainer.fit(method, contract.loader())
     assert trainer.global_step == 5
@@ -395,8 +404,8 @@ def test_with_scale_views_the_loader_makes_smaller_crops_and_encoders_see_as_man
     make_trainer(max_epochs=5).fit(method, loader, contract.validation_loader())
     assert tokens(method) == twice(DEFAULT)
     assert tokens(method, "momentum_backbone") == twice(DEFAULT_TEACHER)
-    assert method.view_sizes[:14] == [16] * 14  # 32 px cut into patches of 16, in the pixels of patches of 8
-    assert method.view_sizes[15:] == [32] * 5
+    assert method.view_sizes[:18] == [16] * 18  # 32 px cut into patches of 16, in the pixels of patches of 8
+    assert method.view_sizes[19:] == [32]
     assert next(iter(loader))[1][0].shape == (4, 3, 32, 32)  # as before, once training is over
 
 
@@ -558,10 +567,10 @@ def test_what_each_step_ran_at_goes_to_the_logger(
     pl: Any, make_method: Build, make_trainer: Build, tmp_path: Path
 ) -> None:
     logger = pl.loggers.CSVLogger(tmp_path)
-    method = make_method(ON)
+    method = make_method({**ON, **IN_FOUR_STAGES})
     make_trainer(max_epochs=5, logger=logger, log_every_n_steps=1).fit(method, contract.loader())
     logged = columns(logger.log_dir)
-    assert logged["seqcompress/tokens"] == DEFAULT
+    assert logged["seqcompress/tokens"] == [3] * 10 + [5] * 5 + [9] * 4 + [17]
     assert logged["seqcompress/token_dropout"] == [0.5] * 10 + [0.0] * 5 + [0.5] * 4 + [0.0]
     assert logged["seqcompress/patch_size"] == [16] * 15 + [8] * 5
     plan = Stepwise({0.0: Strategy(0.5, 16), 0.5: Strategy(0.0, 16), 0.75: Strategy(0.5), 0.95: Strategy()})
@@ -1135,7 +1144,7 @@ def logged_by(run: subprocess.CompletedProcess[str], folder: Path) -> dict[str, 
 def test_solo_learns_own_script_is_accelerated_by_the_flag(pictures: Path, tmp_path: Path) -> None:
     run = pretrain(tmp_path, pictures, *VIT, "++seqcompress.enabled=true")
     logged = logged_by(run, tmp_path)
-    assert logged["seqcompress/tokens"] == [3, 5, 9, 17]
+    assert logged["seqcompress/tokens"] == [3, 3, 3, 17]
     assert len(logged["train_contrastive_loss_step"]) == 4
     outlook = "backbone: trains at drop 0.5, patch 16 (3 tokens a view) now, base (17 tokens a view) in the end"
     assert " ".join(run.stdout.split()).count(outlook) == 1  # whatever the width of the terminal
@@ -1159,8 +1168,8 @@ def test_solo_learns_own_script_merges_accumulated_batches(pictures: Path, tmp_p
     merging = ("++seqcompress.enabled=true", "++seqcompress.batch=merge", "++accumulate_grad_batches=2")
     run = pretrain(tmp_path, pictures, *VIT, *merging, "max_epochs=4")
     logged = logged_by(run, tmp_path)
-    assert logged["seqcompress/tokens"] == [3, 5, 9, 17]
-    assert logged["seqcompress/batch_factor"] == [2, 2, 1, 1]
+    assert logged["seqcompress/tokens"] == [3, 3, 3, 17]
+    assert logged["seqcompress/batch_factor"] == [2, 2, 2, 1]
     assert all(map(math.isfinite, logged["train_contrastive_loss_step"]))
 
 
@@ -1168,7 +1177,7 @@ def test_solo_learns_own_script_merges_accumulated_batches(pictures: Path, tmp_p
 def test_solo_learns_own_script_makes_smaller_crops_with_scale_views(pictures: Path, tmp_path: Path) -> None:
     run = pretrain(tmp_path, pictures, *VIT, "++seqcompress.enabled=true", "++seqcompress.scale_views=true")
     logged = logged_by(run, tmp_path)
-    assert logged["seqcompress/tokens"] == [3, 5, 9, 17]
+    assert logged["seqcompress/tokens"] == [3, 3, 3, 17]
     assert all(map(math.isfinite, logged["train_contrastive_loss_step"]))
 
 

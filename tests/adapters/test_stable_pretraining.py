@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import seqcompress
+from seqcompress import Strategy
+from seqcompress.schedules import Stepwise
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("stable_pretraining") is None,
@@ -28,7 +30,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 EPOCHS = 5
-# The default plan over 20 steps, for 32 px and patches of 8 px: patches of 16 px with and without dropout, then of 8.
+STAGED = Stepwise({0.0: Strategy(0.5, 16), 0.5: Strategy(0.0, 16), 0.75: Strategy(0.5), 0.95: Strategy()})
+# Four stages over 20 steps, for 32 px and patches of 8 px: patches of 16 px with and without dropout, then of 8.
 STUDENT = [3] * 10 + [5] * 5 + [9] * 4 + [17]
 TEACHER = [5] * 15 + [17] * 5
 SMALL = [2] * 15 + [3] * 4 + [5]  # of 16 px, which have one patch of 16 px, or four of 8
@@ -168,10 +171,10 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(sys.argv[2]).parent))
-from test_stable_pretraining import Images, Noted, build, run, seqcompress
+from test_stable_pretraining import STAGED, Images, Noted, build, run, seqcompress
 
 if __name__ == "__main__":
-    module = seqcompress.accelerate(build("MoCov3"), "default")
+    module = seqcompress.accelerate(build("MoCov3"), STAGED)
     student, teacher = Noted(module.backbone.student), Noted(module.backbone.teacher)
     trainer = run(module, Images(views=2), devices=2, strategy="ddp")
     seen = {"student": student.training, "teacher": teacher.training, "weights": module.state_dict()}
@@ -192,7 +195,7 @@ def test_its_methods_train_on_the_tokens_of_the_plan_and_validate_on_full_sequen
     student = Noted(module.backbone.student if has_teacher else module.backbone)
     teacher = Noted(module.backbone.teacher) if has_teacher else None
 
-    seqcompress.accelerate(module, "default")  # the one line
+    seqcompress.accelerate(module, STAGED)  # the one line
     run(module, Images(views=2, local_views=2 if name == "DINO" else 0))
 
     if name == "DINO":
@@ -228,7 +231,7 @@ def test_its_online_probe_its_queue_and_its_own_metrics_go_on_beside_ours(spt, t
         metrics={"top1": torchmetrics.classification.MulticlassAccuracy(2)},
     )
 
-    seqcompress.accelerate(module, "default")
+    seqcompress.accelerate(module, STAGED)
     trainer = run(module, Images(views=2), callbacks=[probe, neighbours])
 
     assert student.training == times(2, STUDENT)
@@ -242,7 +245,7 @@ def test_its_online_probe_its_queue_and_its_own_metrics_go_on_beside_ours(spt, t
     assert columns["seqcompress/patch_size"].dropna().groupby(level=0).last().tolist() == [16.0] * 15 + [8.0] * 5
 
 
-@pytest.mark.parametrize("plan", [None, "default"])
+@pytest.mark.parametrize("plan", [None, STAGED])
 def test_a_run_that_it_resumes_ends_with_the_weights_of_one_that_never_stopped(plan, tmp_path):
     whole = build("MoCov3")
     if plan:
@@ -286,7 +289,7 @@ def test_its_transforms_of_whole_batches_make_smaller_views(kind, spt):
     module = build("MoCov3")
     student, teacher = Noted(module.backbone.student), Noted(module.backbone.teacher)
 
-    seqcompress.accelerate(module, "default")
+    seqcompress.accelerate(module, STAGED)
     seqcompress.scale_views(augment, module)
     run(module, Images(gpu_transform=augment))
 
@@ -300,7 +303,7 @@ def test_a_blur_before_its_crop_is_refused_since_it_is_measured_in_pixels_of_the
     from stable_pretraining.data import gpu_transforms
 
     steps = [gpu_transforms.GPUGaussianBlur(kernel_size=5), gpu_transforms.GPURandomResizedCrop(32)]
-    module = seqcompress.accelerate(build("SimCLR"), "default")
+    module = seqcompress.accelerate(build("SimCLR"), STAGED)
     with pytest.raises(ValueError, match="RandomGaussianBlur before what resizes the image"):
         seqcompress.scale_views(gpu_transforms.GPUCompose(steps, compile=False), module)
 
@@ -342,7 +345,7 @@ def test_its_functions_for_a_module_of_ones_own_train_on_the_tokens_of_the_plan(
         run(plain, Images(views=2))
         weights.append(plain.state_dict())
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
-    module = seqcompress.accelerate(made(), "default")
+    module = seqcompress.accelerate(made(), STAGED)
     student, teacher = Noted(module.backbone.student), Noted(module.backbone.teacher)
     run(module, Images(views=2))
     assert student.training == times(2, STUDENT)
@@ -394,7 +397,7 @@ def test_methods_that_leave_tokens_out_say_that_they_train_plain(name: str) -> N
             None,
             "backbone: cannot be measured, and goes on with its preset: its training_step optimizes by hand",
         ),
-        ("default", "merge", "batch='merge': goes on without, since its training_step optimizes by hand"),
+        (STAGED, "merge", "batch='merge': goes on without, since its training_step optimizes by hand"),
     ],
 )
 def test_what_its_module_does_not_allow_is_said_in_a_line_and_the_preset_is_run(plan, batch, line, caplog):
