@@ -212,6 +212,7 @@ class OnlineScheduler:
         self._roots = [*models, *(measured.encoder.model for measured in encoders), *objects_in(protect)]
         self._parameters = parameters
         self._encoders = encoders
+        self._tallied = [measured.embed for measured in encoders]  # to look for them takes longer than all else
         self._own_patch_size = own
         self._flops = flops
         self._sketch = Sketch(sum(parameter.numel() for parameter in parameters), SKETCH_SIZE)
@@ -443,7 +444,7 @@ class OnlineScheduler:
         return _compared(self._ladder, self.strategy)
 
     def _tallies(self) -> list[Counter[Forward]]:
-        return [measured.embed.tally.copy() for measured in self._encoders]
+        return [embed.tally.copy() for embed in self._tallied]
 
     def _price(self, done: Sequence[Counter[Forward]], strategy: Strategy | None = None) -> int:
         """FLOPs of a step's forwards, or of the same under another strategy: counted once of all steps alike."""
