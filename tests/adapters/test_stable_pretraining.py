@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import seqcompress
 from seqcompress import Strategy
-from seqcompress.schedules import Stepwise
+from seqcompress.schedules import Online, Stepwise
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("stable_pretraining") is None,
@@ -393,7 +393,7 @@ def test_methods_that_leave_tokens_out_say_that_they_train_plain(name: str) -> N
     ("plan", "batch", "line"),
     [
         (
-            "online",
+            Online(STAGED),
             None,
             "backbone: cannot be measured, and goes on with its preset: its training_step optimizes by hand",
         ),
