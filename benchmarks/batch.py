@@ -41,7 +41,6 @@ from seqcompress import Strategy
 from seqcompress.encoders import find_encoder
 from seqcompress.training.cost import batch_factor
 
-
 STAGES = (Strategy(0.5, 32), Strategy(0.0, 32), Strategy(0.5), Strategy())
 
 

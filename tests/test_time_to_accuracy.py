@@ -26,7 +26,7 @@ from seqcompress.presets import PRESETS, double_patch
 from seqcompress.schedules import Online
 
 FOLDER = Path(__file__).parent.parent / "benchmarks" / "time_to_accuracy"
-NAMES = ("branches", "images", "methods", "report", "run", "suite")
+NAMES = ("branches", "images", "methods", "online_cost", "report", "run", "suite")
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +136,33 @@ def test_what_is_run_at_once_is_what_would_have_been_run_in_turn(
     assert torch.equal(seen[0], alike)
     assert rates == [pytest.approx(begins * (2 if "grow" in change else 1))]
     assert (training.steps_done, training.updates) == ((2, 1) if "grow" in change else (1, 1))
+
+
+def test_what_an_online_plan_takes_is_read_off_two_runs_that_end_with_the_same_weights(
+    evidence: SimpleNamespace, small: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PRESETS, "online", lambda large: Online(PRESETS["default"](16), 0.5, None))
+    pixels = evidence.images.load_images(data / "train", 16, 40, tmp_path)
+    settings = replace(small, method="moco", budget=0.004)
+    found = evidence.online_cost.measure(settings, pixels, torch.device("cpu"))
+    assert found["steps"] > 20
+    assert len(found["decisions"]) >= 1
+    assert found["measuring"] > 0.05  # half of the compute was allowed
+    assert found["together"] == pytest.approx(found["measuring"] + found["bookkeeping"])
+    assert found["bookkeeping_interval"][0] <= found["bookkeeping"] <= found["bookkeeping_interval"][1]
+    assert "| steps that measure |" in evidence.online_cost.report(settings, {}, found)
+
+    step = evidence.run.Training.step
+
+    def disturbed(self: Any) -> None:
+        step(self)
+        if self.online and self.steps_done == 3:
+            with torch.no_grad():
+                next(iter(self.method.parameters())).add_(1.0)
+
+    monkeypatch.setattr(evidence.run.Training, "step", disturbed)
+    with pytest.raises(RuntimeError, match="measuring has changed the run: "):
+        evidence.online_cost.measure(settings, pixels, torch.device("cpu"))
 
 
 def test_an_online_schedule_pays_for_what_it_measures_and_goes_on_from_a_checkpoint(

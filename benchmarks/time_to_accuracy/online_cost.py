@@ -38,7 +38,7 @@ def measure(settings: Settings, images: Images, device: torch.device) -> dict[st
     Returns:
         ``steps``, ``decisions`` in words, and shares of the time of the training that is given its schedule:
         ``measuring`` (steps that measured), ``bookkeeping`` (all others) with its 95 % interval over blocks of steps,
-        ``together``; and ``told``, the share of time that the scheduler itself reports.
+        and ``together``.
 
     Raises:
         RuntimeError: the two have other weights in the end.
@@ -73,7 +73,6 @@ def measure(settings: Settings, images: Images, device: torch.device) -> dict[st
         **shares,
         "bookkeeping_interval": _interval(seconds["bookkeeping"], seconds["given"]),
         "together": sum(shares.values()),
-        "told": scheduler.measured_share_of_time,
     }
 
 
@@ -100,7 +99,6 @@ def report(settings: Settings, described: dict[str, str], result: dict[str, Any]
         "steps that measure": f"{result['measuring']:.2%}",
         "bookkeeping in all other steps": f"{result['bookkeeping']:.2%} [{low:.2%}, {high:.2%}]",
         "together": f"{result['together']:.2%}",
-        "what the scheduler says of itself": f"{result['told']:.2%}",
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     decisions = "\n".join(f"- {decision}" for decision in result["decisions"])
