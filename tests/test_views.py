@@ -593,7 +593,7 @@ def test_what_cannot_be_scaled_is_refused_and_nothing_changes(tiny_vit: Any) -> 
         (
             Photos(crop_to(32)),
             TypeError,
-            r"loader must be, or hold, a torch.utils.data.DataLoader, or be a module of transforms, got a .*Photos",
+            r"loader must be, or hold, a torch.utils.data.DataLoader, or be a module of transforms, got .*Photos",
         ),
         (DataLoader(_Endless()), TypeError, r"loader must have a map-style data set, got the iterable _Endless"),
         (
