@@ -193,6 +193,10 @@ def test_a_teacher_that_is_exported_in_eval_mode_is_the_plain_model_and_counts_n
     assert budget.units == 2.0
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.compiler, "is_exporting"),
+    reason="torch 2.6 cannot tell a compilation from an export, of which nothing is counted",
+)
 def test_a_compiled_teacher_in_eval_mode_counts_while_its_student_trains(tiny_vit: Any) -> None:
     student, teacher, budget = _teacher_in_eval_mode(tiny_vit)
     torch.compiler.reset()

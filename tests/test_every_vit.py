@@ -602,7 +602,13 @@ def test_every_parameter_that_trains_plainly_trains_compressed_and_in_half_preci
         model.zero_grad(set_to_none=True)
         if strategy is not None:
             set_strategy(model, strategy)
-        _output(model.to(kind or torch.float32), views.to(kind or torch.float32)).float().square().sum().backward()
+        model, seen = model.to(kind or torch.float32), views.to(kind or torch.float32)
+        if kind is not None:
+            try:
+                _output(restore(copy.deepcopy(model)), seen)
+            except RuntimeError as error:
+                pytest.skip(f"the plain model does not run in half precision: {error}")  # timm 1.0.26's mixed rotations
+        _output(model, seen).float().square().sum().backward()
         trained.append(gradients(model))
     assert trained[0].keys() == trained[1].keys() == trained[2].keys()
     assert all(bool(gradient.isfinite().all()) for gradient in trained[2].values())

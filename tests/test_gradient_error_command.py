@@ -391,7 +391,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(folder: Path) -> None:
     assert run().returncode == 0
     names = {path.name for path in (folder / "results").iterdir()}
     before = (folder / "results" / "stage-0.json").read_bytes()
-    full = run("--overwrite", room=1000)
+    full = run("--overwrite", room=3000)  # torch 2.6 writes 2,355 bytes as it is imported
     assert full.returncode == 1
     assert "Traceback" not in full.stderr
     assert full.stderr.splitlines()[-1].startswith("python -m seqcompress.gradients: error: argument --output: ")

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.func import functional_call, grad, vmap
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from seqcompress import Strategy, compress, is_compressed
@@ -18,6 +20,46 @@ from seqcompress.compressors.patch_scaling import resize_matrix, resize_pinv
 from seqcompress.compressors.token_dropout import first_rows, rows_of_patches
 
 STRATEGIES = [Strategy(0.5), Strategy(0.0, 16), Strategy(0.5, 16)]
+
+
+class CheckpointedFromTheFirstBlock(nn.Module):
+    """A ViT of one's own with nothing between its positions and its blocks, each of which is checkpointed."""
+
+    img_size = 32
+
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        self.reentrant = reentrant
+        self.patches = nn.Conv2d(3, 32, 8, 8)
+        self.cls_token, self.pos_embed = (nn.Parameter(torch.randn(1, number, 32)) for number in (1, 17))
+        self.blocks = nn.ModuleList(Block(32, 2) for _ in range(2))
+
+    def forward(self, views: Tensor) -> Tensor:
+        tokens = self.patches(views).flatten(2).transpose(1, 2)
+        tokens = torch.cat((self.cls_token.expand(len(tokens), -1, -1), tokens), dim=1) + self.pos_embed
+        for block in self.blocks:
+            if self.reentrant is None:
+                tokens = block(tokens)
+            else:
+                tokens = checkpoint(block, tokens, use_reentrant=self.reentrant)
+        return tokens[:, 0]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
+def test_a_first_block_that_is_checkpointed_is_run_again_on_the_kept_patches(
+    strategy: Strategy, reentrant: bool
+) -> None:
+    gradients = []
+    for way in (None, reentrant):
+        torch.manual_seed(0)
+        vit = compress(CheckpointedFromTheFirstBlock(way), strategy).train()
+        one, other = torch.randn(2, 4, 3, 32, 32)
+        (vit(one) * vit(other)).sum().backward()
+        gradients.append({name: parameter.grad for name, parameter in vit.named_parameters()})
+        assert list(vit.patches._joined_from) == []  # nothing is kept once the graph is gone
+    assert len(gradients[0]) == 4 + 2 * 11
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=str)

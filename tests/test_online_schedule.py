@@ -536,9 +536,9 @@ def test_the_state_has_the_same_structure_at_every_step_so_that_distributed_chec
     while not json.loads(run.scheduler.state_dict()["events"]):
         run.train(_batches(1))
     assert len(run.scheduler.decisions) >= 1
-    checkpoint.save({"online": run.scheduler.state_dict()}, checkpoint_id=tmp_path, no_dist=True)
+    checkpoint.save({"online": run.scheduler.state_dict()}, checkpoint_id=tmp_path)
     loaded = {"online": fresh.scheduler.state_dict()}
-    checkpoint.load(loaded, checkpoint_id=tmp_path, no_dist=True)
+    checkpoint.load(loaded, checkpoint_id=tmp_path)
     fresh.scheduler.load_state_dict(loaded["online"])
     assert fresh.scheduler.decisions == run.scheduler.decisions
     assert repr(fresh.scheduler.state_dict()) == repr(run.scheduler.state_dict())

@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from seqcompress.compressors.selection import Selection, embed_selection, positions_of, select
 from seqcompress.compressors.tables import in_function_transform, is_fake
@@ -78,6 +79,7 @@ _FRESH: dict[str, Any] = {  # what forwards and hosts leave behind, of which a c
     "selection": None,
     "_pending": None,
     "_joined": None,
+    "_joined_from": None,
     "_joining": False,
     "_watched": None,
     "_deleted": None,
@@ -116,6 +118,7 @@ class CompressedPatchEmbed(nn.Module):
     _looked_at: set[Size]  # sizes of views
     _pending: _Pending | None
     _joined: int | None
+    _joined_from: WeakIdKeyDictionary | None  # by the blank view's tokens that the first block was given
     _joining: bool  # apart from the two above: compiled code may look at it without a guard on lengths
     _compression: Compression
     _watched: tuple[nn.Parameter, int] | None  # one that is trained, and its version when last looked at
@@ -401,7 +404,21 @@ class CompressedPatchEmbed(nn.Module):
         """
         if is_last and self.is_training and not self._was_reached:
             self._notice_plain_blocks()
-        return self._join_in_training(blank, is_last) if self._joining and self.is_training else blank
+        if not self.is_training:
+            return blank
+        if self._joining:
+            return self._join_in_training(blank, is_last)
+        return self._join_again(blank) if is_last and self._joined_from is not None else blank
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _join_again(self, blank: Tensor) -> Tensor:
+        """Gradient checkpointing runs the first block again, from what the model gave it."""
+        if self._joined_from is None or not in_backward():
+            return blank
+        for given, pending in self._joined_from.items():  # reentrant checkpointing gives another tensor on its memory
+            if given is blank or (given.shape == blank.shape and given.data_ptr() == blank.data_ptr()):
+                return self._tokens_of(pending, blank)
+        return blank
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _notice_plain_blocks(self) -> None:
@@ -504,11 +521,22 @@ class CompressedPatchEmbed(nn.Module):
             )
         if blank.shape[0] != pending.blanks or blank.shape[1] != prefix + grid[0] * grid[1]:
             raise RuntimeError(_changed(blank, f"{prefix} prefix tokens and {grid[0] * grid[1]} positions"))
-        before, positions = blank.split((prefix, grid[0] * grid[1]), dim=1)
         if pending.marked:
-            self._look_at_mark(positions.detach())
+            self._look_at_mark(blank[:, prefix:].detach())
             if self.trial is None:
                 self._looked_at.add(pending.selection.view)
+        tokens = self._tokens_of(pending, blank)
+        self._joined, self._joining = (None, False) if is_last else (tokens.shape[1], True)
+        if is_last and self.trial is None:
+            if self._joined_from is None:
+                self._joined_from = WeakIdKeyDictionary()
+            self._joined_from[blank] = pending  # as long as somebody holds it, as gradient checkpointing does
+        return tokens
+
+    def _tokens_of(self, pending: _Pending, blank: Tensor) -> Tensor:
+        """Patches with their positions, behind the prefix tokens."""
+        prefix, grid = self.encoder.num_prefix_tokens, pending.own_grid
+        before, positions = blank.split((prefix, grid[0] * grid[1]), dim=1)
         tokens = pending.tokens + positions_of(positions[:1], grid, pending.selection)
         if pending.mask is not None:
             # Replaced before positions were added, in a blank view of the model's own grid.
@@ -519,7 +547,6 @@ class CompressedPatchEmbed(nn.Module):
         elif prefix:
             before = before if self.blank_per_view else before[:1].expand(len(tokens), -1, -1)
             tokens = torch.cat((before, tokens), dim=1)
-        self._joined, self._joining = (None, False) if is_last else (tokens.shape[1], True)
         return tokens
 
     def _look_at_mark(self, positions: Tensor) -> None:
@@ -540,12 +567,14 @@ class CompressedPatchEmbed(nn.Module):
         Raises:
             ValueError: there is one.
         """
-        name = next((name for name in _ATTENTION_MASKS if named.get(name) is not None), None)
-        if name is not None and self.is_training and self.selection is not None:
-            raise ValueError(
-                f"{name} must be None in a compressed forward, got a mask or bias for all tokens of the plain model, "
-                "of which some are dropped or cut in another size"
-            )
+        if not self.is_training or self.selection is None:
+            return
+        for name in _ATTENTION_MASKS:
+            if named.get(name) is not None:
+                raise ValueError(
+                    f"{name} must be None in a compressed forward, got a mask or bias for all tokens of the plain "
+                    "model, of which some are dropped or cut in another size"
+                )
 
     def _select(self, views: Tensor) -> Selection | None:
         if not isinstance(views, Tensor):

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.utils.data import DataLoader, IterableDataset
-from training_worker import STAGES, STEPS, difference, loss_of, make_vit, trained, views_of, whole_weights
+from training_worker import HAS_FSDP2, STAGES, STEPS, difference, loss_of, make_vit, trained, views_of, whole_weights
 
 from seqcompress import compress, get_strategy
 
@@ -81,6 +81,8 @@ def main(folder: Path) -> None:
         "fsdp": lambda: FSDPOnCPU(auto_wrap_policy={Block}, process_group_backend="gloo"),
         "model-parallel": lambda: pl.strategies.ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1),
     }
+    if not HAS_FSDP2:
+        del strategies["model-parallel"]
     found: dict[str, Any] = {}
     for name, strategy in strategies.items():
         module = OnlyViT(name == "model-parallel")

@@ -8,12 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from seqcompress import Stepwise, Strategy
 
 WORKER = Path(__file__).with_name("lightning_worker.py")
 STAGES = Stepwise({0.0: Strategy(0.5, 16), 0.25: Strategy(0.5), 0.5: Strategy(0.25), 0.75: Strategy()})
 TOLERANCES = {"ddp": 1e-12, "fsdp": 1e-5, "model-parallel": 1e-12}  # Lightning's fsdp casts to 32 bits in between
+if not hasattr(torch.cpu.Stream, "record_event"):  # torch 2.6 has fully_shard on GPUs alone
+    del TOLERANCES["model-parallel"]
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from seqcompress import Stepwise, Strategy
 
 WORKER = Path(__file__).with_name("training_worker.py")
+HAS_FSDP2 = hasattr(torch.cpu.Stream, "record_event")
+needs_fsdp2 = pytest.mark.skipif(not HAS_FSDP2, reason="torch 2.6 has fully_shard on GPUs alone")
 STAGES = Stepwise({0.0: Strategy(0.5, 16), 0.25: Strategy(0.5), 0.5: Strategy(0.25), 0.75: Strategy()})
 EXPECTED = [str(STAGES(step / 8)) for step in range(8)]
 
@@ -27,7 +30,8 @@ def ranks(tmp_path_factory: pytest.TempPathFactory, run_ranks: Callable[..., lis
 
 
 def test_weights_after_eight_steps_are_those_of_gradients_averaged_by_hand(ranks: list[dict[str, Any]]) -> None:
-    assert len(ranks[0]["differences"]) == 12  # of DDP three, of FSDP1 two and of FSDP2 three, some in both orders
+    ways = 12 if HAS_FSDP2 else 6  # of DDP three, of FSDP1 two and of FSDP2 three, some in both orders
+    assert len(ranks[0]["differences"]) == ways
     for rank in ranks:
         assert rank["moved"] > 1e-2
         assert {way: error for way, error in rank["differences"].items() if error > 1e-12} == {}
@@ -67,6 +71,7 @@ def test_costs_and_budget_of_a_model_do_not_depend_on_how_it_is_distributed(rank
         assert rank["costs"] == dict.fromkeys(rank["differences"], rank["expected costs"])
 
 
+@needs_fsdp2
 def test_gradient_error_is_the_same_sharded_and_replicated(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         replicated, sharded = rank["gradient errors"]["DDP"], rank["gradient errors"]["FSDP2"]
@@ -74,6 +79,7 @@ def test_gradient_error_is_the_same_sharded_and_replicated(ranks: list[dict[str,
         assert all(bias2 > 1e-4 for bias2, _, _ in replicated[1:])
 
 
+@needs_fsdp2
 def test_an_online_schedule_decides_the_same_sharded_and_replicated(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         replicated, sharded = rank["found online"]["DDP"], rank["found online"]["FSDP2"]
