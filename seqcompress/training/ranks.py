@@ -20,6 +20,10 @@ class Ranks:
     long the default one waits, torch does not tell. A copy makes its own.
     """
 
+    # Of all, and for good: with torch 2.6, a process whose main thread lets go of what was sent last before torch's own
+    # thread does may never end, as each waits for the other.
+    _sent: Tensor | None = None
+
     def __init__(self) -> None:
         self._world: Any = None
         self._group: Any = None
@@ -42,7 +46,7 @@ class Ranks:
         """
         if not self.are_several:
             return number
-        agreed = torch.tensor([number], device="cpu")
+        agreed = Ranks._sent = torch.tensor([number], device="cpu")
         self._together(lambda group: dist.broadcast(agreed, src=0, group=group))
         return int(agreed.item())
 
@@ -50,6 +54,7 @@ class Ranks:
         """The mean of all ranks' tensors, which are on the CPU and may be overwritten. Collective."""
         if not self.are_several:
             return values
+        Ranks._sent = values
         self._together(lambda group: dist.all_reduce(values, group=group))
         return values / dist.get_world_size()
 
