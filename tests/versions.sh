@@ -21,8 +21,8 @@ python_of() {
 
 # "torch>=2.6" becomes "torch==2.6"; what the tests alone use may be any version that goes with these.
 oldest() {
-    grep -oE '"(torch|timm|packaging|lightly|lightning|pytorch-lightning|transformers|peft|kornia)>=[0-9.]+"' \
-        pyproject.toml | tr -d '"' | sed 's/>=/==/' | sort -u
+    grep -oE '"(torch|timm|packaging|lightly|lightning|pytorch-lightning|transformers\[torch\]|peft|kornia)>=[0-9.]+"' \
+        pyproject.toml | tr -d '"' | sed 's/>=/==/; s/\[torch\]//' | sort -u
     echo "numpy<2" # as those were built with
 }
 

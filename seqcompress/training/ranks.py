@@ -20,8 +20,9 @@ class Ranks:
     long the default one waits, torch does not tell. A copy makes its own.
     """
 
-    # Of all, and for good: with torch 2.6, a process whose main thread lets go of what was sent last before torch's own
-    # thread does may never end, as each waits for the other.
+    # Of all, and for good: with torch 2.6, a process that lets go of what was sent before torch's own thread does may
+    # never end, as each waits for the other.
+    _number = torch.zeros(1, dtype=torch.int64, device="cpu")
     _sent: Tensor | None = None
 
     def __init__(self) -> None:
@@ -46,7 +47,7 @@ class Ranks:
         """
         if not self.are_several:
             return number
-        agreed = Ranks._sent = torch.tensor([number], device="cpu")
+        agreed = Ranks._number.fill_(number)
         self._together(lambda group: dist.broadcast(agreed, src=0, group=group))
         return int(agreed.item())
 
