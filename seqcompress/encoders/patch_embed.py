@@ -567,10 +567,8 @@ class CompressedPatchEmbed(nn.Module):
         Raises:
             ValueError: there is one.
         """
-        if not self.is_training or self.selection is None:
-            return
-        for name in _ATTENTION_MASKS:
-            if named.get(name) is not None:
+        for name in _ATTENTION_MASKS:  # looked for first: compiled code is guarded by what it looks at
+            if named.get(name) is not None and self.is_training and self.selection is not None:
                 raise ValueError(
                     f"{name} must be None in a compressed forward, got a mask or bias for all tokens of the plain "
                     "model, of which some are dropped or cut in another size"
