@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from timm.models.vision_transformer import VisionTransformer
 
 from seqcompress import GradientErrorReport, Schedule, Strategy, TrainingStep, compress, gradient_error
@@ -391,7 +392,8 @@ def test_a_full_disk_is_one_line_and_loses_nothing(folder: Path) -> None:
     assert run().returncode == 0
     names = {path.name for path in (folder / "results").iterdir()}
     before = (folder / "results" / "stage-0.json").read_bytes()
-    full = run("--overwrite", room=3000)  # torch 2.6 writes 2,355 bytes as it is imported
+    writes_at_import = Version(torch.__version__) < Version("2.7")  # torch itself, 2,355 bytes
+    full = run("--overwrite", room=3000 if writes_at_import else 1000)
     assert full.returncode == 1
     assert "Traceback" not in full.stderr
     assert full.stderr.splitlines()[-1].startswith("python -m seqcompress.gradients: error: argument --output: ")

@@ -76,6 +76,8 @@ def cpu() -> Iterator[Settings]:
     yield from _lengths(CIFAR, (NONE, DEFAULT, SHORT, STAGED), (0.2, 0.4, 0.8))
     yield from _lengths(simclr, (NONE, DEFAULT), (0.2, 0.4))
     yield from _lengths(simclr, (SHORT, STAGED), (0.1, 0.2))
+    yield from _lengths(simclr, (ENDS[0],), (0.1,))
+    yield from _lengths(simclr, (ONLINE,), (0.4,))
     yield from _lengths(CIFAR, (SHORT, STAGED), (0.1,))
     yield from _lengths(CIFAR, (*ENDS, *PEERS, *OTHERS, ONLINE), (0.4,))
     yield from _lengths(CIFAR, ENDS[:2], (0.2,))
@@ -98,7 +100,7 @@ def photographs() -> Iterator[Settings]:
     yield from _lengths(SMALL_PHOTOGRAPHS, (DEFAULT, NONE, SHORT), (0.1, 0.2))
     yield from _lengths(SMALL_PHOTOGRAPHS, (NONE, DEFAULT, SHORT), (0.4,))
     yield from _lengths(SMALL_PHOTOGRAPHS, (STAGED, ONLINE, ENDS[0]), (0.2,))
-    yield from _lengths(replace(SMALL_PHOTOGRAPHS, views="scaled"), (DEFAULT,), (0.2,))
+    yield from _lengths(replace(SMALL_PHOTOGRAPHS, views="scaled"), (DEFAULT,), (0.1, 0.2))
     for seed in (1, 2):
         yield from _lengths(replace(SMALL_PHOTOGRAPHS, seed=seed), (DEFAULT, NONE), (0.1, 0.2, 0.4))
     for method in ("simclr", "dino"):

@@ -131,8 +131,8 @@ def _check_types(loader: object, model: object) -> None:
     inner = _inner(loader)
     if inner is None:
         raise TypeError(
-            "loader must be, or hold, a torch.utils.data.DataLoader, or be a module of transforms, got "
-            f"{described(loader)}"
+            "loader must be, or hold, a torch.utils.data.DataLoader, or be a module of transforms, got a "
+            f"{type(loader).__name__}"
         )
     if isinstance(inner.dataset, IterableDataset):
         raise TypeError(f"loader must have a map-style data set, got the iterable {type(inner.dataset).__name__}")

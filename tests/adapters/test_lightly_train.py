@@ -245,7 +245,7 @@ def test_what_its_loss_gets_of_dropped_tokens_is_the_mean_of_those_that_are_kept
 
 def test_distillation_scales_the_students_patches_and_refuses_to_drop_its_tokens(photos: Path, tmp_path: Path) -> None:
     teacher = timm_vit()
-    vit = seqcompress.compress(timm_vit(), staged())
+    vit = seqcompress.compress(timm_vit(), "default")
     with pytest.raises(ValueError, match="no token dropout for lightly-train's DistillationV3, whose loss takes a map"):
         pretrain(vit, photos, tmp_path / "refused", "distillation", method_args={"teacher": teacher})
     assert Noted.seen == {}
@@ -293,7 +293,7 @@ def test_a_wrapper_of_ones_own_gets_no_map_that_lacks_patches(photos: Path, tmp_
         def get_model(self) -> Any:
             return self.vit
 
-    wrapper = Wrapper(seqcompress.compress(timm_vit(), staged()))
+    wrapper = Wrapper(seqcompress.compress(timm_vit(), "default"))
     with pytest.raises(ValueError, match=r"no token dropout for a ViT in a wrapper of your own \(Wrapper\)"):
         pretrain(wrapper, photos, tmp_path / "run", "simclr")
     assert Noted.seen == {}
