@@ -156,15 +156,16 @@ class DrivenEncoders:
             )
         from seqcompress.schedules import Online
 
+        planned = set(self.plan.strategies())
         what = f"{who}: trains at {self._at(start)}"
-        if not self.is_constant:
+        if len(planned) > 1:
             what += f" now, {self._at(end)} in the end"
-        if set(self.plan.strategies()) != {Strategy()}:
+        if planned != {Strategy()}:
             if share is not None:
                 what += f", {'in all ' if progress else ''}about {share:.0%} of the plain run's budget"
             teachers = [embed for embed in self.embeds if not embed.drops_tokens]
             if teachers:
-                scales = any(strategy.patch_size is not None for strategy in self.plan.strategies())
+                scales = any(strategy.patch_size is not None for strategy in planned)
                 what += f"; its teacher gets {'the patch size' if scales else 'nothing of it'}"
         if isinstance(plan := self.compression.plan, Online):
             what += f"; this is a preset, until gradient error is measured to be less elsewhere, {_limits(plan)}"

@@ -321,9 +321,8 @@ def test_a_preset_of_the_base_alone_says_that_it_is_measured(
     module = accelerate(make_pair(), Online(Constant(Strategy())))
     make_trainer(max_epochs=1).fit(module, loader(2))
     assert told[0] == (
-        "seqcompress: backbone: trains at base (17 tokens a view) now, base (17 tokens a view) in the end; this is a "
-        "preset, until gradient error is measured to be less elsewhere, in at most 3% of the compute of training and "
-        "at most 3% of its time"
+        "seqcompress: backbone: trains at base (17 tokens a view); this is a preset, until gradient error is measured "
+        "to be less elsewhere, in at most 3% of the compute of training and at most 3% of its time"
     )
 
 
