@@ -151,11 +151,14 @@ def test_a_rehearsal_puts_back_a_strategy_set_by_hand(tiny_vit: Any) -> None:
         rehearse(scheduler, 3)
 
 
-def test_checkpointing_without_its_random_state_is_refused_where_it_can_be_told(tiny_vit: Any) -> None:
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("driven", [False, True])
+def test_checkpointing_without_its_random_state_is_refused(driven: bool, reentrant: bool, tiny_vit: Any) -> None:
     vit = compress(tiny_vit(), token_dropout=0.5).train()
-    SequenceScheduler(vit, total_steps=4)
-    views = torch.randn(2, 3, 32, 32)
-    loss = checkpoint(vit, views, use_reentrant=False, preserve_rng_state=False).sum()
+    if driven:
+        SequenceScheduler(vit, total_steps=4)
+    views = torch.randn(2, 3, 32, 32, requires_grad=reentrant)
+    loss = checkpoint(vit, views, use_reentrant=reentrant, preserve_rng_state=False).sum()
     with pytest.raises(RuntimeError, match="preserve_rng_state=True"):
         loss.backward()
 

@@ -11,7 +11,7 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -101,6 +101,14 @@ def test_flops_without_data_are_those_of_a_real_step(tiny_vit: Any) -> None:
             vit(torch.randn(2, 3, 32, 32, device=device)).sum().backward()
         counts.append(counter.get_flop_counts()["Global"][torch.ops.aten.addmm])
     assert counts[0] == counts[1] > 0
+
+
+def test_models_with_stacked_weights_are_scaled_alike(tiny_vit: Any) -> None:
+    vits = [compress(tiny_vit(), Strategy(0.0, 16), when="train").train() for _ in range(2)]
+    weights, _ = stack_module_state(vits)
+    views = torch.randn(3, 3, 32, 32)
+    features = vmap(lambda weights: functional_call(vits[0], weights, (views,)))(weights)
+    torch.testing.assert_close(features, torch.stack([vit(views) for vit in vits]))
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")

@@ -133,23 +133,16 @@ class SubsetStream:
             RuntimeError: gradient checkpointing runs a forward again without its random state.
         """
         tag = int(torch.empty((), dtype=torch.int64, device="cpu").random_().item())
-        if self._anchor is None:
-            parts: tuple[int, ...] = (tag, _rank())
-        elif tag not in self._forwards and in_backward():
-            raise RuntimeError("gradient checkpointing of a compressed encoder needs preserve_rng_state=True")
-        else:
-            parts = (*self._anchor, self._number(tag), _rank())
-        digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "little") >> 1
-
-    def _number(self, tag: int) -> int:
-        """Which forward of the step it is: a new one, or one that is run again."""
         if tag not in self._forwards:
-            if len(self._forwards) == _REMEMBERED:  # an anchor is thrown, but no step is ever taken
+            if in_backward():
+                raise RuntimeError("gradient checkpointing of a compressed encoder needs preserve_rng_state=True")
+            if len(self._forwards) == _REMEMBERED:  # where no step is ever taken
                 del self._forwards[next(iter(self._forwards))]
             self._forwards[tag] = self._count
             self._count += 1
-        return self._forwards[tag]
+        parts = (tag,) if self._anchor is None else (*self._anchor, self._forwards[tag])
+        digest = hashlib.blake2b(repr((*parts, _rank())).encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little") >> 1
 
 
 def in_backward() -> bool:
