@@ -51,7 +51,11 @@ class DrivenEncoders:
     @property
     def student(self) -> Any:
         """The encoder that drops tokens; the only one, if it is a teacher's."""
-        return next((embed for embed in self.embeds if embed.drops_tokens), self.embeds[0]).encoder
+        return self._first.encoder
+
+    @property
+    def _first(self) -> CompressedPatchEmbed:
+        return next((embed for embed in self.embeds if embed.drops_tokens), self.embeds[0])
 
     @property
     def is_constant(self) -> bool:
@@ -100,8 +104,10 @@ class DrivenEncoders:
         from seqcompress.adapters.merging import most_together
         from seqcompress.training.cost import batch_factor
 
-        def tokens(strategy: Strategy) -> int:
-            return most_together(batch_factor(self.student, strategy), accumulated) * self.tokens(strategy)
+        def tokens(strategy: Strategy) -> tuple[int, int]:
+            of_large_views = self._first.of_large_views(strategy)
+            together = most_together(batch_factor(self.student, of_large_views), accumulated)
+            return together * self.tokens(of_large_views), self.tokens(strategy)
 
         return max((*self.plan.strategies(), *self.compression.plan.strategies()), key=tokens)
 
@@ -163,6 +169,8 @@ class DrivenEncoders:
         if planned != {Strategy()}:
             if share is not None:
                 what += f", {'in all ' if progress else ''}about {share:.0%} of the plain run's budget"
+            if self._first.can_be_masked and any(strategy.token_dropout for strategy in planned):
+                what += "; views that are masked keep all tokens, and cost more"
             teachers = [embed for embed in self.embeds if not embed.drops_tokens]
             if teachers:
                 scales = any(strategy.patch_size is not None for strategy in planned)

@@ -464,7 +464,7 @@ class SequenceCompression:
         from seqcompress.training.cost import batch_factor
 
         fit = [
-            batch_factor(embed.encoder, _run_at(embed))
+            batch_factor(embed.encoder, embed.of_large_views(_run_at(embed)))
             for embed, compression in self._places.values()
             if compression.batch == "merge" and embed.drops_tokens
         ]
@@ -628,7 +628,7 @@ class _Readings:
 
         encoder, strategy = self._student.encoder, _run_at(self._student, self._strategy)
         patch_size = strategy.patch_size or min(encoder.patch_size)
-        tokens = sequence_length(encoder, strategy)
+        tokens = sequence_length(encoder, self._student.of_large_views(strategy))
         numbers = (strategy.token_dropout, patch_size, tokens, self._millions(), self._together)
         return {name: float(number) for name, number in zip(_SHOWN_AS, numbers, strict=True) if number is not None}
 

@@ -87,7 +87,7 @@ class RunLength:
         if trainer.max_steps > 0:
             places.append((int(trainer.global_step), int(trainer.max_steps)))
         if 0 < self._epochs < float("inf"):
-            epochs, steps, done = int(self._epochs), 1, 0
+            epochs, steps, done = int(self._epochs), _MOMENTS, 0  # of a length that the first epoch will show
             if 0 < self._batches_an_epoch < float("inf"):
                 each = int(trainer.accumulate_grad_batches) if self._pl_module.automatic_optimization else 1
                 steps = math.ceil(self._batches_an_epoch / each)

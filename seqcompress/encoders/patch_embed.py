@@ -42,6 +42,7 @@ class Forward(NamedTuple):
     view: tuple[int, ...]  # (B, C, H, W)
     tokens: int  # a view, prefix tokens included
     graph: bool  # whether a backward pass follows
+    masked: bool = False  # whether some tokens were masked, so that none were dropped
 
 
 class Trial(NamedTuple):
@@ -125,7 +126,8 @@ class CompressedPatchEmbed(nn.Module):
     _is_copy: bool
     _deleted: tuple[str, weakref.ref[nn.Parameter]] | None  # the last parameter that was taken out
     _mask: Tensor | None  # (B, P + N) of the forward that runs, if it is a masked one
-    _plain_under: Strategy | None  # the strategy in force as the last forward in train mode ran, if that was plain
+    # The strategy in force as the last forward in train mode ran, if that was plain, and whether grad was enabled.
+    _plain_under: tuple[Strategy, bool] | None
     _was_reached: bool  # whether a training forward has ever come here
     smaller: Tensor | None  # views (B, C, H, W) in whose place the model was given blank ones of its own size
     selection: Selection | None  # of the last forward in train mode; None where that was the plain model's
@@ -291,6 +293,17 @@ class CompressedPatchEmbed(nn.Module):
         """Take leave of the partners: the encoder has its plain patch embedding back."""
         self.compression.members.pop(self, None)
 
+    @property
+    def can_be_masked(self) -> bool:
+        """Whether forwards may come with a mask, in which no tokens are dropped."""
+        return self.host is not None or self.encoder.masks_tokens
+
+    def of_large_views(self, strategy: Strategy) -> Strategy:
+        """What of a strategy holds for views of full size: no dropout where they are masked, or may be masked."""
+        trained = [forward for forward in self.tally if forward.graph] if self.can_be_masked else []
+        is_masked = self.can_be_masked and (not trained or any(forward.masked for forward in trained))
+        return strategy.without_dropout() if is_masked else strategy
+
     @contextmanager
     def masking(self, mask: Tensor) -> Iterator[None]:
         """Run a forward whose tokens are masked, (B, P + N): it drops none."""
@@ -323,7 +336,8 @@ class CompressedPatchEmbed(nn.Module):
         The model's own code asks while it runs, and means the grid that its positions are for.
         """
         strategy = self.strategy
-        if self._joining or self.is_probed or strategy == self._plain_under or strategy.patch_size is None:
+        was_plain = self._plain_under == (strategy, torch.is_grad_enabled())  # and may be running, or would be again
+        if self._joining or self.is_probed or was_plain or strategy.patch_size is None:
             return getattr(self.embed, name)
         self.compression.masks_are_drawn = True
         grid = self.encoder.grid(self.encoder.image_size, (strategy.patch_size, strategy.patch_size))
@@ -470,7 +484,7 @@ class CompressedPatchEmbed(nn.Module):
         self._was_reached = True
         self.selection = selection = self._select(views) if self.trial is None else self._trial_selection(views)
         self._joining = selection is not None
-        self._plain_under = self.strategy if selection is None else None
+        self._plain_under = (self.strategy, torch.is_grad_enabled()) if selection is None else None
         if self._joining:
             self._check_places()
         return self.embed.forward(views) if selection is None else self._embed_patches(views, selection)
@@ -601,7 +615,7 @@ class CompressedPatchEmbed(nn.Module):
         kept = patches if is_whole else num_kept(patches, self.strategy.token_dropout)
         prefix = self.encoder.num_prefix_tokens
         if not in_backward():
-            self.tally[Forward(tuple(views.shape), prefix + kept, graph)] += 1
+            self.tally[Forward(tuple(views.shape), prefix + kept, graph, self._mask is not None)] += 1
         if kept == patches and cut.is_plain:
             return None
         plain = self.encoder.plain_grid(view)

@@ -707,6 +707,7 @@ def _under(
         counted: Counter[Forward] = Counter()
         for forward, calls in tally.items():
             here = mine if forward.graph or measured.when == "train" else _BASE
+            here = here.without_dropout() if forward.masked else here
             full = measured.embed.compression.full_size((forward.view[2], forward.view[3]))
             tokens = sequence_length(measured.encoder, here, full)
             counted[forward._replace(tokens=tokens)] += calls

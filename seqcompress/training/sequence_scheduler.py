@@ -155,7 +155,7 @@ class SequenceScheduler:
 
     def _factor(self, strategy: Strategy) -> int:
         students = [embed for embed in self._embeds if embed.drops_tokens] or self._embeds
-        return min(batch_factor(embed.encoder, strategy) for embed in students)
+        return min(batch_factor(embed.encoder, embed.of_large_views(strategy)) for embed in students)
 
     def step(self, step: int | None = None) -> None:
         """Go on to the next step, or to a given one.

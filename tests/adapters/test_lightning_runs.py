@@ -264,6 +264,12 @@ def test_later_epochs_are_as_long_as_the_first_one_was(make_pair: Build, make_tr
     assert module.tokens[4:] == TOKENS_OF_8_STEPS[4:]
 
 
+def test_an_epoch_of_unknown_length_is_the_plans_beginning(make_pair: Build, make_trainer: Build) -> None:
+    module = accelerate(make_pair(), Stepwise({0.0: Strategy(0.75), 0.25: Strategy(0.5), 0.75: Strategy()}))
+    make_trainer(max_epochs=2).fit(module, DataLoader(Stream(4), batch_size=4))
+    assert module.tokens == [5] * 4 + [9] * 2 + [17] * 2
+
+
 def test_an_epoch_that_trains_nothing_is_not_counted(pl: Any, make_pair: Build, make_trainer: Build) -> None:
     module = accelerate(make_pair(), QUARTERS)
     module.norm = nn.BatchNorm1d(1)  # has one more epoch added, for its statistics

@@ -221,6 +221,16 @@ def test_the_models_own_code_is_told_the_grid_of_its_positions(pair: Pair) -> No
     assert vit.patch_embed.grid_size == (2, 2)
 
 
+@pytest.mark.filterwarnings("ignore:.*ran in train mode without gradients")
+def test_the_grid_is_that_of_training_also_after_features_were_looked_at(pair: Pair) -> None:
+    seqcompress.accelerate(pair, PATCH_16)
+    with torch.no_grad():
+        assert pair.student.encode(large()).shape[1] == 17
+        assert pair.student.vit.patch_embed.grid_size == (4, 4)
+    assert pair.student.vit.patch_embed.grid_size == (2, 2)
+    assert pair.loss(large(), small()).isfinite()
+
+
 def test_a_vit_that_nobody_masks_says_what_it_was_built_for(tiny_vit: Build) -> None:
     vit = compress(tiny_vit(), PATCH_16).train()
     assert (vit.patch_embed.grid_size, vit.patch_embed.num_patches) == ((4, 4), 16)
@@ -447,6 +457,34 @@ def test_a_schedule_moves_masks_of_both_from_grid_to_grid(pair: Pair, note_token
     assert not pair.teacher.training
     assert torch.tensor(module.losses).isfinite().all()
     assert len(module.losses) == 8
+
+
+@pytest.mark.parametrize(("strategy", "tokens", "together"), [(Strategy(0.75), 17, 1), (Strategy(0.75, 16), 5, 2)])
+def test_masked_views_are_counted_with_all_their_tokens(
+    strategy: Strategy, tokens: int, together: int, pair: Pair, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    module, seen = Steps(pair), []
+    seqcompress.accelerate(module, strategy, batch="merge")
+    pair.student.vit.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[:2])))
+    loader = DataLoader(list(zip(large(32), small(32), strict=True)), batch_size=4)
+    trainer = quiet_trainer(tmp_path, max_epochs=1, accumulate_grad_batches=4, log_every_n_steps=1)
+    with caplog.at_level("INFO"):
+        trainer.fit(module, loader)
+    assert seen[::2] == [(4 * together, tokens)] * (8 // together)  # no more than the 4 x 17 of the plain step
+    assert trainer.callback_metrics["seqcompress/tokens"] == tokens
+    assert trainer.callback_metrics["seqcompress/batch_factor"] == together
+    assert "views that are masked keep all tokens, and cost more" in caplog.text
+
+
+def test_an_online_schedule_prices_masked_views_with_all_their_tokens(pair: Pair) -> None:
+    seqcompress.accelerate(pair, Strategy(0.75, 16))
+    batch, share = (large(), small()), 0.2
+    scheduler = seqcompress.OnlineScheduler(pair, lambda batch: pair.loss(*batch), total_steps=400, compute_share=share)
+    for _ in range(400):
+        pair.loss(*batch).backward()
+        scheduler.step(batch)
+        assert scheduler.measured_share <= share
+    assert scheduler.measured_share > 0
 
 
 # Lightly's own
