@@ -1164,7 +1164,7 @@ class BlocksThatKnowWhere(LikeDino):
         ),
         (lambda: _timm_with(*_stem()), "VisionTransformer, which has no convolution outside its blocks whose stride"),
         (NothingWithThatName, "which has no list of blocks in which something is called attn or attention"),
-        (TwoLists, r"which has 2 lists of blocks \(blocks, more_blocks\), where one should"),
+        (TwoLists, r"which has 2 lists of blocks \(blocks, more_blocks\), and not one"),
         (BlocksThatKnowWhere, "its blocks know where a patch was"),
     ],
 )

@@ -185,10 +185,10 @@ class AnyVisionTransformer(Encoder):
     def why_not(model: nn.Module) -> str | None:
         lists = list(_lists_of_blocks(model))
         if len(lists) > 1:
-            return f"has {len(lists)} lists of blocks ({', '.join(lists)}), where one should"
+            return f"has {len(lists)} lists of blocks ({', '.join(lists)}), and not one"
         names = _projections(model, lists[0] if lists else "")
         if lists and len(names) > 1:
-            return f"has {len(names)} convolutions that make patches ({', '.join(names)}), where one should"
+            return f"has {len(names)} convolutions that make patches ({', '.join(names)}), and not one"
         if lists:
             return None if names else "has no convolution outside its blocks whose stride is its kernel"
         unequal = list(_lists_of_blocks(model, equal=False))
