@@ -150,6 +150,7 @@ class DrivenEncoders:
 
     def outlook(self, progress: float, share: float | None, names: list[str]) -> str:
         """One line: what will happen to the encoders of these names."""
+        from seqcompress.encoders import is_frozen
         from seqcompress.strategy import Strategy
 
         who, start, end = " and ".join(names), self.plan(progress), self.plan(1.0)
@@ -158,7 +159,7 @@ class DrivenEncoders:
         if self.is_finished:
             return (
                 f"{who}: trains plain, at {self._at(Strategy())}, as its schedule has been run to its end; for another "
-                "run of it, call compress(model, plan) again"
+                "run of it, call compress(model, plan) again and fit without ckpt_path, the weights alone loaded"
             )
         from seqcompress.schedules import Online
 
@@ -168,13 +169,15 @@ class DrivenEncoders:
             what += f" now, {self._at(end)} in the end"
         if planned != {Strategy()}:
             if share is not None:
-                what += f", {'in all ' if progress else ''}about {share:.0%} of the plain run's budget"
+                what += f", about {share:.0%} of the plain run's budget{' from here on' if progress else ''}"
             if self._first.can_be_masked and any(strategy.token_dropout for strategy in planned):
                 what += "; views that are masked keep all tokens, and cost more"
             teachers = [embed for embed in self.embeds if not embed.drops_tokens]
             if teachers:
                 scales = any(strategy.patch_size is not None for strategy in planned)
                 what += f"; its teacher gets {'the patch size' if scales else 'nothing of it'}"
+        if self._first.when == "grad" and is_frozen(self.student.model):
+            what += "; it is frozen, and runs plain until it is trained"
         if isinstance(plan := self.compression.plan, Online):
             what += f"; this is a preset, until gradient error is measured to be less elsewhere, {_limits(plan)}"
         return what

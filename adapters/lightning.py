@@ -171,6 +171,11 @@ class SequenceCompression:
         """Forget what an interrupted fit may have left, and say what a new one will do, as far as it is known."""
         self._forget()
         self._speaks = trainer.is_global_zero
+        if self._resuming and self._loaded.get("plans") and not _is_compressed(pl_module) and self._speaks:
+            self.host.warning(
+                "seqcompress: the checkpoint is of a run at a plan, and this module is not compressed: it trains "
+                "plain; call accelerate(module, plan) before fit"
+            )
         if trainer.global_step == 0 and _is_compressed(pl_module):
             self._announce(embeds_by_place(pl_module), 0.0)
 
@@ -505,9 +510,9 @@ class SequenceCompression:
         before, pace = self._loaded.get("progress"), 0.0 if self._length is None else self._length.pace()
         for group in _groups(embeds):
             encoders = DrivenEncoders(0, group)
-            if before is None or encoders.is_constant or encoders.is_others:
+            if before is None or encoders.is_others:
                 continue
-            if before >= 1.0:
+            if before >= 1.0 and not encoders.is_constant:
                 encoders.finish()
                 continue
             encoders.compression.finished = False
@@ -515,6 +520,8 @@ class SequenceCompression:
             was = self._guarded("compare schedules", partial(_schedule_in, self._loaded, encoders.name))
             if was is not None and was != encoders.compression.plan:
                 self._tell(f"{encoders.name}: {by_script({'schedule': (was, encoders.compression.plan)}, now)}")
+                continue
+            if encoders.is_constant:
                 continue
             # A run that was broken off within a batch has not counted it.
             is_elsewhere = abs(before - self._progress) > 1.5 * pace
@@ -531,7 +538,7 @@ class SequenceCompression:
             encoders = DrivenEncoders(number, group)
             by_outlook.setdefault((encoders.plan, encoders.is_finished, encoders.is_others), []).append(encoders)
         for alike in by_outlook.values():
-            share = self._guarded("count the budget", partial(_share_of_plain_budget, alike))
+            share = self._guarded("count the budget", partial(_share_of_plain_budget, alike, progress))
             line = alike[0].outlook(progress, share, [encoders.name for encoders in alike])
             if line not in self._said:  # at the first batch all is known; at the start, mostly
                 self._said.add(line)
@@ -673,13 +680,14 @@ def _groups(embeds: dict[str, CompressedPatchEmbed]) -> Iterable[dict[str, Compr
     return groups.values()
 
 
-def _share_of_plain_budget(driven: list[DrivenEncoders]) -> float:
-    """What a whole run at the plan that these have in common takes, relative to the plain run."""
+def _share_of_plain_budget(driven: list[DrivenEncoders], progress: float) -> float:
+    """What the rest of a run at the plan that these have in common takes, relative to plain training."""
     from seqcompress.strategy import Strategy
     from seqcompress.training.cost import StepCosts
 
     cost = StepCosts((embed.encoder, embed.drops_tokens) for encoders in driven for embed in encoders.embeds)
-    spent = sum(cost(driven[0].plan((number + 0.5) / _SAMPLES)) for number in range(_SAMPLES))
+    places = ((number + 0.5) / _SAMPLES for number in range(_SAMPLES))
+    spent = sum(cost(driven[0].plan(progress + (1 - progress) * place)) for place in places)
     return spent / _SAMPLES / cost(Strategy())
 
 

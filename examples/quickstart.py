@@ -93,7 +93,9 @@ def parsed(argv: list[str] | None = None) -> tuple[argparse.Namespace, ImageData
     parser.add_argument("--images", type=_at_least(1), help="use only so many training images")
     parser.add_argument("--method", choices=tuple(METHODS), default="moco")
     parser.add_argument(
-        "--plan", default="default", help="a preset's name (default, gentle, strong) or a schedule file"
+        "--plan",
+        default="default",
+        help="a preset (default, gentle, strong), a strategy ('drop 0.5'), a schedule file",
     )
     parser.add_argument("--epochs", type=_at_least(1), default=4)
     parser.add_argument("--batch-size", type=_at_least(2), default=32)

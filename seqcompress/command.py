@@ -72,7 +72,7 @@ def _parser(prog: str) -> tuple[argparse.ArgumentParser, dict[str, argparse.Argu
         metavar="PLAN",
         nargs="?",
         default="default",
-        help="a preset (default, gentle, strong), a strategy ('drop 0.5, patch 32') or a schedule file "
+        help="a preset (default, gentle, strong, online), a strategy ('drop 0.5, patch 32') or a schedule file "
         "(default: %(default)s)",
     )
     plan.add_argument(
@@ -202,7 +202,9 @@ def _timm_model(name: str, image_size: int | None) -> Any:
     if not timm.is_model(name):
         if is_file(name):
             raise _UsageError(f"argument MODEL: must be {_MODEL}; got the file {name}")
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        models = timm.list_models()
+        family = [model for model in models if model.startswith(name.partition("_")[0] + "_")]
+        near = difflib.get_close_matches(name, family or models, n=3)
         raise _UsageError(
             f"argument MODEL: timm has no model {name!r}" + (f"; did you mean {', '.join(near)}?" if near else "")
         )

@@ -98,7 +98,7 @@ def _recognised(others: dict[str, nn.Module], roles: dict[str, nn.Module], modul
         besides = " besides its teacher" if roles else ""
         raise ValueError(
             f"module must hold a supported ViT{besides}, found none in {type(module).__name__}"
-            f"{_what_it_holds(module)}. {SUPPORTED_VITS}"
+            f"{_what_it_holds(module)}; if it is made later (configure_model), call accelerate there. {SUPPORTED_VITS}"
         )
     if len(roles) == 2 or not others:
         return {}
@@ -119,7 +119,8 @@ def _recognised(others: dict[str, nn.Module], roles: dict[str, nn.Module], modul
             teacher = others.pop(teachers[0])
             return {"student": next(iter(others.values())), "teacher": teacher}
     raise ValueError(
-        f"student and teacher must be named for this module: found {names}, and cannot tell which is which"
+        f"student and teacher must be named for this module: found {names}, and cannot tell which is which: "
+        "accelerate(module, plan, student=..., teacher=...), or compress(encoder, plan) each, if all are trained"
     )
 
 

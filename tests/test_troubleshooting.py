@@ -43,7 +43,7 @@ NO_MESSAGES = (
     "share of training that is done",
     ": torch ran out at",
     ": the scheduler comes first",
-    ", …about … of the plain run's budget",
+    ", about … of the plain run's budget…",
     "say what did not fit",
 )
 

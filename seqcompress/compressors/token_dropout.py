@@ -71,7 +71,7 @@ def gather_patches(views: Tensor, kept: Tensor, patch_rows: Tensor, patch: tuple
     length = patch[1] * (channels if channels_last else 1)
     rows = views.reshape(batch * patch_rows.numel(), length)  # (B * C * gh * h * gw, w) or (B * gh * h * gw, w * C)
     index = F.embedding(kept, patch_rows)  # (B, K, C * h) or (B, K, h)
-    index += first_rows(batch, patch_rows.numel(), views.device)
+    index = index + first_rows(batch, patch_rows.numel(), views.device)  # what checkpointing has kept stays as it is
     pixels = rows.index_select(0, index.flatten())
     if channels_last:
         return pixels.view(*kept.shape, *patch, channels).movedim(-1, 2)

@@ -443,7 +443,7 @@ class CompressedPatchEmbed(nn.Module):
                 "plain blocks",
                 "training is uncompressed: the blocks of a compressed encoder are given tokens that its patch "
                 "embedding has not made, as stable-pretraining's MAE and IJEPA do, which leave tokens out by "
-                "themselves; train such a method plain",
+                "themselves: train such a method plain; or patch_embed was replaced since: restore(model) before that",
             )
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]

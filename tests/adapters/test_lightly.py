@@ -281,7 +281,7 @@ def _pair(vit: nn.Module) -> dict[str, nn.Module]:
             lambda vit: {"backbone": timm.create_model("resnet18", num_classes=0)},
             {},
             ValueError,
-            r"found none in Module, which holds \.backbone \(ResNet\)\. Supported: .*timm",
+            r"found none in Module, which holds \.backbone \(ResNet\); if it is made later .*Supported: .*timm",
         ),
     ],
 )

@@ -194,7 +194,7 @@ def test_a_schedule_is_run_once_and_the_next_fit_is_a_plain_one_that_says_so(
     assert module.tokens == [5] * 2 + [9] * 2 + [17] * 4
     assert told == [
         "seqcompress: backbone: trains plain, at base (17 tokens a view), as its schedule has been run to its end; for "
-        "another run of it, call compress(model, plan) again"
+        "another run of it, call compress(model, plan) again and fit without ckpt_path, the weights alone loaded"
     ]
     accelerate(module, QUARTERS)
     make_trainer(max_epochs=1).fit(module, batches(4))
@@ -481,6 +481,46 @@ def test_a_checkpoint_of_the_end_has_nothing_left_of_its_schedule(
     make_trainer(max_epochs=3).fit(longer, batches(4), ckpt_path=str(tmp_path / "end.ckpt"))
     assert longer.tokens == [17] * 8
     assert "as its schedule has been run to its end" in told[-1]
+
+
+def test_a_run_that_goes_on_is_told_what_its_rest_takes_and_what_has_changed(
+    make_pair: Build, make_trainer: Build, told: list[str], tmp_path: Path
+) -> None:
+    middle, plan = str(tmp_path / "middle.ckpt"), Stepwise({0.0: Strategy(0.75), 0.5: Strategy(0.5)})
+    trainer = make_trainer(max_epochs=2, limit_train_batches=2)
+    trainer.fit(accelerate(make_pair(), plan), batches(2))
+    trainer.save_checkpoint(middle)
+    state = torch.load(middle, weights_only=False)
+    (callback,) = (kept for name, kept in state["callbacks"].items() if "SequenceCompression" in name)
+    callback["progress"] = 0.5  # of a run that was broken off
+    torch.save(state, middle)
+    told.clear()
+    make_trainer(max_epochs=4).fit(accelerate(make_pair(), plan), batches(2), ckpt_path=middle)
+    share = (3 * relative_cost(make_pair().backbone, Strategy(0.5), 32) + 1) / 4  # the teacher's is as ever
+    assert any(f"about {share:.0%} of the plain run's budget from here on" in line for line in told), told
+    told.clear()
+    constant = accelerate(make_pair(), Strategy(0.25))
+    make_trainer(max_epochs=4).fit(constant, batches(2), ckpt_path=middle)
+    assert any("schedule drop 0.25 (was 0: drop 0.75; 0.5: drop 0.5)" in line for line in told), told
+
+
+def test_a_checkpoint_of_a_plan_says_so_to_a_module_that_has_none(
+    make_pair: Build, make_trainer: Build, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = make_trainer(max_epochs=1)
+    trainer.fit(accelerate(make_pair(), QUARTERS), batches(2))
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    make_trainer(max_epochs=2).fit(make_pair(), batches(2), ckpt_path=str(tmp_path / "end.ckpt"))
+    assert caplog.text.count("this module is not compressed: it trains plain") == 1
+
+
+def test_a_frozen_student_is_said_to_run_plain(make_pair: Build, make_trainer: Build, told: list[str]) -> None:
+    module = make_pair()
+    accelerate(module, Strategy(0.5))
+    module.backbone.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        make_trainer(max_epochs=1).fit(module, batches(2))
+    assert "it is frozen, and runs plain until it is trained" in told[0]
 
 
 # What is tried, counted and said
