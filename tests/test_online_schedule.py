@@ -338,6 +338,24 @@ def test_a_resumed_run_decides_what_it_would_have_had_it_not_stopped_in_the_midd
         assert _same(resumed.weights(), whole.weights())
 
 
+def test_a_run_that_stops_while_gradients_accumulate_counts_what_was_forward_already() -> None:
+    first, second = _batches(2)
+    whole, resumed = _Run(), _Run()
+    whole.train(iter([first]))
+    whole.method.loss(second).backward()
+    state = _state_of(whole.scheduler)
+    assert json.loads(state["begun"])[0][0][0] == list(second.shape)
+    resumed.scheduler.load_state_dict(state)
+    for run in (whole, resumed):
+        run.method.loss(second).backward()  # the other half of the step
+        run.scheduler.step(second, accumulated=2)
+    assert resumed.scheduler.state_dict()["trained"] == whole.scheduler.state_dict()["trained"]
+    of_nothing, flat = (json.dumps([[[view, 0, True, False, 1]], []]) for view in ([8, 3, 32, 32], [8, 3, 32]))
+    for begun in ("[]", "[7, 7]", of_nothing, flat):
+        with pytest.raises(ValueError, match="state is not an OnlineScheduler's"):
+            resumed.scheduler.load_state_dict({**state, "begun": begun})
+
+
 def test_ladder_share_and_length_are_those_of_the_script_and_what_was_found_goes_on() -> None:
     run = _Run().train(_batches(30))
     state, moved = run.scheduler.state_dict(), "drop 0.75"

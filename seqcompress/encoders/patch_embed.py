@@ -27,6 +27,7 @@ from seqcompress.compressors.tables import in_function_transform, is_fake
 from seqcompress.compressors.token_dropout import in_backward, num_kept, random_subset
 from seqcompress.encoders.compression import Compression
 from seqcompress.encoders.encoder import Encoder, Size
+from seqcompress.encoders.sharding import is_tensor_parallel
 from seqcompress.strategy import Strategy
 
 __all__ = ["ChangedTokensError", "CompressedPatchEmbed", "Forward", "Trial", "When", "is_frozen"]
@@ -88,6 +89,7 @@ _FRESH: dict[str, Any] = {  # what forwards and hosts leave behind, of which a c
     "smaller": None,
     "_plain_under": None,
     "_was_reached": False,
+    "_is_data_parallel": None,
 }
 
 
@@ -129,6 +131,7 @@ class CompressedPatchEmbed(nn.Module):
     # The strategy in force as the last forward in train mode ran, if that was plain, and whether grad was enabled.
     _plain_under: tuple[Strategy, bool] | None
     _was_reached: bool  # whether a training forward has ever come here
+    _is_data_parallel: bool | None  # whether no process computes parts of another's samples; None before it was asked
     smaller: Tensor | None  # views (B, C, H, W) in whose place the model was given blank ones of its own size
     selection: Selection | None  # of the last forward in train mode; None where that was the plain model's
 
@@ -629,6 +632,7 @@ class CompressedPatchEmbed(nn.Module):
             )
         subset = None
         if kept < patches:
+            self._check_parallel()
             # Without values, or with a batch that a function transform hides, there is no stream of numbers to follow.
             seed = self.compression.stream.next_seed() if _has_values(views) else None
             subset = random_subset(len(views), patches, kept, seed=seed, device=views.device)
@@ -636,6 +640,16 @@ class CompressedPatchEmbed(nn.Module):
         is_own = patch == base and full == view and grid == plain
         area = (grid[0] * patch[0], grid[1] * patch[1]) if is_own else view
         return select(views, grid, patch, base, subset, area)
+
+    def _check_parallel(self) -> None:
+        """Raise RuntimeError where several processes compute one sample: each would drop patches of its own choice."""
+        if self._is_data_parallel is None:
+            self._is_data_parallel = not is_tensor_parallel(self.encoder.model)
+        if not self._is_data_parallel:
+            raise RuntimeError(
+                "token dropout cannot be combined with tensor parallelism, whose processes would drop different "
+                "patches of the same views: scale patches alone, or use DistributedDataParallel or fully_shard"
+            )
 
     def _cut(self, views: Tensor, compressing: bool) -> _Cut:
         """How these views (B, C, H, W) are cut by the strategy in force, if this forward is compressed at all."""

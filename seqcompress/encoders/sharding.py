@@ -13,7 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["is_flattened", "is_wrapped", "past_wrappers", "shapes_of", "whole", "wrapped_by_fsdp"]
+__all__ = [
+    "is_flattened",
+    "is_tensor_parallel",
+    "is_wrapped",
+    "past_wrappers",
+    "shapes_of",
+    "whole",
+    "wrapped_by_fsdp",
+]
 
 
 def wrapped_by_fsdp(module: nn.Module) -> nn.Module | None:
@@ -55,6 +63,22 @@ def is_wrapped(model: nn.Module) -> bool:
     """Whether FullyShardedDataParallel is around something in it, or around itself."""
     wrapper = _wrapper()
     return any(isinstance(module, wrapper) for module in model.modules())
+
+
+def is_tensor_parallel(model: nn.Module) -> bool:
+    """Whether processes compute parts of one sample's features: weights are split otherwise than by ``fully_shard``."""
+    distributed, fsdp = sys.modules.get("torch.distributed.tensor"), sys.modules.get("torch.distributed.fsdp")
+    if distributed is None:  # never imported, as whoever splits weights has done
+        return False
+    sharding = () if fsdp is None else getattr(fsdp, "FSDPModule", ())
+    sharded = {
+        id(weight) for module in model.modules() if isinstance(module, sharding) for weight in module.parameters()
+    }
+    return any(
+        id(weight) not in sharded or sum(placement.is_shard() for placement in weight.placements) > 1
+        for weight in model.parameters()
+        if isinstance(weight, distributed.DTensor)
+    )
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -220,6 +220,7 @@ class OnlineScheduler:
         self._events: list[_Event] = []
         self._trained = self._measured = 0.0
         self._counted = self._tallies()
+        self._begun: list[Counter[Forward]] = [Counter() for _ in self._tallied]  # of a step, before it was resumed
         self._prices: dict[tuple[object, ...], int] = {}
         self._resumed_at = time.perf_counter()  # less what was measured since
         self._seconds_before = self._seconds_trained = self._seconds_measured = 0.0
@@ -296,20 +297,20 @@ class OnlineScheduler:
 
         Args:
             batch: what the step that was just done has trained on: what the function ``step`` takes.
-            step: number of steps done, as for a SequenceScheduler.
+            step: number of steps done, as for a SequenceScheduler. Measuring is collective all the same.
             accumulated: batches whose gradients the optimizer's step has averaged, ``batch`` being the last of these.
                 The variance of the whole step is then taken to be that of one batch, divided by their number.
 
         Raises:
             ValueError: while measuring, the model is in eval mode, or gradients are not there after the backward pass.
                 The model and the random states are as before.
-            RuntimeError: the encoders were restored or compressed anew.
+            RuntimeError: the encoders were restored or compressed anew, or another process could not measure.
         """
         self._sequence.step(step)
         self._seconds_trained = self._seconds_before + time.perf_counter() - self._resumed_at
         tallies = self._tallies()
-        done = [now - before for now, before in zip(tallies, self._counted, strict=True)]
-        self._counted = tallies
+        done = self._forwards_since(tallies)
+        self._counted, self._begun = tallies, [Counter() for _ in tallies]
         self._trained += self._price(done)
         if not self.is_measuring:
             return
@@ -357,6 +358,7 @@ class OnlineScheduler:
             }
             for decision in self._decisions
         ]
+        begun = self._forwards_since(self._tallies())
         return {
             **self._sequence.state_dict(),
             "ladder": json.dumps([str(strategy) for strategy in self._ladder]),
@@ -369,6 +371,7 @@ class OnlineScheduler:
             "events": json.dumps(events),
             "sketches": sketches,
             "decisions": json.dumps(decisions),
+            "begun": json.dumps([[[*forward, calls] for forward, calls in tally.items()] for tally in begun]),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -400,6 +403,7 @@ class OnlineScheduler:
             decisions = [_read_decision(fields, last) for fields in _read_list(state["decisions"], "decisions")]
             sketches = _read_sketches(state["sketches"], (_BATCHES - 1, _MOST_COMPARED, *self._sketch.shape))
             events = _read_events(_read_list(state["events"], "events"), sketches)
+            begun = _read_begun(_read_list(state["begun"], "begun"), self._tallied)
             schedule = Schedule.from_json(json_text(state["schedule"], "schedule"))
             for strategy in (*schedule.strategies(), *(decision.after for decision in decisions)):
                 if strategy not in ladder:
@@ -438,7 +442,11 @@ class OnlineScheduler:
         self._gave_up = gave_up
         self._seconds_before, self._seconds_measured = seconds
         self._seconds_trained, self._resumed_at = self._seconds_before, time.perf_counter()
-        self._counted = self._tallies()
+        self._counted, self._begun = self._tallies(), begun
+
+    def _forwards_since(self, tallies: Sequence[Counter[Forward]]) -> list[Counter[Forward]]:
+        """Those of the step that is not yet done, also from before a run was broken off in it."""
+        return [now - before + begun for now, before, begun in zip(tallies, self._counted, self._begun, strict=True)]
 
     def _compared(self) -> list[Strategy]:
         return _compared(self._ladder, self.strategy)
@@ -521,7 +529,7 @@ class OnlineScheduler:
         def keep(strategy: Strategy, gradient: list[Tensor]) -> None:
             sketches[strategy] = self._sketch(gradient)
 
-        problem, flops = None, {}
+        problem, raised, flops = None, None, {}
         clock = Clock(self._parameters[0].device)
         try:
             for encoder in self._encoders:
@@ -544,12 +552,12 @@ class OnlineScheduler:
             ):
                 flops = runner.measure(batch, {strategy: partial(keep, strategy) for strategy in compared})
         except Exception as error:  # whatever a step raises that was never meant to be run twice
-            if self._plan is None:
-                raise
-            problem = (str(error).splitlines() or [""])[0] or type(error).__name__
+            raised, problem = error, (str(error).splitlines() or [""])[0] or type(error).__name__
         self._seconds_measured += clock.seconds
         self._resumed_at += clock.seconds
-        if self._plan is not None and float(self._ranks.mean(torch.tensor(float(problem is not None)))) > 0:
+        if float(self._ranks.mean(torch.tensor(float(problem is not None)))) > 0:  # nobody is left waiting
+            if self._plan is None:
+                raise raised or RuntimeError("another process could not measure its step, and has raised what ended it")
             self._give_up(problem or "another process could not")
             return
         self._measured += sum(flops.values()) + self._extra(flops)
@@ -756,6 +764,27 @@ def _read_decision(fields: Mapping[str, Any], last_step: int) -> OnlineDecision:
         report=GradientErrorReport.from_json(json_text(fields["report"], "decisions' report")),
         share=float(share),
     )
+
+
+def _read_begun(fields: list[Any], embeds: Sequence[CompressedPatchEmbed]) -> list[Counter[Forward]]:
+    """Forwards of a step that was broken off, an encoder each: (B, C, H, W), tokens, two truth values, calls."""
+    if len(fields) != len(embeds):
+        raise ValueError(f"begun must be of {len(embeds)} encoders, got {len(fields)}")
+    tallies = []
+    for embed, entries in zip(embeds, fields, strict=True):
+        tally: Counter[Forward] = Counter()
+        for view, tokens, graph, masked, calls in entries:
+            batch, channels, height, width = view
+            sizes = (batch, channels, height, width, tokens, calls)
+            if any(isinstance(size, bool) or not isinstance(size, int) or not 0 <= size < 2**31 for size in sizes):
+                raise ValueError(f"begun must have whole numbers below 2**31, got {described(sizes)}")
+            if not isinstance(graph, bool) or not isinstance(masked, bool) or max(height, width) > 2**16:
+                raise ValueError("begun must have views of at most 65,536 px a side, and truth values")
+            if not 1 <= tokens <= sequence_length(embed.encoder, _BASE, (height, width)):
+                raise ValueError(f"begun must have tokens that such a view can have, got {tokens}")
+            tally[Forward((batch, channels, height, width), tokens, graph, masked)] += calls
+        tallies.append(tally)
+    return tallies
 
 
 def _read_sketches(sketches: Any, shape: tuple[int, ...]) -> Tensor:

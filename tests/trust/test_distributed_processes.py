@@ -106,3 +106,82 @@ def test_a_rank_that_dies_is_told_of_at_the_next_step_and_holds_up_nobody(
     assert printed[1] == "dies\n"
     assert printed[0].startswith("rank 0 waited in vain for the others to agree on the next step: every rank must")
     assert printed[0].endswith("\nTrue True\n5\n")
+
+
+SPLIT = """
+import sys
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from seqcompress import Strategy, compress
+
+rank, folder = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+mesh, views = init_device_mesh("cpu", (2,)), torch.ones(2, 3, 32, 32)
+
+def made():
+    torch.manual_seed(0)
+    return VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2, num_classes=0).train()
+
+for strategy in (Strategy(0.0, 16), Strategy(0.5, 16)):
+    whole, split = compress(made(), strategy), compress(made(), strategy)
+    for block in split.blocks:
+        parallelize_module(block.mlp, mesh, {"fc1": ColwiseParallel(), "fc2": RowwiseParallel()})
+    try:
+        print((split(views) - whole(views)).abs().max().item() < 1e-5)
+    except RuntimeError as error:
+        print(error)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_tensor_parallelism_scales_patches_and_refuses_to_drop_tokens(
+    tmp_path: Path, run_ranks: Callable[..., list[str]]
+) -> None:
+    for printed in run_ranks(*([sys.executable, "-c", SPLIT, rank, tmp_path] for rank in range(2))):
+        scaled, dropped = printed.splitlines()
+        assert scaled == "True"
+        assert dropped.startswith(
+            "token dropout cannot be combined with tensor parallelism, whose processes would drop"
+        )
+
+
+FAILING = """
+import sys
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import distributed as dist
+from seqcompress import OnlineScheduler, Strategy, compress
+
+rank, folder = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+torch.manual_seed(0)
+vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2, num_classes=0).train()
+
+def loss(views):
+    if rank == 1:
+        raise ValueError("a bad sample")
+    return vit(views).square().sum()
+
+ladder = [Strategy(), Strategy(0.5)]
+scheduler = OnlineScheduler(compress(vit, Strategy(0.5)), loss, ladder, total_steps=30, compute_share=1.0)
+views = torch.randn(2, 3, 32, 32)
+try:
+    for _ in range(30):
+        vit(views).square().sum().backward()
+        scheduler.step(views)
+except (RuntimeError, ValueError) as error:
+    print(scheduler.last_step, error)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_a_rank_that_cannot_measure_leaves_nobody_waiting(tmp_path: Path, run_ranks: Callable[..., list[str]]) -> None:
+    ranks = run_ranks(*([sys.executable, "-c", FAILING, rank, tmp_path] for rank in range(2)), timeout=120)
+    step, told = zip(*(printed.strip().split(" ", 1) for printed in ranks), strict=True)
+    assert told == ("another process could not measure its step, and has raised what ended it", "a bad sample")
+    assert step[0] == step[1]
