@@ -768,22 +768,23 @@ def _read_decision(fields: Mapping[str, Any], last_step: int) -> OnlineDecision:
 
 def _read_begun(fields: list[Any], embeds: Sequence[CompressedPatchEmbed]) -> list[Counter[Forward]]:
     """Forwards of a step that was broken off, an encoder each: (B, C, H, W), tokens, two truth values, calls."""
-    if len(fields) != len(embeds):
-        raise ValueError(f"begun must be of {len(embeds)} encoders, got {len(fields)}")
-    tallies = []
-    for embed, entries in zip(embeds, fields, strict=True):
-        tally: Counter[Forward] = Counter()
+    tallies: list[Counter[Forward]] = []
+    for embed, entries in zip(embeds, fields, strict=False):
+        tallies.append(Counter())
         for view, tokens, graph, masked, calls in entries:
             batch, channels, height, width = view
             sizes = (batch, channels, height, width, tokens, calls)
-            if any(isinstance(size, bool) or not isinstance(size, int) or not 0 <= size < 2**31 for size in sizes):
-                raise ValueError(f"begun must have whole numbers below 2**31, got {described(sizes)}")
-            if not isinstance(graph, bool) or not isinstance(masked, bool) or max(height, width) > 2**16:
-                raise ValueError("begun must have views of at most 65,536 px a side, and truth values")
-            if not 1 <= tokens <= sequence_length(embed.encoder, _BASE, (height, width)):
-                raise ValueError(f"begun must have tokens that such a view can have, got {tokens}")
-            tally[Forward((batch, channels, height, width), tokens, graph, masked)] += calls
-        tallies.append(tally)
+            if not (
+                all(isinstance(size, int) and 0 <= size < 2**31 for size in sizes)
+                and isinstance(graph, bool)
+                and isinstance(masked, bool)
+                and max(height, width) <= 2**16
+                and 1 <= tokens <= sequence_length(embed.encoder, _BASE, (height, width))
+            ):
+                raise ValueError(f"begun must be a step's forwards, got one of {described(sizes)}")
+            tallies[-1][Forward((batch, channels, height, width), tokens, graph, masked)] += calls
+    if len(fields) != len(embeds):
+        raise ValueError(f"begun must be a step's forwards, got those of {len(fields)} encoders")
     return tallies
 
 

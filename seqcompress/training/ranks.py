@@ -17,7 +17,7 @@ class Ranks:
 
     A group of its own is made where the default one takes no tensors on the CPU, at the first thing that is agreed on,
     and anew when the default one has been replaced. It waits as long as torch lets such a group wait, 30 minutes: how
-    long the default one waits, torch does not tell. A copy makes its own.
+    long the default one waits, torch tells by no public name. A copy makes its own.
     """
 
     # Of all, and for good: with torch 2.6, a process that lets go of what was sent before torch's own thread does may
