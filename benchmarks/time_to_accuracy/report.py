@@ -295,12 +295,13 @@ def speedups_table(rows: Sequence[dict[str, Any]]) -> str:
 def tuning_table(runs: Sequence[dict[str, Any]]) -> str:
     """What was tried on held-out training images, plain method."""
     lines = [
-        "| data | method | budget | batch | learning rate | weight decay | teacher | crop | judged on | k-NN | "
-        "linear probe |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| data | method | budget | batch | learning rate | weight decay | teacher | crop | prototypes | judged on | "
+        "k-NN | linear probe |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
+    varied = ("batch", "lr", "weight_decay", "momentum", "crop", "prototypes")
     order = sorted(
-        runs, key=lambda run: (*_place(run), *(run["settings"][name] for name in ("batch", "lr")), run["judged_images"])
+        runs, key=lambda run: (*_place(run), *(run["settings"][name] for name in varied), run["judged_images"])
     )
     for run in order:
         settings = run["settings"]
@@ -308,7 +309,8 @@ def tuning_table(runs: Sequence[dict[str, Any]]) -> str:
             settings["dataset"],
             METHODS[settings["method"]],
             f"{settings['budget']:g} M",
-            *(f"{settings[name]:g}" for name in ("batch", "lr", "weight_decay", "momentum", "crop")),
+            *(f"{settings[name]:g}" for name in varied[:-1]),
+            str(settings["prototypes"]) if settings["method"] == "dino" else "",
             f"{run['judged_images']:,}",
             *(f"{100 * run['accuracy'][metric]:.1f}" for metric in METRICS),
         ]
