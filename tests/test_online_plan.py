@@ -62,6 +62,18 @@ class _Run:
         return len(json.loads(self.scheduler.state_dict()["events"]))
 
 
+@pytest.fixture
+def only_sleep_takes_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However busy the machine is."""
+    now = [0.0]
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(time, "sleep", sleep)
+
+
 @pytest.mark.parametrize("moves", [False, True])
 def test_until_the_first_move_it_is_the_preset_and_in_the_end_too(monkeypatch: pytest.MonkeyPatch, moves: bool) -> None:
     monkeypatch.setattr(online, "_CONFIDENCE", 0.0 if moves else 2.0)
@@ -93,14 +105,16 @@ def test_a_decision_is_begun_anew_where_the_preset_moves_on_within_it() -> None:
     assert first.step >= begins + 5
 
 
+@pytest.mark.usefixtures("only_sleep_takes_time")
 def test_measuring_that_is_slower_than_its_flops_is_held_to_its_share_of_the_time() -> None:
-    free = _Run(Online(PRESET, 1.0, None), 300, slow=0.05).go_on(200)
-    held = _Run(Online(PRESET, 1.0, 0.5), 300, slow=0.05).go_on(300)
+    free = _Run(Online(PRESET, 1.0, None), 300, slow=0.05, pause=0.01).go_on(200)
+    held = _Run(Online(PRESET, 1.0, 0.5), 300, slow=0.05, pause=0.01).go_on(300)
     assert free.scheduler.measured_share_of_time > 0.6
     assert held.scheduler.measured_share_of_time <= 0.5
     assert held.scheduler.measured_share < free.scheduler.measured_share
 
 
+@pytest.mark.usefixtures("only_sleep_takes_time")
 def test_a_decision_whose_first_batch_takes_longer_than_thought_is_ended_and_the_run_keeps_its_share() -> None:
     run = _Run(Online(Constant(HALF), 1.0, 0.2), 400, slow=0.02, pause=0.005).go_on(400)
     batches = [decision.report.num_batches for decision in run.scheduler.decisions]
