@@ -171,7 +171,8 @@ class SequenceCompression:
         """Forget what an interrupted fit may have left, and say what a new one will do, as far as it is known."""
         self._forget()
         self._speaks = trainer.is_global_zero
-        if self._resuming and self._loaded.get("plans") and not _is_compressed(pl_module) and self._speaks:
+        going_on = self._resuming and self._speaks and not _is_compressed(pl_module)
+        if going_on and self._guarded("compare schedules", lambda: _has_plan_left(self._loaded)):
             self.host.warning(
                 "seqcompress: the checkpoint is of a run at a plan, and this module is not compressed: it trains "
                 "plain; call accelerate(module, plan) before fit"
@@ -705,6 +706,14 @@ def _schedule_in(state: dict[str, Any], name: str) -> Schedule | None:
 
     text = state.get("plans", {}).get(name)
     return None if text is None else Schedule.from_json(json_text(text, "plans"))
+
+
+def _has_plan_left(state: dict[str, Any]) -> bool:
+    """Whether a run was at a plan when its state was saved, and not at the end of it."""
+    from seqcompress.schedules import Constant
+
+    plans = [_schedule_in(state, name) for name in state.get("plans", {})]
+    return any(isinstance(plan, Constant) or state.get("progress", 0.0) < 1.0 for plan in plans)
 
 
 def _withdraw(trainer: Any) -> None:

@@ -504,14 +504,15 @@ def test_a_run_that_goes_on_is_told_what_its_rest_takes_and_what_has_changed(
     assert any("schedule drop 0.25 (was 0: drop 0.75; 0.5: drop 0.5)" in line for line in told), told
 
 
+@pytest.mark.parametrize(("plan", "times"), [(Strategy(0.5), 1), (QUARTERS, 0)], ids=["constant", "run to its end"])
 def test_a_checkpoint_of_a_plan_says_so_to_a_module_that_has_none(
-    make_pair: Build, make_trainer: Build, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    make_pair: Build, make_trainer: Build, tmp_path: Path, caplog: pytest.LogCaptureFixture, plan: Any, times: int
 ) -> None:
     trainer = make_trainer(max_epochs=1)
-    trainer.fit(accelerate(make_pair(), QUARTERS), batches(2))
+    trainer.fit(accelerate(make_pair(), plan), batches(2))
     trainer.save_checkpoint(tmp_path / "end.ckpt")
     make_trainer(max_epochs=2).fit(make_pair(), batches(2), ckpt_path=str(tmp_path / "end.ckpt"))
-    assert caplog.text.count("this module is not compressed: it trains plain") == 1
+    assert caplog.text.count("this module is not compressed: it trains plain") == times
 
 
 def test_a_frozen_student_is_said_to_run_plain(make_pair: Build, make_trainer: Build, told: list[str]) -> None:
