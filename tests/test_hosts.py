@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from seqcompress import (
     Budget,
@@ -161,6 +162,18 @@ def test_checkpointing_without_its_random_state_is_refused(driven: bool, reentra
     loss = checkpoint(vit, views, use_reentrant=reentrant, preserve_rng_state=False).sum()
     with pytest.raises(RuntimeError, match="preserve_rng_state=True"):
         loss.backward()
+
+
+def test_selective_checkpointing_may_keep_what_token_dropout_looks_up(tiny_vit: Any) -> None:
+    vit = compress(tiny_vit(), token_dropout=0.5).train()
+    keeping = partial(create_selective_checkpoint_contexts, [torch.ops.aten.embedding.default])
+    views, gradients = torch.randn(2, 3, 32, 32), []
+    for run in (vit, partial(checkpoint, vit, use_reentrant=False, context_fn=keeping)):
+        torch.manual_seed(3)
+        vit.zero_grad()
+        run(views).square().sum().backward()
+        gradients.append(vit.patch_embed.proj.weight.grad.clone())
+    assert torch.equal(*gradients)
 
 
 def test_an_empty_batch_gives_no_features(tiny_vit: Any) -> None:
