@@ -51,11 +51,13 @@ class DrivenEncoders:
     @property
     def student(self) -> Any:
         """The encoder that drops tokens; the only one, if it is a teacher's."""
-        return self._first.encoder
+        return self._student_embed.encoder
 
     @property
-    def _first(self) -> CompressedPatchEmbed:
-        return next((embed for embed in self.embeds if embed.drops_tokens), self.embeds[0])
+    def _student_embed(self) -> CompressedPatchEmbed:
+        from seqcompress.encoders import student_among
+
+        return student_among(self.embeds)
 
     @property
     def is_constant(self) -> bool:
@@ -105,9 +107,8 @@ class DrivenEncoders:
         from seqcompress.training.cost import batch_factor
 
         def tokens(strategy: Strategy) -> tuple[int, int]:
-            of_large_views = self._first.of_large_views(strategy)
-            together = most_together(batch_factor(self.student, of_large_views), accumulated)
-            return together * self.tokens(of_large_views), self.tokens(strategy)
+            together = most_together(batch_factor(self._student_embed, strategy), accumulated)
+            return together * self.tokens(self._student_embed.of_large_views(strategy)), self.tokens(strategy)
 
         return max((*self.plan.strategies(), *self.compression.plan.strategies()), key=tokens)
 
@@ -170,13 +171,13 @@ class DrivenEncoders:
         if planned != {Strategy()}:
             if share is not None:
                 what += f", about {share:.0%} of the plain run's budget{' from here on' if progress else ''}"
-            if self._first.can_be_masked and any(strategy.token_dropout for strategy in planned):
+            if self._student_embed.can_be_masked and any(strategy.token_dropout for strategy in planned):
                 what += "; views that are masked keep all tokens, and cost more"
             teachers = [embed for embed in self.embeds if not embed.drops_tokens]
             if teachers:
                 scales = any(strategy.patch_size is not None for strategy in planned)
                 what += f"; its teacher gets {'the patch size' if scales else 'nothing of it'}"
-        if self._first.when == "grad" and is_frozen(self.student.model):
+        if self._student_embed.when == "grad" and is_frozen(self.student.model):
             what += "; it is frozen, and runs plain until it is trained"
         if isinstance(plan := self.compression.plan, Online):
             what += f"; this is a preset, until gradient error is measured to be less elsewhere, {_limits(plan)}"

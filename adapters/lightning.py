@@ -470,7 +470,7 @@ class SequenceCompression:
         from seqcompress.training.cost import batch_factor
 
         fit = [
-            batch_factor(embed.encoder, embed.of_large_views(_run_at(embed)))
+            batch_factor(embed, _run_at(embed))
             for embed, compression in self._places.values()
             if compression.batch == "merge" and embed.drops_tokens
         ]
@@ -521,8 +521,6 @@ class SequenceCompression:
             was = self._guarded("compare schedules", partial(_schedule_in, self._loaded, encoders.name))
             if was is not None and was != encoders.compression.plan:
                 self._tell(f"{encoders.name}: {by_script({'schedule': (was, encoders.compression.plan)}, now)}")
-                continue
-            if encoders.is_constant:
                 continue
             # A run that was broken off within a batch has not counted it.
             is_elsewhere = abs(before - self._progress) > 1.5 * pace
@@ -622,7 +620,9 @@ class _Readings:
     """What there is to tell about a run: the strategy of its latest step, and what has been spent."""
 
     def __init__(self, embeds: list[CompressedPatchEmbed], millions: Callable[[], float | None]) -> None:
-        self._student = next((embed for embed in embeds if embed.drops_tokens), embeds[0])
+        from seqcompress.encoders import student_among
+
+        self._student = student_among(embeds)
         self._millions = millions
         self.take_reading()
 

@@ -20,6 +20,7 @@ from seqcompress.encoders import (
     follow_masks,
     forget_masks,
     is_frozen,
+    student_among,
 )
 from seqcompress.encoders.probe import difference
 from seqcompress.encoders.sharding import is_wrapped
@@ -159,7 +160,7 @@ def get_strategy(model: nn.Module) -> Strategy:
         ValueError: the model is not compressed, or contains encoders that were compressed separately.
     """
     embeds = embeds_of_one_compression(model)
-    return next((embed for embed in embeds if embed.drops_tokens), embeds[0]).strategy
+    return student_among(embeds).strategy
 
 
 def set_strategy(model: nn.Module, strategy: Strategy) -> None:

@@ -10,7 +10,7 @@ import pkgutil
 from seqcompress.encoders.compression import BatchPolicy, Compression
 from seqcompress.encoders.encoder import Encoder
 from seqcompress.encoders.masks import follow_masks, forget_masks
-from seqcompress.encoders.patch_embed import CompressedPatchEmbed, Forward, When, is_frozen
+from seqcompress.encoders.patch_embed import CompressedPatchEmbed, Forward, When, is_frozen, student_among
 from seqcompress.encoders.registry import SUPPORTED_VITS, find_encoder, is_encoder, register, register_wrapper
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "is_frozen",
     "register",
     "register_wrapper",
+    "student_among",
 ]
 
 for _module in pkgutil.iter_modules(__path__):

@@ -14,7 +14,7 @@ import math
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, NoReturn
 
@@ -30,7 +30,7 @@ from seqcompress.encoders.encoder import Encoder, Size
 from seqcompress.encoders.sharding import is_tensor_parallel
 from seqcompress.strategy import Strategy
 
-__all__ = ["ChangedTokensError", "CompressedPatchEmbed", "Forward", "Trial", "When", "is_frozen"]
+__all__ = ["ChangedTokensError", "CompressedPatchEmbed", "Forward", "Trial", "When", "is_frozen", "student_among"]
 
 When = Literal["grad", "train"]
 
@@ -303,8 +303,10 @@ class CompressedPatchEmbed(nn.Module):
 
     def of_large_views(self, strategy: Strategy) -> Strategy:
         """What of a strategy holds for views of full size: no dropout where they are masked, or may be masked."""
-        trained = [forward for forward in self.tally if forward.graph] if self.can_be_masked else []
-        is_masked = self.can_be_masked and (not trained or any(forward.masked for forward in trained))
+        if not self.can_be_masked:
+            return strategy
+        trained = [forward for forward in self.tally if forward.graph]
+        is_masked = not trained or any(forward.masked for forward in trained)
         return strategy.without_dropout() if is_masked else strategy
 
     @contextmanager
@@ -770,6 +772,11 @@ def _changed(tokens: Tensor, expected: str) -> str:
 def _is_exporting() -> bool:
     is_exporting = getattr(torch.compiler, "is_exporting", None)  # since torch 2.7
     return torch.compiler.is_compiling() if is_exporting is None else bool(is_exporting())
+
+
+def student_among(embeds: Sequence[CompressedPatchEmbed]) -> CompressedPatchEmbed:
+    """The first that drops tokens; the first of all, if they are teachers'."""
+    return next((embed for embed in embeds if embed.drops_tokens), embeds[0])
 
 
 def _builds_graph(views: Tensor, model: nn.Module) -> bool:

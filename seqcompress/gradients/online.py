@@ -529,7 +529,7 @@ class OnlineScheduler:
         def keep(strategy: Strategy, gradient: list[Tensor]) -> None:
             sketches[strategy] = self._sketch(gradient)
 
-        problem, raised, flops = None, None, {}
+        problem, flops = None, {}
         clock = Clock(self._parameters[0].device)
         try:
             for encoder in self._encoders:
@@ -552,12 +552,15 @@ class OnlineScheduler:
             ):
                 flops = runner.measure(batch, {strategy: partial(keep, strategy) for strategy in compared})
         except Exception as error:  # whatever a step raises that was never meant to be run twice
-            raised, problem = error, (str(error).splitlines() or [""])[0] or type(error).__name__
+            if self._plan is None:
+                self._ranks.mean(torch.ones(()))  # so that nobody is left waiting
+                raise
+            problem = (str(error).splitlines() or [""])[0] or type(error).__name__
         self._seconds_measured += clock.seconds
         self._resumed_at += clock.seconds
-        if float(self._ranks.mean(torch.tensor(float(problem is not None)))) > 0:  # nobody is left waiting
+        if float(self._ranks.mean(torch.tensor(float(problem is not None)))) > 0:
             if self._plan is None:
-                raise raised or RuntimeError("another process could not measure its step, and has raised what ended it")
+                raise RuntimeError("another process could not measure its step, and has raised what ended it")
             self._give_up(problem or "another process could not")
             return
         self._measured += sum(flops.values()) + self._extra(flops)

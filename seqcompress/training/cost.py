@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from seqcompress.compressors.token_dropout import num_kept
-from seqcompress.encoders import Encoder, Forward, find_encoder
+from seqcompress.encoders import CompressedPatchEmbed, Encoder, Forward, find_encoder
 from seqcompress.encoders.encoder import Size
 from seqcompress.encoders.hooks import without_hooks
 from seqcompress.encoders.sharding import past_wrappers
@@ -98,13 +98,14 @@ def sequence_length(encoder: Encoder, strategy: Strategy, view: tuple[int, int] 
     return encoder.num_prefix_tokens + num_kept(patches, strategy.token_dropout)
 
 
-def batch_factor(encoder: Encoder, strategy: Strategy) -> int:
+def batch_factor(embed: CompressedPatchEmbed, strategy: Strategy) -> int:
     """How many times as many views have no more tokens than under the base strategy: a power of two, at least 1.
 
     Rounded down to a power of two, so that what is put together of several batches begins and ends with what is put
     together of more, queues of keys stay multiples of a batch, and there are few shapes.
     """
-    times = sequence_length(encoder, Strategy()) // sequence_length(encoder, strategy)
+    encoder = embed.encoder
+    times = sequence_length(encoder, Strategy()) // sequence_length(encoder, embed.of_large_views(strategy))
     return 1 << (times.bit_length() - 1)
 
 

@@ -155,7 +155,7 @@ class SequenceScheduler:
 
     def _factor(self, strategy: Strategy) -> int:
         students = [embed for embed in self._embeds if embed.drops_tokens] or self._embeds
-        return min(batch_factor(embed.encoder, embed.of_large_views(strategy)) for embed in students)
+        return min(batch_factor(embed, strategy) for embed in students)
 
     def step(self, step: int | None = None) -> None:
         """Go on to the next step, or to a given one.
@@ -226,8 +226,12 @@ class SequenceScheduler:
 
     def most_expensive(self) -> Strategy:
         """The strategy of the schedule with the longest sequences: the one that needs the most memory."""
-        encoder = self._embeds[0].encoder
-        return max(self._schedule.strategies(), key=lambda strategy: sequence_length(encoder, strategy))
+        embed = self._embeds[0]
+
+        def tokens(strategy: Strategy) -> tuple[int, ...]:
+            return tuple(sequence_length(embed.encoder, each) for each in (embed.of_large_views(strategy), strategy))
+
+        return max(self._schedule.strategies(), key=tokens)
 
     def budget_share(self, step: int) -> float:
         """Share of the run's budget that is spent after ``step`` steps, as this schedule spends it.

@@ -476,6 +476,12 @@ def test_masked_views_are_counted_with_all_their_tokens(
     assert "views that are masked keep all tokens, and cost more" in caplog.text
 
 
+def test_what_is_rehearsed_of_masked_views_are_the_most_of_all_their_tokens(pair: Pair) -> None:
+    plan = schedules.Stepwise({0.0: PATCH_16, 0.5: Strategy(0.9)})
+    compress(pair.student, plan, teacher=pair.teacher)
+    assert seqcompress.SequenceScheduler(pair, total_steps=4).most_expensive() == Strategy(0.9)
+
+
 def test_an_online_schedule_prices_masked_views_with_all_their_tokens(pair: Pair) -> None:
     seqcompress.accelerate(pair, Strategy(0.75, 16))
     batch, share = (large(), small()), 0.2
