@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import json
 import math
 import subprocess
@@ -588,6 +589,35 @@ def test_moments_of_gradients_are_those_of_gradient_error(
     quarter = point.measure(strategy, 4, 0, pixels, torch.device("cpu"))[" over AdamW's"]
     assert quarter["norm2"] == pytest.approx(moments["norm2"] / 4, rel=1e-4)
     assert quarter["variance"] == pytest.approx(moments["variance"] / 4, rel=1e-4)
+
+
+def test_gradient_error_reads_the_step_of_a_checkpoint(
+    evidence: SimpleNamespace, small: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accelerated = replace(small, plan="default")
+    assert evidence.run.run(accelerated, data, tmp_path, tmp_path, device="cpu", until=0.5) is None
+    checkpoint = tmp_path / f"{accelerated.name}.pt"
+    monkeypatch.setenv("DATA", str(data))
+    found = evidence.branches.at(checkpoint)
+    state = torch.load(checkpoint, weights_only=True)
+    assert all(
+        torch.equal(value, state["method"][f"backbone.{name}"]) for name, value in found.model.state_dict().items()
+    )
+    strategy, batches = Strategy(patch_size=8), list(itertools.islice(found.batches, 4))
+    report = gradient_error(
+        found.model,
+        found.step,
+        batches,
+        [strategy],
+        teacher=found.teacher,
+        after_backward=found.after_backward,
+        cost="flops",
+    )
+    weights = [parameter for parameter in found.model.parameters() if parameter.requires_grad]
+    gradients = [torch.cat([g.flatten() for g in torch.autograd.grad(found.step(views), weights)]) for views in batches]
+    total, squares = sum(gradients), sum(float(g @ g) for g in gradients)
+    assert report.base_norm2 == pytest.approx((float(total @ total) - squares) / 12, rel=1e-4)
+    assert report[strategy].bias2 > 0
 
 
 def test_a_gradient_that_is_only_longer_is_no_error_where_any_length_will_do(evidence: SimpleNamespace) -> None:

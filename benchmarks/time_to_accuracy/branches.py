@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -33,7 +34,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 import seqcompress
-from seqcompress import Constant, Strategy
+from seqcompress import Constant, Strategy, TrainingStep
 
 BASE = Strategy()
 FULL_END = 0.8  # from here on, branches run on full sequences
@@ -184,6 +185,32 @@ class Point:
             sums[""].add(*found)
             sums[" over AdamW's"].add(*(gradient / size for gradient in found))
         return {kind: of.moments() for kind, of in sums.items()}
+
+
+def at(checkpoint: Path) -> TrainingStep:
+    """The training step at a checkpoint, for ``python -m seqcompress gradients``; ``DATA`` names the images' folder.
+
+    Views are some that the run has not seen, and gradients are the encoder's, through the heads.
+    """
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    train, _, _ = _data(Settings(**state["settings"]), Path(os.environ["DATA"]), checkpoint.parent)
+    point = Point.of(state, train)
+    training = training_from(state, replace(point.settings, plan="none", seed=500), train, torch.device("cpu"))
+    training.now["progress"] = point.progress
+    seqcompress.restore(training.method)  # out of the scheduler's hands
+
+    def after_backward() -> None:
+        training.method.after_backward(point.progress)
+        training.optimizer.step()
+        training.method.update_teacher(point.settings.momentum)
+
+    return TrainingStep(
+        model=training.method.backbone,
+        teacher=training.method.backbone_momentum,
+        step=training.loss_of,
+        batches=map(training.batch, itertools.count()),
+        after_backward=after_backward,
+    )
 
 
 def _by_hand(training: Training, strategy: Strategy) -> None:
