@@ -92,11 +92,7 @@ def compress(
         raise ValueError(f"when must be 'grad' or 'train', got {described(when)}")
     if batch not in (None, *get_args(BatchPolicy)):
         raise ValueError(f"batch must be 'merge' or None, got {described(batch)}")
-    found = {"model": find_encoder(model)}
-    if teacher is not None:
-        found["teacher"] = find_encoder(teacher, "teacher")
-        if found["teacher"].model is found["model"].model:
-            raise ValueError("teacher must be another model than model, got the same one")
+    found = find_pair(model, teacher)
     for name, encoder in found.items():
         wrapped = is_wrapped(model if name == "model" or teacher is None else teacher)
         if (wrapped or encoder.is_flattened) and not compressed_embeds(encoder.model):
@@ -109,7 +105,7 @@ def compress(
         if plan is not None:
             raise ValueError(f"plan excludes token_dropout and patch_size, got plan={described(plan)} as well")
         plan = Strategy(0.0 if token_dropout is None else token_dropout, patch_size)
-    _check_roles(found)
+    check_roles(found)
     schedule = resolve_plan(plan, found.items())
     blank_per_view = {name: blank_per_view_of(encoder, name) for name, encoder in found.items()}
 
@@ -277,6 +273,15 @@ def compressed_embeds_of(model_or_models: nn.Module | Sequence[nn.Module]) -> li
     return compressed_embeds(*modules)
 
 
+def with_partners(embeds: Iterable[CompressedPatchEmbed]) -> list[CompressedPatchEmbed]:
+    """These and those that were compressed together with them: a student's teacher, and the other way round.
+
+    Partners come last: among them may be one whose place a copy has taken.
+    """
+    given = list(embeds)
+    return list(dict.fromkeys([*given, *(partner for embed in given for partner in embed.partners())]))
+
+
 def embeds_of_one_compression(model: nn.Module) -> list[CompressedPatchEmbed]:
     """All compressed patch embeddings in a model, which must be of one ``compress`` call.
 
@@ -316,7 +321,22 @@ def _strategy_of(text: str) -> Strategy | None:
         raise ValueError(f"plan: {error}") from None
 
 
-def _check_roles(found: Mapping[str, Encoder]) -> None:
+def find_pair(model: nn.Module, teacher: nn.Module | None) -> dict[str, Encoder]:
+    """The encoders of a model and, if there is one, of its teacher, by these names.
+
+    Raises:
+        TypeError: one is not supported.
+        ValueError: they are the same model.
+    """
+    found = {"model": find_encoder(model)}
+    if teacher is not None:
+        found["teacher"] = find_encoder(teacher, "teacher")
+        if found["teacher"].model is found["model"].model:
+            raise ValueError("teacher must be another model than the student, got the same one")
+    return found
+
+
+def check_roles(found: Mapping[str, Encoder]) -> None:
     """Raise ValueError unless a pair is one: a student that trains, and a teacher built like it."""
     if "teacher" not in found:
         return

@@ -77,9 +77,11 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         with beside.open("rb+") as file:
             os.fsync(file.fileno())
         beside.replace(target)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             beside.unlink()
+        if isinstance(error, OSError) and str(error.filename) == str(beside):  # not the file that was asked for
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from error
         raise
     with suppress(OSError, AttributeError):  # where folders can be flushed
         folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)

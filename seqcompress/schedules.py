@@ -21,7 +21,7 @@ from seqcompress.json_files import FieldError, check_names, read_json, take, tak
 from seqcompress.messages import described
 from seqcompress.strategy import Strategy
 
-__all__ = ["Constant", "Cosine", "Linear", "Online", "Schedule", "Stepwise", "checked_share"]
+__all__ = ["Constant", "Cosine", "Linear", "Online", "Schedule", "Stepwise", "checked_progress", "checked_share"]
 
 _VERSION = 1
 
@@ -63,7 +63,7 @@ class Schedule(ABC):
             TypeError: ``progress`` is not a number.
             ValueError: ``progress`` is outside [0, 1] or NaN.
         """
-        return self._at(_checked_progress(progress, "progress"))
+        return self._at(checked_progress(progress, "progress"))
 
     def at_step(self, step: int, total_steps: int) -> Strategy:
         """The strategy of a run's step: that at ``step / total_steps``, and at the last step the end's.
@@ -73,6 +73,7 @@ class Schedule(ABC):
             total_steps: steps of the whole run, at least 1. If they are as many as the stages of a
                 [Stepwise][seqcompress.schedules.Stepwise] at least, each of these gets one.
         """
+        _check_step(step)
         return self(1.0 if step >= total_steps - 1 else step / total_steps)
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
@@ -162,7 +163,9 @@ class _Ramp(Schedule):
         if progress in (0.0, 1.0):
             return self.end if progress else self.start
         share = self._share(progress)
-        dropout = (1.0 - share) * self.start.token_dropout + share * self.end.token_dropout
+        first, last = self.start.token_dropout, self.end.token_dropout
+        # Rounding must neither leave the range nor make many strategies of one.
+        dropout = min(max((1.0 - share) * first + share * last, min(first, last)), max(first, last))
         return Strategy(dropout, self.start.patch_size if progress < 0.5 else self.end.patch_size)
 
     def strategies(self) -> tuple[Strategy, ...]:
@@ -215,7 +218,7 @@ class Stepwise(Schedule):
         checked = {}
         for progress, strategy in stages.items():
             _check_strategy(strategy, f"stages[{progress!r}]")
-            checked[_checked_progress(progress, "stages: progress")] = strategy
+            checked[checked_progress(progress, "stages: progress")] = strategy
         if 0.0 not in checked:
             raise ValueError(f"stages must begin at progress 0, got {described(sorted(checked))}")
         object.__setattr__(self, "stages", tuple(sorted(checked.items(), key=lambda stage: stage[0])))
@@ -230,6 +233,7 @@ class Stepwise(Schedule):
         return [strategy for begin, strategy in self.stages if begin <= progress][-1]
 
     def at_step(self, step: int, total_steps: int) -> Strategy:
+        _check_step(step)
         first_steps = _first_steps(tuple(begin for begin, _ in self.stages), total_steps)
         return self.stages[bisect_right(first_steps, step) - 1][1]
 
@@ -252,7 +256,7 @@ class Stepwise(Schedule):
                 raise FieldError(name, f"must be an object with 'progress', got {described(stage)}")
             strategy = _strategy(name, {key: value for key, value in stage.items() if key != "progress"})
             try:
-                progress = _checked_progress(stage["progress"], "progress")
+                progress = checked_progress(stage["progress"], "progress")
             except (TypeError, ValueError) as error:
                 raise FieldError(f"{name}.progress", str(error)) from None
             if progress in stages:
@@ -372,7 +376,18 @@ def _check_strategy(value: Any, name: str) -> None:
         raise TypeError(f"{name} must be a Strategy, got {described(value)}")
 
 
-def _checked_progress(value: Any, name: str) -> float:
+def _check_step(step: int) -> None:
+    if step < 0:
+        raise ValueError(f"step must be at least 0, got {described(step)}")
+
+
+def checked_progress(value: Any, name: str) -> float:
+    """An argument that is a share of training, as a float.
+
+    Raises:
+        TypeError: it is not a number.
+        ValueError: it is not in [0, 1]. Both messages begin with ``name``.
+    """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number in [0, 1], got {described(value)}")
     number: Any = value

@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader
 from seqcompress import (
     Budget,
     Constant,
+    GradientErrorReport,
     Linear,
     SequenceScheduler,
     Strategy,
@@ -669,6 +670,13 @@ def test_two_batches_give_estimates_without_intervals(tiny_vit: Any) -> None:
     assert report[HALF].variance > 0
     assert report[HALF].variance_interval == (-float("inf"), float("inf"))
     assert set(report.tied()) == {Strategy(), HALF}
+    assert GradientErrorReport.from_json(report.to_json()) == report
+
+
+def test_a_teacher_of_another_kind_is_refused_as_compress_does(tiny_vit: Any) -> None:
+    student, teacher = tiny_vit(), tiny_vit(patch_size=4)
+    with pytest.raises(ValueError, match="teacher must have the patch size of model, 8 x 8 px, got 4 x 4 px"):
+        gradient_error(student, _loss_of(student), _loader(2), [HALF], teacher=teacher, cost="flops")
 
 
 def test_a_model_compressed_with_another_teacher_gets_it_back(tiny_vit: Any) -> None:

@@ -63,6 +63,14 @@ def test_strategy_random_states_and_budget_are_as_before(fails: bool, tiny_vit: 
     assert all(map(np.array_equal, np.random.get_state()[1:3], others[1]))
 
 
+def test_the_budget_of_a_teacher_that_the_scheduler_was_not_given_is_as_before_too(tiny_vit: Any) -> None:
+    student, teacher, views = tiny_vit().train(), tiny_vit().train().requires_grad_(False), torch.randn(2, 3, 32, 32)
+    scheduler = SequenceScheduler(compress(student, RELAXING, teacher=teacher), total_steps=10)
+    budget = Budget(student)
+    rehearse(scheduler, lambda: (student(views) - teacher(views)).square().sum().backward())
+    assert budget.units == 0
+
+
 def test_a_rehearsal_does_not_change_what_the_run_draws(tiny_vit: Any, first_tokens: Any) -> None:
     drawn = []
     for rehearsed in (False, True):

@@ -23,6 +23,35 @@ stepwise = st.builds(lambda begin, later: Stepwise({**later, 0.0: begin}), any_s
 any_schedule = st.builds(Constant, any_strategy) | ramps | stepwise
 
 
+@pytest.mark.parametrize("kind", [Linear, Cosine])
+@pytest.mark.parametrize("dropout", [0.1, 0.3, 0.6, 0.7, 0.9])
+def test_a_ramp_between_equal_dropouts_has_this_one_throughout(kind: Any, dropout: float) -> None:
+    ramp = kind(Strategy(dropout, 32), Strategy(dropout))
+    assert {ramp(step / 997) for step in range(998)} == {Strategy(dropout, 32), Strategy(dropout)}
+
+
+@given(ramps, progresses)
+def test_a_ramp_never_leaves_its_range(ramp: Any, progress: float) -> None:
+    low, high = sorted((ramp.start.token_dropout, ramp.end.token_dropout))
+    assert low <= ramp(progress).token_dropout <= high
+
+
+@pytest.mark.parametrize(
+    "schedule", [Stepwise({0.0: Strategy(0.5), 0.5: Strategy()}), Linear(Strategy(0.5), Strategy())]
+)
+def test_a_step_before_the_first_is_refused(schedule: Schedule) -> None:
+    with pytest.raises(ValueError, match="step must be at least 0, got -1"):
+        schedule.at_step(-1, 10)
+
+
+def test_a_folder_that_is_not_there_is_an_error_that_names_the_file_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "none" / "plan.json"
+    with pytest.raises(FileNotFoundError) as caught:
+        Stepwise({0.0: Strategy()}).to_json(path)
+    assert caught.value.filename == str(path)
+    assert "unfinished" not in str(caught.value)
+
+
 def test_the_schedules_module_offers_all_kinds() -> None:
     assert (schedules.Constant, schedules.Linear, schedules.Cosine, schedules.Stepwise) == (
         Constant, Linear, Cosine, Stepwise,

@@ -125,6 +125,29 @@ def test_budget_share_is_the_relative_cost_added_up(tiny_vit: Any) -> None:
     assert scheduler.budget_share(20) == 1.0
 
 
+def test_budget_share_counts_a_teacher_that_the_scheduler_was_not_given(tiny_vit: Any) -> None:
+    student, teacher = tiny_vit().train(), tiny_vit().train()
+    scheduler = SequenceScheduler(compress(student, STAGES, teacher=teacher), total_steps=8)
+    budget, views, spent = Budget(student), torch.randn(1, 3, 32, 32), []
+    for _ in range(8):
+        student(views)
+        teacher.requires_grad_(False)(views)
+        spent.append(budget.units)
+        scheduler.step()
+    shares = [scheduler.budget_share(step) for step in range(1, 9)]
+    assert shares == pytest.approx([units / spent[-1] for units in spent])
+
+
+def test_another_plan_is_followed_from_here_on(tiny_vit: Any) -> None:
+    scheduler = SequenceScheduler(compress(tiny_vit(), STAGES), total_steps=8)
+    scheduler.step(3)
+    scheduler.follow("drop 0.25")
+    assert (scheduler.strategy, scheduler.last_step) == (Strategy(0.25), 3)
+    with pytest.raises(TypeError, match="plan must be a Strategy or its text"):
+        scheduler.follow(3)
+    assert scheduler.strategy == Strategy(0.25)
+
+
 def test_budget_share_of_a_constant_plan_is_the_share_of_steps(tiny_vit: Any) -> None:
     scheduler = SequenceScheduler(compress(tiny_vit(), token_dropout=0.5), total_steps=5)
     assert [scheduler.budget_share(step) for step in range(6)] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from seqcompress.compression import blank_per_view_of, compressed_embeds, is_compressed
+from seqcompress.compression import blank_per_view_of, check_roles, compressed_embeds, find_pair, is_compressed
 from seqcompress.compressors import SubsetStream
 from seqcompress.compressors.random_states import RandomStates
-from seqcompress.encoders import CompressedPatchEmbed, Compression, Encoder, When, find_encoder
+from seqcompress.encoders import CompressedPatchEmbed, Compression, Encoder, When
 from seqcompress.encoders.sharding import is_wrapped, whole
 from seqcompress.gradients.report import CostKind, GradientErrorReport, canonical
 from seqcompress.gradients.state import Generators, Snapshot
@@ -246,12 +246,12 @@ def measured_encoders(model: nn.Module, teacher: nn.Module | None = None) -> lis
     if teacher is None and isinstance(model, nn.Module) and is_compressed(model):
         embeds = [partner for embed in compressed_embeds(model) for partner in embed.partners()]
         return [MeasuredEncoder(embed.encoder, embed.drops_tokens, embed.when) for embed in dict.fromkeys(embeds)]
-    encoders = [MeasuredEncoder(find_encoder(model), True, "grad")]
-    if teacher is not None:
-        encoders.append(MeasuredEncoder(find_encoder(teacher, "teacher"), False, "train"))
-        if encoders[0].encoder.model is encoders[1].encoder.model:
-            raise ValueError("teacher must be another model than model, got the same one")
-    return encoders
+    found = find_pair(model, teacher)
+    check_roles(found)
+    return [
+        MeasuredEncoder(encoder, name == "model", "grad" if name == "model" else "train")
+        for name, encoder in found.items()
+    ]
 
 
 @contextmanager

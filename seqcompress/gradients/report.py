@@ -153,6 +153,8 @@ class GradientErrorReport:
         return "relative_" if self.base_norm2_interval[0] > 0 else ""
 
     def __getitem__(self, strategy: Strategy) -> StrategyError:
+        if not isinstance(strategy, Strategy):
+            raise TypeError(f"strategy must be a Strategy, got {described(strategy)}")
         for entry in self.entries:
             if entry.strategy == canonical(strategy, self.own_patch_size):
                 return entry
@@ -336,7 +338,7 @@ def _report(fields: dict[str, Any]) -> GradientErrorReport:
             raise FieldError(place, f"{strategy!s} is there twice")
         strategies[strategy] = {name: _estimate(value, f"{place}.{name}", batches) for name, value in estimated.items()}
         cost = strategies[strategy]["cost"]
-        if min(cost.value, *(value for row in cost.leave_one_out for value in row)) <= 0:
+        if min((cost.value, *(value for row in cost.leave_one_out for value in row))) <= 0:
             raise FieldError(f"{place}.cost", "must be above 0")
     if Strategy() not in strategies:
         raise FieldError("strategies", "must contain the base strategy")

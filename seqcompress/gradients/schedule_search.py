@@ -11,7 +11,7 @@ from statistics import fmean
 
 from seqcompress.gradients.report import GradientErrorReport, StrategyError
 from seqcompress.messages import described
-from seqcompress.schedules import Stepwise
+from seqcompress.schedules import Stepwise, checked_progress
 from seqcompress.strategy import Strategy
 
 __all__ = ["best_schedule", "explain_schedule", "plot_gradient_error"]
@@ -152,7 +152,8 @@ def _sorted(reports: Reports) -> list[tuple[float, GradientErrorReport]]:
             raise TypeError(f"reports must map progress to GradientErrorReport, got {got}")
     if not reports:
         raise ValueError("reports must have at least one stage, got none")
-    Stepwise({0.0: Strategy(), **dict.fromkeys(reports, Strategy())})  # checks every progress
+    for progress in reports:
+        checked_progress(progress, "reports: progress")
     sizes = {report.own_patch_size for report in reports.values()}
     if len(sizes) > 1:
         raise ValueError(f"reports must be of one encoder, got own patch sizes {sorted(map(str, sizes))}")

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from seqcompress.compression import compressed_embeds_of
+from seqcompress.compression import compressed_embeds_of, with_partners
 from seqcompress.encoders import Forward
 from seqcompress.messages import described
 from seqcompress.strategy import Strategy
@@ -46,10 +46,7 @@ class Budget:
     """
 
     def __init__(self, model_or_models: nn.Module | Sequence[nn.Module]) -> None:
-        embeds = compressed_embeds_of(model_or_models)
-        # Their partners come last: among them may be one whose place a copy has taken.
-        partners = [partner for embed in embeds for partner in embed.partners()]
-        self._embeds = list(dict.fromkeys([*embeds, *partners]))
+        self._embeds = with_partners(compressed_embeds_of(model_or_models))
         self._flops = Flops(embed.encoder for embed in self._embeds)
         self._units = [self._unit(number) for number in range(len(self._embeds))]
         self._prices: dict[tuple[int, Forward], float] = {}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from seqcompress.compression import Plan, check_plan_for, resolve_plan
+from seqcompress.compression import Plan, check_plan_for, check_roles, resolve_plan
 from seqcompress.encoders import find_encoder
 from seqcompress.schedules import Constant, Schedule
 from seqcompress.strategy import Strategy
@@ -140,6 +140,7 @@ def forecast(
     encoder = find_encoder(model)
     teacher_encoder = None if teacher is None else find_encoder(teacher, "teacher")
     found = {"model": encoder} if teacher_encoder is None else {"model": encoder, "teacher": teacher_encoder}
+    check_roles(found)
     schedule = resolve_plan(plan, found.items())
 
     cost = StepCosts((one, name == "model") for name, one in found.items())

@@ -24,8 +24,8 @@ _MOST = 1e40  # a learning rate that is read
 class PolynomialDecayLR(LRScheduler):
     """``lr(t) = lr0 * (1 - t) ** power``, after a linear warm-up.
 
-    t is the share of the budget that is spent. With sequences of one length throughout, that is the share of
-    the steps; with a schedule, pass its ``budget_share``. Source: Lin et al., NeurIPS 2024 (arXiv 2410.22364),
+    t is the share that is spent of the budget after the warm-up. With sequences of one length throughout, that is the
+    share of the steps; with a schedule, pass its ``budget_share``. Source: Lin et al., NeurIPS 2024 (arXiv 2410.22364),
     with ``power=2``.
 
     Args:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from seqcompress.compression import with_partners
 from seqcompress.compressors.random_states import RandomStates
 from seqcompress.encoders import Encoder
 from seqcompress.messages import described
@@ -134,7 +135,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 def _all_else_as_before(scheduler: SequenceScheduler) -> Iterator[None]:
     """Put back strategy, random states and tallies."""
     before = scheduler.embeds[0].compression.strategy
-    tallies = [embed.tally.copy() for embed in scheduler.embeds]
+    embeds = with_partners(scheduler.embeds)
+    tallies = [embed.tally.copy() for embed in embeds]
     random_states = RandomStates()
     streams = {embed.compression: copy.deepcopy(embed.compression.stream) for embed in scheduler.embeds}
     try:
@@ -144,7 +146,7 @@ def _all_else_as_before(scheduler: SequenceScheduler) -> Iterator[None]:
         scheduler.use(before)
         for compression, stream in streams.items():
             compression.stream = stream
-        for embed, tally in zip(scheduler.embeds, tallies, strict=True):
+        for embed, tally in zip(embeds, tallies, strict=True):
             embed.tally = tally
 
 

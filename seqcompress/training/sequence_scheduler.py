@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from seqcompress.compression import Plan, check_plan, compressed_embeds_of, named_encoders, resolve_plan
+from seqcompress.compression import (
+    Plan,
+    check_plan,
+    compressed_embeds_of,
+    named_encoders,
+    resolve_plan,
+    with_partners,
+)
 from seqcompress.encoders import CompressedPatchEmbed, Compression, is_frozen
 from seqcompress.json_files import json_text
 from seqcompress.messages import by_script, described
@@ -180,16 +187,18 @@ class SequenceScheduler:
         """Whether the encoders are still compressed as they were when this scheduler was made."""
         return all(embed.compression is compression and embed.is_live for embed, compression in self._driven)
 
-    def follow(self, schedule: Schedule) -> None:
-        """Follow another schedule from here on; the steps that are done stay done.
+    def follow(self, schedule: Plan) -> None:
+        """Follow another plan from here on; the steps that are done stay done.
 
         Raises:
-            ValueError: the schedule does not suit the encoders.
+            TypeError: ``schedule`` is not a plan.
+            ValueError: it does not suit the encoders.
             RuntimeError: the encoders were restored or compressed anew. In each case, nothing has been changed.
         """
-        check_plan(self._embeds, schedule)
+        plan = resolve_plan(schedule, named_encoders(self._embeds))
+        check_plan(self._embeds, plan)
         forwards = [compression.stream.forwards for compression in self._compressions]
-        self._apply(schedule, self._total_steps, self._last_step, forwards)
+        self._apply(plan, self._total_steps, self._last_step, forwards)
 
     def use(self, strategy: Strategy) -> None:
         """Put another strategy in force, until the next step.
@@ -310,7 +319,8 @@ class SequenceScheduler:
         """Numbers of steps, from 0 to all, and the cost of as many."""
         key = (self._schedule, self._total_steps)
         if self._spent_of != key:
-            cost = StepCosts((embed.encoder, embed.drops_tokens) for embed in self._embeds)
+            running = (embed for embed in with_partners(self._embeds) if embed.is_live)
+            cost = StepCosts((embed.encoder, embed.drops_tokens) for embed in running)
             steps = [*range(0, self._total_steps, -(-self._total_steps // _LOOKED_AT)), self._total_steps]
             spent = [0.0]
             for done, until in pairwise(steps):
