@@ -98,8 +98,9 @@ class DrivenEncoders:
         return self.plan(progress) == self.plan(1.0)
 
     def finish(self) -> None:
-        """The plan has been run to its end. A constant one has none."""
+        """The plan has been run to its end, which every later fit is told. A constant one has none."""
         self.compression.finished = not self.is_constant
+        self.compression.tells_its_end = False
 
     def most_expensive(self, accumulated: int = 1) -> Strategy:
         """The strategy of the plan with the longest sequences; with the most tokens at once, of merged batches."""

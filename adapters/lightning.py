@@ -593,8 +593,11 @@ class SequenceCompression:
             self._show(trainer, readings.values())
 
     def _log_the_end(self, trainer: Any, readings: _Readings) -> None:
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped - 1
-        trainer._logger_connector.log_metrics(self._publish(trainer, readings), step=max(0, step))
+        step = max(0, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
+        metrics = {name: value.item() for name, value in self._publish(trainer, readings).items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=step)
+            logger.save()
 
     def _publish(self, trainer: Any, readings: _Readings) -> dict[str, Tensor]:
         """Put the metrics where the Trainer keeps those of the latest step."""

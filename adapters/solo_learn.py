@@ -233,7 +233,6 @@ def read_settings(section: object) -> Settings | None:
     Raises:
         TypeError: a value has the wrong type; the message names the key.
         ValueError: a key is unknown, out of range, or excludes another.
-        FileNotFoundError: ``plan`` is a schedule file that does not exist.
     """
     if not isinstance(section, Mapping):
         hint = ""
@@ -374,7 +373,8 @@ def _plan(given: Mapping[str, Any]) -> Plan | None:
     if "plan" in given:
         if not isinstance(given["plan"], str):
             raise TypeError(
-                f"seqcompress.plan must be a preset's name or a schedule file, got {described(given['plan'])}"
+                "seqcompress.plan must be a preset's name, a strategy such as 'drop 0.5' or a schedule file, got "
+                f"{described(given['plan'])}"
             )
         return str(given["plan"])
     try:

@@ -142,6 +142,25 @@ def test_blocks_that_know_where_a_patch_was_are_refused_in_timms_class_too(make:
     assert not is_compressed(vit)
 
 
+def test_a_convolution_over_tokens_is_seen_though_it_adds_nothing_yet() -> None:
+    class BlockWithAConvolution(Block):
+        def __init__(self, dim: int, *args: Any, **kwargs: Any) -> None:
+            super().__init__(dim, *args, **kwargs)
+            self.mixing, self.gate = nn.Conv1d(dim, dim, 3, padding=1, groups=dim), nn.Parameter(torch.zeros(1))
+
+        def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            return super().forward(x + self.gate * self.mixing(x.transpose(1, 2)).transpose(1, 2), *args, **kwargs)
+
+    class BlockWithAPointwiseConvolution(BlockWithAConvolution):
+        def __init__(self, dim: int, *args: Any, **kwargs: Any) -> None:
+            super().__init__(dim, *args, **kwargs)
+            self.mixing = nn.Conv1d(dim, dim, 1)
+
+    with pytest.raises(TypeError, match="its blocks know where a patch was"):
+        compress(VisionTransformer(**SMALL, block_fn=BlockWithAConvolution), token_dropout=0.5)
+    compress(VisionTransformer(**SMALL, block_fn=BlockWithAPointwiseConvolution), token_dropout=0.5)
+
+
 @pytest.mark.parametrize(("block", "runs"), [(Block, 0), (BlockOfOnesOwn, 3)])
 def test_only_blocks_that_are_not_timms_own_are_run_for_the_proof(
     block: Any, runs: int, monkeypatch: pytest.MonkeyPatch

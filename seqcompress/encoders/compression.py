@@ -51,6 +51,7 @@ class Compression:
         batch: "merge" if a host is to run several batches at once while sequences are short, else None.
         finished: whether the plan has been run to its end, as its driver says. Who drives by itself, without being
             asked to, drives no such encoders: they stay plain.
+        tells_its_end: whether an encoder says so that is trained on, as nobody else does.
         steps_left: of the driver's run, as it says; None where it does not.
     """
 
@@ -58,6 +59,7 @@ class Compression:
     batch: BatchPolicy | None = None
     masks_are_drawn = False
     steps_left: int | None = None
+    tells_its_end = True
 
     def __init__(
         self,
@@ -163,7 +165,12 @@ class Compression:
             return None
         self.ask_views_for(Strategy())  # a driver that is gone may have left small ones
         if self.finished:
-            return None
+            if not self.tells_its_end:
+                return None
+            return (
+                "training is uncompressed: the schedule of the encoder has been run to its end, and whoever drove it "
+                "is gone. For another run of it, compress(model, plan) anew; for a plain encoder, restore(model)"
+            )
         whose = "nobody drives" if self._driver_name is None else f"{self._driver_name} drove, which is gone"
         is_online = isinstance(self.plan, Online)
         driver = "n OnlineScheduler(model, loss," if is_online else " SequenceScheduler(model,"

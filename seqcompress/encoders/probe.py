@@ -276,7 +276,8 @@ def _crops_in(encoder: Any, crops: list[Tensor]) -> list[list[Tensor]]:
 def _sequences(encoder: Any, views: Tensor, length: int) -> list[Tensor]:
     """What the modules of the first and the last block make of one view, as far as they are sequences: (1, T, .).
 
-    In the order of their calls; what leaves the last block is the last. All blocks' would take much memory.
+    Those with channels first, (1, ., T), are turned around. In the order of their calls; what leaves the last block is
+    the last. All blocks' would take much memory.
     """
     last = encoder.blocks[-1]
     found: list[Tensor] = []
@@ -286,6 +287,8 @@ def _sequences(encoder: Any, views: Tensor, length: int) -> list[Tensor]:
             tokens = first_tensor(output)
             if tokens.ndim == 3 and tokens.shape[:2] == (1, length):
                 found.append(tokens)
+            elif tokens.ndim == 3 and tokens.shape[::2] == (1, length):  # channels first, as convolutions have them
+                found.append(tokens.transpose(1, 2))
         if module is last:
             raise Reached(None)
 

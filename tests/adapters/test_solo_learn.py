@@ -724,7 +724,11 @@ BAD_SECTIONS: list[tuple[Any, type[Exception], str]] = [
     (keys(plan="default", token_dropout=0.5), ValueError, "one plan, got several: plan and token_dropout$"),
     (keys(plan="default", schedule="linear"), ValueError, "one plan, got several: plan and schedule$"),
     (keys(patch_size=16, start={}), ValueError, "one plan, got several: patch_size and start$"),
-    (keys(plan=3), TypeError, "seqcompress.plan must be a preset's name or a schedule file, got 3"),
+    (
+        keys(plan=3),
+        TypeError,
+        "seqcompress.plan must be a preset's name, a strategy such as 'drop 0.5' or a schedule file, got 3",
+    ),
     (keys(plan="stronger"), ValueError, "seqcompress: plan must be one of 'default', 'gentle', 'strong'"),
     (keys(plan="missing.json"), FileNotFoundError, "seqcompress: schedule file 'missing.json' does not exist"),
     (keys(token_dropout="half"), TypeError, r"seqcompress.token_dropout must be a number in \[0, 1\), got 'half'"),
