@@ -91,7 +91,7 @@ def test_a_run_that_is_stopped_again_and_again_ends_as_one_that_is_not(
     assert not list((tmp_path / "b").glob("colours*"))  # no checkpoint is left
 
 
-@pytest.mark.parametrize("method", ["moco", "simclr", "dino"])
+@pytest.mark.parametrize("method", ["mocov3", "simclr", "dino"])
 def test_a_run_spends_its_budget_and_counts_what_arithmetic_gives(
     evidence: SimpleNamespace, small: Any, data: Path, tmp_path: Path, method: str
 ) -> None:
@@ -144,7 +144,7 @@ def test_what_an_online_plan_takes_is_read_off_two_runs_that_end_with_the_same_w
 ) -> None:
     monkeypatch.setitem(PRESETS, "online", lambda large: Online(PRESETS["default"](16), 0.5, None))
     pixels = evidence.images.load_images(data / "train", 16, 40, tmp_path)
-    settings = replace(small, method="moco", budget=0.004)
+    settings = replace(small, method="mocov3", budget=0.004)
     found = evidence.online_cost.measure(settings, pixels, torch.device("cpu"))
     assert found["steps"] > 20
     assert len(found["decisions"]) >= 1
@@ -172,7 +172,7 @@ def test_an_online_schedule_pays_for_what_it_measures_and_goes_on_from_a_checkpo
     much = Online(PRESETS["default"](16), 0.5, None)  # so that some dozens of steps pay for a decision
     monkeypatch.setitem(PRESETS, "online", lambda large: much)
     pixels = evidence.images.load_images(data / "train", 16, 40, tmp_path)
-    settings = replace(small, method="moco", plan="online", budget=0.004)
+    settings = replace(small, method="mocov3", plan="online", budget=0.004)
     made = [evidence.run.Training(settings, pixels, torch.device("cpu")) for _ in range(2)]
     whole, second = made
     default = evidence.run.Training(replace(settings, plan="default"), pixels, torch.device("cpu"))
@@ -196,20 +196,20 @@ def test_an_image_of_a_plain_run_costs_three_units_a_student_view_and_one_a_teac
     evidence: SimpleNamespace, small: Any, data: Path, tmp_path: Path
 ) -> None:
     pixels = evidence.images.load_images(data / "train", 16, 40, tmp_path)
-    for method, expected in (("moco", 8.0), ("simclr", 6.0)):
+    for method, expected in (("mocov3", 8.0), ("simclr", 6.0)):
         settings = replace(small, method=method, plan="none")
         training = evidence.run.Training(settings, pixels, torch.device("cpu"))
         training.step()
         assert training.budget.units / settings.batch == expected
 
 
-@pytest.mark.parametrize("method", ["moco", "dino"])
+@pytest.mark.parametrize("method", ["mocov3", "dino"])
 def test_views_are_as_much_smaller_as_patches_are_larger_and_cost_the_same_units(
     evidence: SimpleNamespace, small: Any, data: Path, tmp_path: Path, method: str
 ) -> None:
     pixels = evidence.images.load_images(data / "train", 32, 40, tmp_path)
-    full = {"moco": {32}, "dino": {32, 12}}[method]
-    small_ones = {"moco": {16}, "dino": {16, 8}}[method]  # 12 px are three patches, and of the larger ones two
+    full = {"mocov3": {32}, "dino": {32, 12}}[method]
+    small_ones = {"mocov3": {16}, "dino": {16, 8}}[method]  # 12 px are three patches, and of the larger ones two
     spent = {}
     for views in ("full", "scaled"):
         settings = replace(small, method=method, views=views, plan="0: patch 8; 0.5: base", image_size=32)
@@ -288,7 +288,7 @@ def test_colours_change_as_torchvisions_do(evidence: SimpleNamespace) -> None:
 
 def _run(plan: str, seed: int, units: float, accuracy: float) -> dict[str, Any]:
     settings = {
-        "dataset": "d", "method": "moco", "plan": plan, "seed": seed, "budget": units / 1e6, "depth": 1, "width": 2,
+        "dataset": "d", "method": "mocov3", "plan": plan, "seed": seed, "budget": units / 1e6, "depth": 1, "width": 2,
         "patch_size": 4, "image_size": 32, "precision": "float32", "lr": 1e-3, "weight_decay": 0.1, "momentum": 0.99,
         "crop": 0.2,
     }  # fmt: skip
@@ -431,15 +431,15 @@ def test_every_comparison_has_its_figure(evidence: SimpleNamespace, tmp_path: Pa
         for units in (1e5, 2e5)
     ]
     others = [copy.deepcopy(run) for run in runs[:4]]
-    for run, method in zip(others, ("moco", "moco", "dino", "dino"), strict=True):
+    for run, method in zip(others, ("mocov3", "mocov3", "dino", "dino"), strict=True):
         run["settings"].update(method=method, lr=2e-3)
     alone = copy.deepcopy(runs[0])
     alone["settings"]["method"] = "simclr"  # one point is no curve
     figures = evidence.report.figures([*runs, *others, alone], tmp_path)
     # A name says what is on the picture, and does not change with the runs that come before it.
     assert [figure.name for figure in figures] == [
-        "evidence-d-moco.png",
-        "evidence-d-moco-2.png",
+        "evidence-d-mocov3.png",
+        "evidence-d-mocov3-2.png",
         "evidence-d-dino.png",
     ]
     with Image.open(figures[0]) as picture:
@@ -508,7 +508,7 @@ def test_a_suite_knows_what_is_done_and_what_is_missing(
     ("suite", "name"),
     [
         ("cpu", "dino_0-drop-0.5-patch-8-0.95-base_0.4M"),
-        ("gpu", "moco_0-drop-0.5-patch-32-0.95-base_0.75M_seed0"),
+        ("gpu", "mocov3_0-drop-0.5-patch-32-0.95-base_0.75M_seed0"),
     ],
 )
 def test_a_suite_is_tried_at_a_size_of_seconds(data: Path, suite: str, name: str) -> None:
@@ -536,7 +536,7 @@ def test_a_checkpoint_from_before_a_setting_was_there_is_gone_on_from(
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"method": "byol"}, "method must be one of moco, simclr, dino, got 'byol'"),
+        ({"method": "byol"}, "method must be one of mocov3, simclr, dino, got 'byol'"),
         ({"views": "small"}, "views must be full or scaled, got 'small'"),
         ({"budget": -1.0}, "budget must be a number of millions of units above 0, got -1.0"),
         ({"batch": 50}, "batch must be at least 2 and at most as many as images, got 50"),

@@ -6,11 +6,13 @@ a run that was interrupted goes on with the very views it would have had, and ru
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ from seqcompress.json_files import replacing
 
 _LUMA = (0.299, 0.587, 0.114)
 _TO_YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
+_FROM_YIQ = tuple(map(tuple, torch.linalg.inv(torch.tensor(_TO_YIQ)).tolist()))
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -168,11 +171,10 @@ def _recolour(views: Tensor, draws: _Draws) -> Tensor:
 def recoloured(views: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor, hue: Tensor) -> Tensor:
     """Views (B, 3, H, W) in [0, 1] with a factor (B,) of each kind, and the hue turned by a share of the circle."""
     device = views.device
-    luma, to_yiq = torch.tensor(_LUMA, device=device), torch.tensor(_TO_YIQ, device=device)
+    luma, to_yiq, from_yiq = (_constant(values, device) for values in (_LUMA, _TO_YIQ, _FROM_YIQ))
     one, nothing = torch.ones_like(hue), torch.zeros_like(hue)
     cos, sin = torch.cos(2 * math.pi * hue), torch.sin(2 * math.pi * hue)
     turned = torch.stack([one, nothing, nothing, nothing, cos, -sin, nothing, sin, cos], dim=1).view(-1, 3, 3)
-    from_yiq = torch.linalg.inv(torch.tensor(_TO_YIQ)).to(device)  # inverted on the CPU, so that no GPU has to wait
     turn = from_yiq @ turned @ to_yiq
     share = saturation[:, None, None]
     saturate = share * torch.eye(3, device=device) + (1 - share) * luma.expand(3, 3)
@@ -199,5 +201,11 @@ def _blur(views: Tensor, probability: float, draws: _Draws) -> Tensor:
 
 
 def _normalized(views: Tensor) -> Tensor:
-    mean, std = (torch.tensor(value, device=views.device).view(3, 1, 1) for value in (_MEAN, _STD))
+    mean, std = (_constant(values, views.device).view(3, 1, 1) for values in (_MEAN, _STD))
     return (views - mean) / std
+
+
+@functools.cache
+def _constant(values: tuple[Any, ...], device: torch.device) -> Tensor:
+    """Made once: a GPU waits for whatever is copied to it."""
+    return torch.tensor(values, device=device)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from images import View
 from lightly.loss import DINOLoss, NTXentLoss
 from lightly.models.modules import DINOProjectionHead, MoCoProjectionHead, SimCLRProjectionHead
 from lightly.models.utils import deactivate_requires_grad, update_momentum
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
@@ -64,10 +68,11 @@ class Method(nn.Module):
         """Move the teacher, if there is one, towards the student."""
 
 
-class MoCo(Method):
-    """MoCo-v3: each view's query must find the other view's key among the batch's (arXiv 2104.02057)."""
+class MoCoV3(Method):
+    """MoCo-v3: each view's query must find the other view's key among the batch's keys (arXiv 2104.02057)."""
 
     teacher_views = 2
+    temperature = 0.2
 
     def __init__(self, backbone: VisionTransformer, sizes: Sizes) -> None:
         super().__init__(backbone)
@@ -77,12 +82,18 @@ class MoCo(Method):
         )
         self.prediction_head = MoCoProjectionHead(sizes.out, sizes.hidden, sizes.out, num_layers=2, batch_norm=True)
         self.projection_head_momentum = _teacher(self.projection_head)
-        self.criterion = NTXentLoss(temperature=0.2)
 
     def loss(self, views: list[Tensor], progress: float) -> Tensor:
-        queries = [self.prediction_head(self.projection_head(self.backbone(view))) for view in views]
-        keys = [self.projection_head_momentum(self.backbone_momentum(view)).detach() for view in views]
-        return 0.5 * (self.criterion(queries[0], keys[1]) + self.criterion(queries[1], keys[0]))
+        queries = [self.prediction_head(self.projection_head(seen)) for seen in _features(self.backbone, views)]
+        with torch.no_grad():
+            keys = [self.projection_head_momentum(seen) for seen in _features(self.backbone_momentum, views)]
+        return self._contrast(queries[0], keys[1]) + self._contrast(queries[1], keys[0])
+
+    def _contrast(self, queries: Tensor, keys: Tensor) -> Tensor:
+        # Lightly's NTXentLoss holds queries against each other, too, which MoCo-v3 does not.
+        alike = F.normalize(queries, dim=1) @ F.normalize(keys, dim=1).T
+        own = torch.arange(len(queries), device=queries.device)
+        return 2 * self.temperature * F.cross_entropy(alike / self.temperature, own)
 
     def update_teacher(self, momentum: float) -> None:
         update_momentum(self.backbone, self.backbone_momentum, m=momentum)
@@ -134,8 +145,8 @@ class DINO(Method):
         ]
 
     def loss(self, views: list[Tensor], progress: float) -> Tensor:
-        teacher = [self.head_momentum(self.backbone_momentum(view)) for view in views[:2]]
-        student = [self.head(self.backbone(view)) for view in views]
+        teacher = [self.head_momentum(seen) for seen in _features(self.backbone_momentum, views[:2])]
+        student = [self.head(seen) for seen in _features(self.backbone, views)]
         return self.criterion(teacher, student, teacher_temp=0.04 + 0.03 * min(1.0, progress / 0.1))
 
     def after_backward(self, progress: float) -> None:
@@ -148,7 +159,16 @@ class DINO(Method):
         update_momentum(self.head, self.head_momentum, m=momentum)
 
 
-METHODS: dict[str, type[Method]] = {"moco": MoCo, "simclr": SimCLR, "dino": DINO}
+METHODS: dict[str, type[Method]] = {"mocov3": MoCoV3, "simclr": SimCLR, "dino": DINO}
+
+
+def _features(encoder: nn.Module, views: Sequence[Tensor]) -> list[Tensor]:
+    """Of each view (B, 3, H, W); neighbours of one size in one call."""
+    found: list[Tensor] = []
+    for _, alike in itertools.groupby(views, key=lambda view: view.shape):
+        of_one_size = list(alike)
+        found += encoder(torch.cat(of_one_size)).chunk(len(of_one_size))
+    return found
 
 
 def _teacher(module: nn.Module) -> nn.Module:

@@ -120,7 +120,7 @@ same training that is given its schedule; both ended with the same weights.
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with train, as ImageFolder")
-    parser.add_argument("--method", default="moco")
+    parser.add_argument("--method", default="mocov3")
     parser.add_argument("--budget", type=float, default=0.4, help="millions of units (%(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="where to write, without suffix")

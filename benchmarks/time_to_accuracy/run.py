@@ -1,6 +1,6 @@
 """One training run, from its first step to its last accuracy, as one small JSON file.
 
-    python benchmarks/time_to_accuracy/run.py --data DIR --method moco --plan default --budget 0.4
+    python benchmarks/time_to_accuracy/run.py --data DIR --method mocov3 --plan default --budget 0.4
 
 ``DIR/train`` and ``DIR/test`` (or ``DIR/val``) are folders in ImageFolder's layout. Whatever ends the run, the same
 command goes on from its last checkpoint. The step is a user's own: one ``compress`` and one SequenceScheduler.
@@ -17,6 +17,7 @@ import json
 import math
 import os
 import platform
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -41,7 +42,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import seqcompress
 from seqcompress import Budget, OnlineScheduler, Schedule, SequenceScheduler, Stepwise, Strategy
 from seqcompress.json_files import replacing, write_text
-from seqcompress.presets import DEFAULT
+from seqcompress.presets import DEFAULT, PRESETS, double_patch
 
 RATES = {"constant": 0.0, "sqrt": 0.5, "linear": 1.0}  # powers of the batch by which the learning rate follows it
 UNFINISHED = 3  # exit status of a run that --minutes has stopped
@@ -56,7 +57,7 @@ class Settings:
 
     Attributes:
         dataset: name of the data, for tables.
-        method: moco, simclr or dino.
+        method: mocov3, simclr or dino.
         plan: what the encoders are compressed by: none, a preset's name, a strategy such as "drop 0.5, patch 8",
             strategies by the progress at which they begin, such as "0: drop 0.5, patch 8; 0.9: base", or online for a
             schedule that finds itself, with as many steps as the default plan affords.
@@ -90,7 +91,7 @@ class Settings:
     """
 
     dataset: str = "cifar10"
-    method: str = "moco"
+    method: str = "mocov3"
     plan: str = "none"
     budget: float = 0.4
     images: int = 10_000
@@ -189,7 +190,11 @@ class Training:
         self.views_cost = [3 * flops[size] / flops[settings.image_size] for size in self.views.sizes]
 
         # The user's lines, and what follows the schedule.
-        seqcompress.compress(method.backbone, parse_plan(settings.plan), teacher=method.backbone_momentum)
+        plan = parse_plan(settings.plan)
+        if settings.plan == ONLINE:  # with no limit that goes by the clock: what comes out is to hang on settings alone
+            online = PRESETS[ONLINE](double_patch(settings.patch_size, settings.image_size))
+            plan = dataclasses.replace(online, time_share=None)
+        seqcompress.compress(method.backbone, plan, teacher=method.backbone_momentum)
         if settings.views == "scaled":
             seqcompress.scale_views(self.views, method)
         encoders = [method.backbone, *([] if method.backbone_momentum is None else [method.backbone_momentum])]
@@ -555,8 +560,18 @@ def _report(training: Training, accuracy: dict[str, float], judged: int) -> dict
         "device": training.device.type,
         "hardware": _hardware(training.device),
         "threads": torch.get_num_threads(),
+        "commit": _commit(),
         "versions": {"seqcompress": seqcompress.__version__, "python": platform.python_version(), **versions},
     }
+
+
+def _commit() -> str | None:
+    """Of the checkout that this file lies in; None where there is none."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _hardware(device: torch.device) -> str:
