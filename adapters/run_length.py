@@ -33,6 +33,8 @@ class RunLength:
         ]
         self._averaging = [callback for callback in trainer.callbacks if isinstance(callback, averaging)]
         self._time = 0.0  # share of it that had passed as the step began
+        self._steps_before = int(trainer.global_step)  # of all optimizers, as the batch before began
+        self._steps_a_batch = 1  # more where a module steps several by hand
         self.batches = batches
 
     @property
@@ -69,6 +71,9 @@ class RunLength:
         """Progress, in [0, 1], at which the optimizer step of a batch of this epoch is to be run."""
         if self._timers:
             self._time = self.share_of_time()
+        steps = int(self._trainer.global_step)
+        if steps > self._steps_before:
+            self._steps_a_batch, self._steps_before = steps - self._steps_before, steps
         return self.share(self.first_of_step(batch))
 
     def share(self, batches: int) -> float:
@@ -85,7 +90,9 @@ class RunLength:
         """The same in steps, those done and all, as if every epoch were as long as this one."""
         trainer, places = self._trainer, [(round(self._time * _MOMENTS), _MOMENTS)]
         if trainer.max_steps > 0:
-            places.append((int(trainer.global_step), int(trainer.max_steps)))
+            # The last batch's steps are over before another begins.
+            total = max(1, int(trainer.max_steps) - self._steps_a_batch + 1)
+            places.append((int(trainer.global_step), total))
         if 0 < self._epochs < float("inf"):
             epochs, steps, done = int(self._epochs), _MOMENTS, 0  # of a length that the first epoch will show
             if 0 < self._batches_an_epoch < float("inf"):

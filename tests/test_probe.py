@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention
@@ -553,3 +554,53 @@ def test_a_buffer_that_is_not_kept_adds_no_key_to_the_state() -> None:
     vit = VisionTransformer(**SMALL, embed_layer=EmbeddingWithScratch)
     before = list(vit.state_dict())
     assert list(compress(vit, token_dropout=0.5).state_dict()) == before
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch16_224", "eva02_tiny_patch14_224", "vit_small_patch16_dinov3"])
+def test_a_model_that_runs_under_an_autocast_of_its_own_is_proven_in_its_precision(name: str) -> None:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    vit = timm.create_model(name, num_classes=0, depth=2, img_size=224)
+    prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare(vit)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    for strategy in ("drop 0.5", "drop 0.25"):
+        assert compress(prepared, strategy) is prepared
+    assert is_compressed(vit)
+
+
+def test_blocks_that_know_where_a_patch_was_are_refused_under_such_an_autocast_too() -> None:
+    class InHalfPrecision(VisionTransformer):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return super().forward(x).float()
+
+    class BlockThatLooksAside(Block):
+        def forward(self, x: Tensor, **_: Any) -> Tensor:
+            return super().forward(x + 0.5 * x.roll(1, dims=1))
+
+    compress(InHalfPrecision(**SMALL, block_fn=BlockOfOnesOwn), token_dropout=0.5)
+    with pytest.raises(TypeError, match="its blocks know where a patch was"):
+        compress(InHalfPrecision(**SMALL, block_fn=BlockThatLooksAside), token_dropout=0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_fresh_blocks_that_add_next_to_nothing_are_taken_in_half_precision(dtype: torch.dtype) -> None:
+    for seed in range(3):
+        torch.manual_seed(seed)
+        vit = timm.create_model("vit_small_patch16_dinov3", img_size=64, depth=2, num_classes=0).to(dtype)
+        assert is_compressed(compress(vit, token_dropout=0.5))
+
+
+def test_observers_of_quantization_that_have_seen_nothing_yet_stay_as_they_are() -> None:
+    from torch.ao import quantization
+
+    vit = VisionTransformer(**SMALL).train()
+    vit.qconfig = quantization.get_default_qat_qconfig("fbgemm")
+    quantization.prepare_qat(vit, inplace=True)
+    before = {name: value.clone() for name, value in vit.state_dict().items()}
+    compress(vit, token_dropout=0.5)
+    after = vit.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())

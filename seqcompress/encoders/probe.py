@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
 
@@ -45,8 +45,21 @@ def call_of(model: Any, places: tuple[nn.Module, ...], views: Tensor) -> tuple[t
         RuntimeError: none is reached.
     """
 
+    call: tuple[tuple[Any, ...], dict[str, Any]] = _reached(model, places, views, lambda args, kwargs: (args, kwargs))
+    return call
+
+
+def tokens_at(model: Any, places: tuple[nn.Module, ...], views: Tensor) -> Tensor:
+    """The first tensor among these arguments, as it was computed."""
+    tokens: Tensor = _reached(model, places, views, lambda args, kwargs: _as_computed(first_tensor((args, kwargs))))
+    return tokens
+
+
+def _reached(model: Any, places: tuple[nn.Module, ...], views: Tensor, look: Callable[[Any, Any], Any]) -> Any:
+    """What is to be seen there, while the model still runs."""
+
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        raise Reached((args, kwargs))
+        raise Reached(look(args, kwargs))
 
     with ExitStack() as hooked:
         for place in places:
@@ -54,14 +67,8 @@ def call_of(model: Any, places: tuple[nn.Module, ...], views: Tensor) -> tuple[t
         try:
             model.forward(views)
         except Reached as reached:
-            call: tuple[tuple[Any, ...], dict[str, Any]] = reached.values
-            return call
+            return reached.values
     raise RuntimeError(f"{type(model).__name__} has not reached its first block")
-
-
-def tokens_at(model: Any, places: tuple[nn.Module, ...], views: Tensor) -> Tensor:
-    """The first tensor among these arguments."""
-    return first_tensor(call_of(model, places, views))
 
 
 def tensors_in(values: Any) -> Iterator[Tensor]:
@@ -284,7 +291,7 @@ def _sequences(encoder: Any, views: Tensor, length: int) -> list[Tensor]:
 
     def remember(module: nn.Module, args: Any, output: Any) -> None:
         with suppress(LookupError):
-            tokens = first_tensor(output)
+            tokens = _as_computed(first_tensor(output))
             if tokens.ndim == 3 and tokens.shape[:2] == (1, length):
                 found.append(tokens)
             elif tokens.ndim == 3 and tokens.shape[::2] == (1, length):  # channels first, as convolutions have them
@@ -303,12 +310,19 @@ def _sequences(encoder: Any, views: Tensor, length: int) -> list[Tensor]:
     raise RuntimeError(f"{type(encoder.model).__name__} has not reached its last block")
 
 
+def _as_computed(tokens: Tensor) -> Tensor:
+    """Tokens in the precision in which a model's own autocast has them computed; what comes of it may hide that."""
+    place = tokens.device.type
+    return tokens.to(torch.get_autocast_dtype(place)) if torch.is_autocast_enabled(place) else tokens
+
+
 def _compared(tokens: Tensor, every: Tensor, kept: Tensor, prefix: int, most: float = 1e-5) -> str | None:
     index = kept.unsqueeze(-1).expand(-1, -1, every.shape[-1])
     expected = torch.cat((every[:, :prefix], every[:, prefix:].gather(1, index)), dim=1).float()
     if tokens.shape != expected.shape:
         return f"have the shape {tuple(tokens.shape)} instead of {tuple(expected.shape)}"
-    largest = float((tokens.float() - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
+    least = max(1e-12, torch.finfo(every.dtype).smallest_normal)  # below it, half precision has but few numbers
+    largest = float((tokens.float() - expected).abs().max() / expected.abs().max().clamp(min=least))
     # Sums in another order differ by about 1e-6 through 24 blocks, in single precision.
     if largest <= (most if every.dtype in (torch.float32, torch.float64) else 5e-2):
         return None
@@ -357,6 +371,8 @@ def undisturbed(model: Any, *, training: bool = False) -> Iterator[None]:
         with torch.no_grad():
             for buffer, content, version in buffers:
                 if _was_changed(buffer, content, version):
+                    if buffer.shape != content.shape:  # an observer's, which takes its shape as it first runs
+                        buffer.resize_(content.shape)
                     buffer.copy_(content)
         for module, mode in modes:
             vars(module)["training"] = mode

@@ -447,6 +447,15 @@ def test_manual_optimization_follows_the_schedule(
     assert get_strategy(module) == Strategy()
 
 
+def test_the_last_batch_of_several_optimizers_is_at_the_end_of_the_schedule(
+    make_pair: Build, make_trainer: Build, images: Images
+) -> None:
+    module = accelerate(make_pair(manual_steps=2), RELAXING)  # 8 batches
+    make_trainer(max_epochs=-1, max_steps=16).fit(module, images)
+    assert len(module.tokens) == 8
+    assert (module.tokens[0], module.tokens[-1]) == (TOKENS_OF_8_STEPS[0], 17)
+
+
 def test_mixed_precision_follows_the_schedule(make_pair: Build, make_trainer: Build, images: Images) -> None:
     module = accelerate(make_pair(), Linear(Strategy(0.75, 16), Strategy()))
     trainer = make_trainer(precision="bf16-mixed")
