@@ -321,8 +321,8 @@ def test_seeds_are_read_together_where_they_have_the_same_lengths(evidence: Simp
     lengths = {
         ("none", 0): (1e5, 2e5, 4e5),
         ("none", 1): (1e5, 2e5),
-        ("default", 0): (1e5, 2e5),
-        ("default", 1): (1e5, 2e5),
+        ("default", 0): (0.5e5, 2.5e5),
+        ("default", 1): (0.5e5, 2.5e5),
     }
     runs = [
         _run(plan, seed, units, 0.05 * math.log(units * (2 if plan == "default" else 1)))
@@ -365,6 +365,31 @@ def test_nothing_is_read_outside_the_points(evidence: SimpleNamespace) -> None:
     found = evidence.report.speedup(low, between, "knn")
     assert found.accuracy == 0.2
     assert found.units == pytest.approx(2 / 4 ** (0.05 / 0.25))
+
+
+def test_what_was_spent_is_that_of_the_first_time_an_accuracy_was_reached(evidence: SimpleNamespace) -> None:
+    point = evidence.report.Point
+    falls = [point(units, units, {"knn": value}) for units, value in ((1, 0.42), (2, 0.38), (4, 0.41), (8, 0.43))]
+    fast = [point(units, units, {"knn": value}) for units, value in ((1, 0.39), (2, 0.40))]
+    assert evidence.report.speedup(falls, fast, "knn").budgets == (1, 2)
+    rises = [point(units, units, {"knn": value}) for units, value in ((1, 0.3), (2, 0.41), (4, 0.39), (8, 0.43))]
+    assert evidence.report.speedup(rises, fast, "knn").budgets[0] == pytest.approx(2 ** (0.1 / 0.11))
+
+
+def test_a_ratio_that_chance_often_takes_away_is_none(evidence: SimpleNamespace) -> None:
+    runs = [
+        _run(plan, 0, units, accuracy)
+        for plan, of in (("none", (0.2, 0.3)), ("default", (0.298, 0.4)))
+        for units, accuracy in zip((1e5, 2e5), of, strict=True)
+    ]
+    for run in runs:
+        run["judged_images"] = 10_000
+    assert evidence.report.speedup(
+        *([evidence.report.Point(r["units"], 1.0, r["accuracy"]) for r in of] for of in (runs[:2], runs[2:])), "knn"
+    )
+    assert evidence.report.summary(runs) == []
+    line = next(iter(evidence.report.unread(runs)))
+    assert line.startswith("- d, MoCo-v3, default, k-NN, seeds 0: no ratio, since in more than 5 %")
 
 
 def test_curves_without_a_common_accuracy_are_told_instead_of_a_ratio(evidence: SimpleNamespace) -> None:

@@ -70,11 +70,21 @@ class Point:
 
 @dataclass(frozen=True)
 class Speedup:
-    """How many times less one curve spent than another at the same accuracy."""
+    """What two curves spent to reach the same accuracy, each of them a pair: the plain one's, the accelerated one's."""
 
     accuracy: float
-    units: float
-    seconds: float
+    budgets: tuple[float, float]
+    times: tuple[float, float]
+
+    @property
+    def units(self) -> float:
+        """How many times less budget the accelerated one took."""
+        return self.budgets[0] / self.budgets[1]
+
+    @property
+    def seconds(self) -> float:
+        """How many times less time it took."""
+        return self.times[0] / self.times[1]
 
 
 def load(folder: Path) -> list[dict[str, Any]]:
@@ -109,9 +119,11 @@ def speedup(plain: Sequence[Point], accelerated: Sequence[Point], metric: str) -
     accuracy = min(max(point.accuracy[metric] for point in curve) for curve in curves)
     if any(accuracy < min(point.accuracy[metric] for point in curve) for curve in curves):
         return None
-    units = [_spent(curve, metric, accuracy, "units") for curve in curves]
-    seconds = [_spent(curve, metric, accuracy, "seconds") for curve in curves]
-    return Speedup(accuracy, units[0] / units[1], seconds[0] / seconds[1])
+    budgets, times = (
+        (_spent(plain, metric, accuracy, what), _spent(accelerated, metric, accuracy, what))
+        for what in ("units", "seconds")
+    )
+    return Speedup(accuracy, budgets, times)
 
 
 def intervals(
@@ -119,7 +131,7 @@ def intervals(
 ) -> tuple[list[float], list[float]] | None:
     """95 % intervals of the speed-ups in units and in seconds, as means over the seeds that both curves have.
 
-    ``None`` if half of the draws or more have curves that do not overlap.
+    ``None`` if in more than 5 % of the draws a seed's curves do not overlap: what lies beyond can then not be read.
     """
     seeds = sorted(plain.keys() & accelerated.keys())
     dice, found = random.Random(0), []
@@ -131,9 +143,9 @@ def intervals(
             for seed in dice.choices(seeds, k=len(seeds))
         ]
         pairs = [pair for pair in read if pair is not None]
-        if pairs:
+        if len(pairs) == len(seeds):
             found.append((_mean([pair.units for pair in pairs]), _mean([pair.seconds for pair in pairs])))
-    if len(found) <= draws / 2:
+    if len(found) < 0.95 * draws:
         return None
     units, seconds = (_middle([pair[number] for pair in found]) for number in (0, 1))
     return units, seconds
@@ -148,16 +160,14 @@ def _middle(values: Sequence[float]) -> list[float]:
 def _spent(curve: Sequence[Point], metric: str, accuracy: float, what: str) -> float:
     """What a curve had spent when it first reached an accuracy that lies between its points."""
     points = sorted(curve, key=lambda point: point.units)
-    if points[0].accuracy[metric] == accuracy:
+    first = next(number for number, point in enumerate(points) if point.accuracy[metric] >= accuracy)
+    if first == 0:
         return getattr(points[0], what)
-    for before, after in itertools.pairwise(points):
-        low, high = before.accuracy[metric], after.accuracy[metric]
-        if low <= accuracy <= high:
-            share = (accuracy - low) / (high - low) if high > low else 0.0
-            logs = [math.log(getattr(point, what)) for point in (before, after)]
-            return math.exp(logs[0] + share * (logs[1] - logs[0]))
-    first = next(point for point in points if point.accuracy[metric] >= accuracy)
-    return getattr(first, what)
+    before, after = points[first - 1], points[first]
+    low, high = before.accuracy[metric], after.accuracy[metric]
+    share = (accuracy - low) / (high - low)
+    logs = [math.log(getattr(point, what)) for point in (before, after)]
+    return math.exp(logs[0] + share * (logs[1] - logs[0]))
 
 
 def groups(plain: Curves, accelerated: Curves) -> list[tuple[Curves, Curves]]:
@@ -181,6 +191,11 @@ def groups(plain: Curves, accelerated: Curves) -> list[tuple[Curves, Curves]]:
 
 def summary(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows for every plan and measure that can be compared with the plain method, one for each group of seeds."""
+    return [row for row in _compared(runs) if row["interval"] is not None]
+
+
+def _compared(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same, with those rows whose interval cannot be told."""
     rows = []
     for key, curves in comparisons(runs).items():
         settings, without = dict(key), curves.get("none", {})
@@ -206,6 +221,12 @@ def summary(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                         "accuracy": round(_mean([pair.accuracy for pair in read.values()]), 4),
                         "speedup_units": round(_mean([pair.units for pair in read.values()]), 4),
                         "speedup_wall": round(_mean([pair.seconds for pair in read.values()]), 4),
+                        "units": [
+                            round(_mean(of)) for of in zip(*(pair.budgets for pair in read.values()), strict=True)
+                        ],
+                        "seconds": [
+                            round(_mean(of), 1) for of in zip(*(pair.times for pair in read.values()), strict=True)
+                        ],
                         "interval": interval and interval[0],
                         "interval_wall": interval and interval[1],
                     }
@@ -214,8 +235,14 @@ def summary(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def unread(runs: Sequence[dict[str, Any]]) -> list[str]:
-    """Where no ratio can be read, although there are curves of two points: one lies above the other altogether."""
-    lines = []
+    """Where no ratio can be read, although there are curves of two points: one lies above the other, or may do so."""
+    lines = [
+        f"- {_place_of(row)}, seeds {', '.join(map(str, row['seeds']))}: no ratio, since in more than 5 % of the "
+        "bootstrap's draws curves do not overlap (these runs alone would say "
+        f"{row['speedup_units']:.2f}x)."
+        for row in _compared(runs)
+        if row["interval"] is None
+    ]
     for key, curves in comparisons(runs).items():
         settings, plain = dict(key), curves.get("none", {})
         for plan, seeds in curves.items():
@@ -224,13 +251,17 @@ def unread(runs: Sequence[dict[str, Any]]) -> list[str]:
                 if plan == "none" or min(map(len, pair)) < 2 or speedup(*pair, metric):
                     continue
                 reach = [sorted(100 * point.accuracy[metric] for point in curve) for curve in pair]
-                where = (settings["dataset"], METHODS[settings["method"]], plan, METRICS[metric], f"seed {seed}")
+                where = _place_of({**settings, "plan": plan, "metric": metric})
                 (low, *_, high), (lowest, *_, highest) = reach
                 lines.append(
-                    f"- {', '.join(where)}: no ratio, since the curves do not overlap "
+                    f"- {where}, seed {seed}: no ratio, since the curves do not overlap "
                     f"(plain {low:.1f} to {high:.1f}, {plan} {lowest:.1f} to {highest:.1f})."
                 )
     return lines
+
+
+def _place_of(row: Mapping[str, Any]) -> str:
+    return f"{row['dataset']}, {METHODS[row['method']]}, {row['plan']}, {METRICS[row['metric']]}"
 
 
 def encoder(settings: dict[str, Any]) -> str:
@@ -273,8 +304,9 @@ def speedups_table(rows: Sequence[dict[str, Any]]) -> str:
     if not rows:
         return "No two curves of complete runs overlap yet, so no ratio can be read."
     lines = [
-        "| data | method | plan | measure | at accuracy | less budget | less time | seeds | paper, ImageNet-1k |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| data | method | plan | measure | at accuracy | M units | seconds | less budget | less time | seeds | paper, "
+        "ImageNet-1k |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         cells = [
@@ -283,6 +315,8 @@ def speedups_table(rows: Sequence[dict[str, Any]]) -> str:
             _plan(row["plan"]),
             METRICS[row["metric"]],
             f"{100 * row['accuracy']:.1f}",
+            " → ".join(f"{units / 1e6:.3g}" for units in row["units"]),
+            " → ".join(f"{seconds:.0f}" for seconds in row["seconds"]),
             _times(row["speedup_units"], row["interval"]),
             _times(row["speedup_wall"], row["interval_wall"]),
             ", ".join(map(str, row["seeds"])),
@@ -444,8 +478,8 @@ def _spread(values: Sequence[float], digits: int = 1) -> str:
     return middle if len(values) == 1 else f"{middle} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
-def _times(value: float, interval: Sequence[float] | None) -> str:
-    return f"{value:.2f}x" if interval is None else f"{value:.2f}x ({interval[0]:.2f} to {interval[1]:.2f})"
+def _times(value: float, interval: Sequence[float]) -> str:
+    return f"{value:.2f}x ({interval[0]:.2f} to {interval[1]:.2f})"
 
 
 def fill(page: Path, tables: dict[str, str]) -> None:

@@ -25,6 +25,8 @@ from pathlib import Path
 import torch
 from run import CHECKPOINTS, ONLINE, RESULTS, UNFINISHED, Settings
 
+from seqcompress.presets import double_patch
+
 RUN = Path(__file__).with_name("run.py")
 
 # The plain method's settings, tuned on training images that are held out (results/time_to_accuracy/tuning).
@@ -147,7 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command."""
     options = _parser().parse_args(arguments)
     rows = unique(SUITES[options.suite]())
-    rows = [row for row in rows if all(word in row.name for word in options.only)]
+    rows = [row for row in rows if all(word in f"{row.name} {row.views}" for word in options.only)]
     with tempfile.TemporaryDirectory() as scratch:
         if options.smoke:
             rows = unique(smoke(row) for row in rows)
@@ -225,8 +227,9 @@ def _options(row: Settings) -> list[str]:
 
 
 def _lengths(row: Settings, plans: Iterable[str], budgets: Iterable[float]) -> Iterator[Settings]:
-    """Each length of each plan, with patch sizes that are two and four times the encoder's own."""
-    plans = [plan.format(2 * row.patch_size, 4 * row.patch_size) for plan in plans]
+    """Each length of each plan, with patch sizes that are about two and four times the encoder's own."""
+    large = double_patch(row.patch_size, row.image_size)
+    plans = [plan.format(large, double_patch(large, row.image_size)) for plan in plans]
     for budget in budgets:
         for plan in plans:
             yield replace(row, plan=plan, budget=budget)
@@ -240,7 +243,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("suite", choices=SUITES)
     parser.add_argument("--data", type=Path, required=True, help="folder with train and test (or val), as ImageFolder")
-    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="runs whose name has all of these")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="WORD", help="runs whose name, or views, have all of these"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (%(default)s)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="save and stop after this time")
     parser.add_argument("--smoke", action="store_true", help="all runs at a size of seconds; nothing is kept")
