@@ -447,7 +447,7 @@ def run(
     last = max(1, round(until * training.total_steps))
     saved = time.monotonic()
     while training.steps_done < last:
-        with _waited_for(on, training.seconds, training.steps_done):
+        with _waited_for(on, training.seconds, training.updates):
             training.step()
         if marks and training.steps_done >= marks[0]:
             marks = [mark for mark in marks if mark > training.steps_done]
@@ -500,10 +500,10 @@ def _count(folder: Path) -> int:
 
 
 @contextmanager
-def _waited_for(device: torch.device, seconds: dict[str, float], step: int) -> Iterator[None]:
+def _waited_for(device: torch.device, seconds: dict[str, float], update: int) -> Iterator[None]:
     """On a GPU, which works while the clock is read, wait now and then for what it still has to do."""
     yield
-    if device.type == "cuda" and step % 10 == 9:
+    if device.type == "cuda" and update % 10 == 9:
         began = time.perf_counter()
         torch.cuda.synchronize()
         seconds["wall"] += time.perf_counter() - began
