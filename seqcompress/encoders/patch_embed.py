@@ -474,7 +474,7 @@ class CompressedPatchEmbed(nn.Module):
     # the time goes, are compiled once for each length, or once for all lengths.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _forward_in_training(self, views: Tensor) -> Tensor:
-        if torch.jit.is_tracing():
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             raise RuntimeError("a compressed encoder cannot be traced in train mode: eval() or restore(model) first")
         if self._pending is not None and self.trial is None:
             self._warn(
