@@ -105,13 +105,13 @@ def cpu() -> Iterator[Settings]:
 
 def photographs() -> Iterator[Settings]:
     """Imagenette, 9,469 photographs at 96 px, the same ViT with 64 tokens, on a CPU."""
-    yield from _lengths(SMALL_PHOTOGRAPHS, (DEFAULT,), (0.05,))
+    yield from _lengths(SMALL_PHOTOGRAPHS, (DEFAULT,), (0.05, 0.025))
     yield from _lengths(SMALL_PHOTOGRAPHS, (DEFAULT, NONE), (0.1, 0.2))
     yield from _lengths(SMALL_PHOTOGRAPHS, (NONE, DEFAULT), (0.4,))
     yield from _lengths(SMALL_PHOTOGRAPHS, (SHORT, STAGED, ONLINE, ENDS[0]), (0.2, 0.4))
     yield from _lengths(replace(SMALL_PHOTOGRAPHS, views="scaled"), (DEFAULT,), (0.1, 0.2))
     for seed in (1, 2):
-        yield from _lengths(replace(SMALL_PHOTOGRAPHS, seed=seed), (DEFAULT,), (0.05,))
+        yield from _lengths(replace(SMALL_PHOTOGRAPHS, seed=seed), (DEFAULT,), (0.05, 0.025))
         yield from _lengths(replace(SMALL_PHOTOGRAPHS, seed=seed), (DEFAULT, NONE), (0.1, 0.2, 0.4))
     for method, batch in (("simclr", 64), ("dino", 32)):
         first = replace(SMALL_PHOTOGRAPHS, method=method, batch=batch, momentum=0.95)
