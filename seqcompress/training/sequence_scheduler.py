@@ -196,7 +196,6 @@ class SequenceScheduler:
             RuntimeError: the encoders were restored or compressed anew. In each case, nothing has been changed.
         """
         plan = resolve_plan(schedule, named_encoders(self._embeds))
-        check_plan(self._embeds, plan)
         forwards = [compression.stream.forwards for compression in self._compressions]
         self._apply(plan, self._total_steps, self._last_step, forwards)
 
