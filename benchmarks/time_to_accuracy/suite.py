@@ -77,7 +77,7 @@ def cpu() -> Iterator[Settings]:
         yield from _lengths(replace(CIFAR, seed=seed), (NONE,), (0.8, 0.4))
         yield from _lengths(replace(CIFAR, seed=seed), (DEFAULT,), (0.1, 0.2, 0.4))
         yield from _lengths(replace(simclr, seed=seed), (NONE,), (0.4, 0.2))
-        yield from _lengths(replace(simclr, seed=seed), (DEFAULT,), (0.1, 0.2))
+        yield from _lengths(replace(simclr, seed=seed), (DEFAULT,), (0.1, 0.2, 0.05))
     for first in (CIFAR, simclr):
         yield from _lengths(first, (NONE,), (0.1, 0.05))
         yield from _lengths(first, (DEFAULT,), (0.1, 0.05, 0.025))
