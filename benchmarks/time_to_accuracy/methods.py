@@ -1,4 +1,7 @@
-"""MoCo-v3, SimCLR and DINO from Lightly's heads and losses. None knows anything of sequence compression."""
+"""MoCo-v3, SimCLR and DINO from Lightly's heads and, but for MoCo-v3's, its losses.
+
+None knows anything of sequence compression.
+"""
 
 from __future__ import annotations
 
