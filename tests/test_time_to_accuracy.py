@@ -300,6 +300,10 @@ def _run(plan: str, seed: int, units: float, accuracy: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _summary(report: SimpleNamespace, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return report.summary(report.compared(runs))
+
+
 def test_a_curve_that_is_moved_by_four_is_a_speed_up_of_four(evidence: SimpleNamespace) -> None:
     lengths = [1e5, 2e5, 4e5, 8e5]
     runs = [
@@ -308,7 +312,7 @@ def test_a_curve_that_is_moved_by_four_is_a_speed_up_of_four(evidence: SimpleNam
         for seed, factor in enumerate(factors)
         for units in lengths
     ]
-    row, _ = evidence.report.summary(runs)
+    row, _ = _summary(evidence.report, runs)
     assert row["speedup_units"] == pytest.approx(3.0)
     assert row["interval"] == pytest.approx([2.0, 4.0], rel=0.01)
     assert row["interval_wall"] == pytest.approx([1.0, 2.0], rel=0.01)
@@ -329,7 +333,7 @@ def test_seeds_are_read_together_where_they_have_the_same_lengths(evidence: Simp
         for (plan, seed), of in lengths.items()
         for units in of
     ]
-    both, alone = (row for row in evidence.report.summary(runs) if row["metric"] == "knn")
+    both, alone = (row for row in _summary(evidence.report, runs) if row["metric"] == "knn")
     assert (both["seeds"], alone["seeds"]) == ([0, 1], [0])
     assert both["accuracy"] == pytest.approx(0.05 * math.log(2e5), abs=1e-4)
     assert alone["accuracy"] == pytest.approx(0.05 * math.log(4e5), abs=1e-4)
@@ -338,6 +342,20 @@ def test_seeds_are_read_together_where_they_have_the_same_lengths(evidence: Simp
     curves = {seed: [point(1, 1, {}, length=length) for length in of] for seed, of in ((0, (1, 2)), (1, (2, 3)))}
     together = [sorted(plain) for plain, _ in evidence.report.groups(curves, curves)]
     assert together == [[0, 1], [1]]  # each has a length of its own: no end of it otherwise
+
+
+def test_a_ratio_is_read_at_each_length_of_the_plain_run(evidence: SimpleNamespace) -> None:
+    gained = {1e5: 0.3, 2e5: 0.35, 4e5: 0.4}
+    runs = [_run("none", seed, units, accuracy) for seed in (0, 1) for units, accuracy in gained.items()]
+    runs.append(_run("none", 0, 8e5, 0.45))
+    # It needs a quarter of the budget for what 0.2 M bring, and half of it for all that comes later.
+    fast = {0.25e5: 0.3, 0.5e5: 0.35, 2e5: 0.4, 4e5: 0.45}
+    runs += [_run("default", seed, units, accuracy) for seed in (0, 1) for units, accuracy in fast.items()]
+    rows = [row for row in evidence.report.by_length(runs) if row["metric"] == "knn"]
+    assert [(row["plain"], row["seeds"]) for row in rows] == [(0.2, [0, 1]), (0.4, [0, 1]), (0.8, [0])]
+    assert [row["speedup_units"] for row in rows] == pytest.approx([4, 2, 2])
+    assert [row["speedup_wall"] for row in rows] == pytest.approx([2, 1, 1])
+    assert "| 0.8 M | k-NN | 45.0 | 2.00x (" in evidence.report.by_length_table(rows)
 
 
 def test_the_interval_of_one_seed_is_what_chance_the_test_images_leave(evidence: SimpleNamespace) -> None:
@@ -387,8 +405,8 @@ def test_a_ratio_that_chance_often_takes_away_is_none(evidence: SimpleNamespace)
     assert evidence.report.speedup(
         *([evidence.report.Point(r["units"], 1.0, r["accuracy"]) for r in of] for of in (runs[:2], runs[2:])), "knn"
     )
-    assert evidence.report.summary(runs) == []
-    line = next(iter(evidence.report.unread(runs)))
+    assert _summary(evidence.report, runs) == []
+    line = next(iter(evidence.report.unread(runs, evidence.report.compared(runs))))
     assert line.startswith("- d, MoCo-v3, default, k-NN, seeds 0: no ratio, since in more than 5 %")
 
 
@@ -398,8 +416,8 @@ def test_curves_without_a_common_accuracy_are_told_instead_of_a_ratio(evidence: 
         for plan, low in (("none", 0.1), ("default", 0.3))
         for units in (1e5, 2e5)
     ]
-    knn, _ = evidence.report.unread(runs)
-    assert evidence.report.summary(runs) == []
+    knn, _ = evidence.report.unread(runs, evidence.report.compared(runs))
+    assert _summary(evidence.report, runs) == []
     assert knn.endswith("(plain 11.0 to 12.0, default 31.0 to 32.0).")
 
 
@@ -428,10 +446,10 @@ def test_scaled_views_are_another_curve_and_runs_from_before_had_full_ones(
 
 def test_runs_with_another_learning_rate_are_not_compared(evidence: SimpleNamespace) -> None:
     runs = [_run(plan, 0, units, 0.05 * math.log(units)) for plan in ("none", "default") for units in (1e5, 2e5)]
-    assert len(evidence.report.summary(runs)) == 2
+    assert len(_summary(evidence.report, runs)) == 2
     for run in runs[2:]:
         run["settings"]["lr"] = 2e-3
-    assert evidence.report.summary(runs) == []
+    assert _summary(evidence.report, runs) == []
 
 
 def test_the_tables_of_the_page_are_those_of_the_runs(evidence: SimpleNamespace, tmp_path: Path) -> None:
@@ -439,13 +457,14 @@ def test_the_tables_of_the_page_are_those_of_the_runs(evidence: SimpleNamespace,
     runs = report.load(report.RESULTS)
     page = tmp_path / "page.md"
     page.write_text(report.PAGE.read_text())
+    rows = report.compared(runs)
     tables = report.tables(
-        runs, report.load(report.RESULTS / "tuning"), report.load_branches(report.RESULTS / "branches")
+        runs, rows, report.load(report.RESULTS / "tuning"), report.load_branches(report.RESULTS / "branches")
     )
     report.fill(page, tables)
     assert page.read_text() == report.PAGE.read_text()
     assert all(table in page.read_text() for table in tables.values())
-    assert json.loads((report.RESULTS / "summary.json").read_text()) == report.summary(runs)
+    assert json.loads((report.RESULTS / "summary.json").read_text()) == report.summary(rows)
 
 
 def test_every_comparison_has_its_figure(evidence: SimpleNamespace, tmp_path: Path) -> None:

@@ -190,58 +190,83 @@ def groups(plain: Curves, accelerated: Curves) -> list[tuple[Curves, Curves]]:
     return found
 
 
-def summary(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows for every plan and measure that can be compared with the plain method, one for each group of seeds."""
-    return [row for row in _compared(runs) if row["interval"] is not None]
+def compared(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows for every plan and measure that can be compared with the plain method, one for each group of seeds.
+
+    The interval is None where chance would too often part the curves: no ratio is told of these.
+    """
+    rows = [
+        row
+        for key, curves in comparisons(runs).items()
+        for plan, metric in itertools.product(curves, METRICS)
+        if plan != "none"
+        for pair in groups(curves.get("none", {}), curves[plan])
+        if (row := _row(key, plan, metric, *pair))
+    ]
+    return sorted(rows, key=_place_of_row)
 
 
-def _compared(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same, with those rows whose interval cannot be told."""
+def by_length(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows that read as if the plain method's longest run were each of its lengths but the shortest, in turn.
+
+    Each holds that length, in millions of units, as ``plain``, and the seeds of that length are read together.
+    """
     rows = []
     for key, curves in comparisons(runs).items():
-        settings, without = dict(key), curves.get("none", {})
-        for plan, metric in itertools.product(curves, METRICS):
+        plain = curves.get("none", {})
+        lengths = sorted({point.length for curve in plain.values() for point in curve})
+        for plan, length, metric in itertools.product(curves, lengths[1:], METRICS):
             if plan == "none":
                 continue
-            for plain, accelerated in groups(without, curves[plan]):
-                pairs = {seed: speedup(plain[seed], accelerated[seed], metric) for seed in plain}
-                read = {seed: pair for seed, pair in pairs.items() if pair is not None}
-                if not read:
-                    continue
-                of_read = ({seed: curves_of[seed] for seed in read} for curves_of in (plain, accelerated))
-                interval = intervals(*of_read, metric)
-                rows.append(
-                    {
-                        "method": settings["method"],
-                        "plan": plan,
-                        "dataset": settings["dataset"],
-                        "encoder": encoder(settings),
-                        "hardware": settings["hardware"],
-                        "seeds": sorted(read),
-                        "metric": metric,
-                        "accuracy": round(_mean([pair.accuracy for pair in read.values()]), 4),
-                        "speedup_units": round(_mean([pair.units for pair in read.values()]), 4),
-                        "speedup_wall": round(_mean([pair.seconds for pair in read.values()]), 4),
-                        "units": [
-                            round(_mean(of)) for of in zip(*(pair.budgets for pair in read.values()), strict=True)
-                        ],
-                        "seconds": [
-                            round(_mean(of), 1) for of in zip(*(pair.times for pair in read.values()), strict=True)
-                        ],
-                        "interval": interval and interval[0],
-                        "interval_wall": interval and interval[1],
-                    }
-                )
-    return sorted(rows, key=lambda row: (row["dataset"], list(METHODS).index(row["method"])))
+            until = {seed: [point for point in curve if point.length <= length] for seed, curve in plain.items()}
+            until = {seed: curve for seed, curve in until.items() if any(point.length == length for point in curve)}
+            if row := _row(key, plan, metric, until, curves[plan]):
+                rows.append({**row, "plain": length})
+    return sorted(rows, key=_place_of_row)
 
 
-def unread(runs: Sequence[dict[str, Any]]) -> list[str]:
+def _place_of_row(row: Mapping[str, Any]) -> tuple[str, int]:
+    return row["dataset"], list(METHODS).index(row["method"])
+
+
+def _row(key: Key, plan: str, metric: str, plain: Curves, accelerated: Curves) -> dict[str, Any] | None:
+    """What can be read of the seeds that both have; None if that is nothing."""
+    pairs = {seed: speedup(plain[seed], accelerated[seed], metric) for seed in plain.keys() & accelerated.keys()}
+    read = {seed: pair for seed, pair in sorted(pairs.items()) if pair is not None}
+    if not read:
+        return None
+    settings = dict(key)
+    interval = intervals(*({seed: curves[seed] for seed in read} for curves in (plain, accelerated)), metric)
+    return {
+        "method": settings["method"],
+        "plan": plan,
+        "dataset": settings["dataset"],
+        "encoder": encoder(settings),
+        "hardware": settings["hardware"],
+        "seeds": list(read),
+        "metric": metric,
+        "accuracy": round(_mean([pair.accuracy for pair in read.values()]), 4),
+        "speedup_units": round(_mean([pair.units for pair in read.values()]), 4),
+        "speedup_wall": round(_mean([pair.seconds for pair in read.values()]), 4),
+        "units": [round(_mean(of)) for of in zip(*(pair.budgets for pair in read.values()), strict=True)],
+        "seconds": [round(_mean(of), 1) for of in zip(*(pair.times for pair in read.values()), strict=True)],
+        "interval": interval and interval[0],
+        "interval_wall": interval and interval[1],
+    }
+
+
+def summary(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of what has been compared, the rows whose ratio can be told."""
+    return [row for row in rows if row["interval"] is not None]
+
+
+def unread(runs: Sequence[dict[str, Any]], rows: Iterable[dict[str, Any]]) -> list[str]:
     """Where no ratio can be read, although there are curves of two points: one lies above the other, or may do so."""
     lines = [
         f"- {_place_of(row)}, seeds {', '.join(map(str, row['seeds']))}: no ratio, since in more than 5 % of the "
         "bootstrap's draws curves do not overlap (these runs alone would say "
         f"{row['speedup_units']:.2f}x)."
-        for row in _compared(runs)
+        for row in rows
         if row["interval"] is None
     ]
     for key, curves in comparisons(runs).items():
@@ -327,6 +352,28 @@ def speedups_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def by_length_table(rows: Sequence[dict[str, Any]]) -> str:
+    """How speed-ups change with the length of the plain run."""
+    lines = [
+        "| data | method | plan | plain run | measure | at accuracy | less budget | less time | seeds |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        cells = [
+            row["dataset"],
+            METHODS[row["method"]],
+            _plan(row["plan"]),
+            f"{row['plain']:g} M",
+            METRICS[row["metric"]],
+            f"{100 * row['accuracy']:.1f}",
+            _times(row["speedup_units"], row["interval"]),
+            _times(row["speedup_wall"], row["interval_wall"]),
+            ", ".join(map(str, row["seeds"])),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def tuning_table(runs: Sequence[dict[str, Any]]) -> str:
     """What was tried on held-out training images."""
     lines = [
@@ -397,12 +444,21 @@ def load_branches(folder: Path) -> list[dict[str, Any]]:
 
 
 def tables(
-    runs: Sequence[dict[str, Any]], tuning: Sequence[dict[str, Any]], branches: Sequence[dict[str, Any]]
+    runs: Sequence[dict[str, Any]],
+    rows: Sequence[dict[str, Any]],
+    tuning: Sequence[dict[str, Any]],
+    branches: Sequence[dict[str, Any]],
 ) -> dict[str, str]:
-    """What goes into the documentation, by the names of the places."""
+    """What goes into the documentation, by the names of the places; ``rows`` are what ``compared`` has found."""
     told = "\n\n".join(map(branches_table, branches)) or "No branches have been run yet."
-    speedups = "\n\n".join(part for part in (speedups_table(summary(runs)), "\n".join(unread(runs))) if part)
-    return {"speed-ups": speedups, "runs": runs_table(runs), "tuning": tuning_table(tuning), "branches": told}
+    speedups = "\n\n".join(part for part in (speedups_table(summary(rows)), "\n".join(unread(runs, rows))) if part)
+    return {
+        "speed-ups": speedups,
+        "by length": by_length_table(summary(by_length(runs))),
+        "runs": runs_table(runs),
+        "tuning": tuning_table(tuning),
+        "branches": told,
+    }
 
 
 def figures(runs: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
@@ -508,8 +564,9 @@ def main(arguments: list[str] | None = None) -> int:
     runs = load(options.results)
     if not runs:
         parser.error(f"--results must hold JSON files of runs, found none in {options.results}")
-    written = tables(runs, load(options.results / "tuning"), load_branches(options.results / "branches"))
-    write_text(json.dumps(summary(runs), indent=1) + "\n", options.results / "summary.json")
+    rows = compared(runs)
+    written = tables(runs, rows, load(options.results / "tuning"), load_branches(options.results / "branches"))
+    write_text(json.dumps(summary(rows), indent=1) + "\n", options.results / "summary.json")
     if options.page.is_file():
         fill(options.page, written)
         (options.page.parent / "images").mkdir(exist_ok=True)
