@@ -410,6 +410,29 @@ def test_a_ratio_that_chance_often_takes_away_is_none(evidence: SimpleNamespace)
     assert line.startswith("- d, MoCo-v3, default, k-NN, seeds 0: no ratio, since in more than 5 %")
 
 
+def test_plans_are_ordered_by_what_the_same_seeds_reached_for_the_same_budget(evidence: SimpleNamespace) -> None:
+    plans = {"none": 0.3, "drop 0.5": 0.4, "0: patch 8; 0.8: base": 0.5, "patch 8": 0.45}
+    runs = [_run(plan, seed, 2e5, accuracy + seed / 10) for plan, accuracy in plans.items() for seed in (0, 1)]
+    runs += [_run("none", 2, 2e5, 0.9), _run("drop 0.5", 0, 1e5, 0.2)]  # another seed, another budget
+    kinds = [{"kind": "constant", "strategy": {"token_dropout": 0.5, "patch_size": None}}]
+    kinds.append({"kind": "constant", "strategy": {"token_dropout": 0.0, "patch_size": None}})
+    stages = [(0.0, 8), (0.8, None)]
+    staged = [{"progress": begin, "token_dropout": 0.0, "patch_size": patch} for begin, patch in stages]
+    kinds.append({"kind": "stepwise", "stages": staged})
+    for run in runs:
+        plan = run["settings"]["plan"]
+        run["schedule"] = {"seqcompress_schedule": 1, **kinds[1 if plan == "none" else 2 if ":" in plan else 0]}
+        run["steps"] = 10 if plan == "none" else 20
+    rows = evidence.report.plans_table(runs, least=4).splitlines()[2:]
+    assert rows[0] == (
+        "| d | MoCo-v3 | 0.2 M | 0: patch 8; 0.8: base | 20 | 20%, 40% | 55.0 (50.0 to 60.0) | 55.0 (50.0 to 60.0) "
+        "| 0, 1 |"
+    )
+    assert [row.split(" | ")[3] for row in rows] == ["0: patch 8; 0.8: base", "patch 8", "drop 0.5", "plain"]
+    assert " | 10 | 100%, 100% | 35.0 (" in rows[-1]
+    assert len(evidence.report.plans_table(runs).splitlines()) == 2  # four are too few to say which
+
+
 def test_curves_without_a_common_accuracy_are_told_instead_of_a_ratio(evidence: SimpleNamespace) -> None:
     runs = [
         _run(plan, 0, units, low + 1e-7 * units)

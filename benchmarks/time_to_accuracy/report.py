@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from seqcompress import Schedule, Strategy
 from seqcompress.json_files import write_text
 from seqcompress.presets import DEFAULT, PRESETS, double_patch
 
@@ -101,11 +102,16 @@ def comparisons(runs: Iterable[dict[str, Any]]) -> dict[Key, dict[str, dict[int,
     found: dict[Key, dict[str, dict[int, list[Point]]]] = {}
     for run in runs:
         settings = run["settings"]
-        same = tuple(sorted((name, value) for name, value in settings.items() if name not in _FREE))
-        curves = found.setdefault((*same, ("hardware", run["hardware"]), ("threads", run["threads"])), {})
+        curves = found.setdefault(_comparable(run), {})
         point = Point(run["units"], _seconds(run), run["accuracy"], run["judged_images"], settings["budget"])
         curves.setdefault(_plan_of(settings), {}).setdefault(settings["seed"], []).append(point)
     return found
+
+
+def _comparable(run: Mapping[str, Any]) -> Key:
+    """The same for runs that may be compared."""
+    same = sorted((name, value) for name, value in run["settings"].items() if name not in _FREE)
+    return (*same, ("hardware", run["hardware"]), ("threads", run["threads"]))
 
 
 def speedup(plain: Sequence[Point], accelerated: Sequence[Point], metric: str) -> Speedup | None:
@@ -319,10 +325,55 @@ def runs_table(runs: Sequence[dict[str, Any]]) -> str:
             str(of[0]["steps"]),
             f"{_mean([_seconds(run) for run in of]):.0f}",
             *(_spread([100 * run["accuracy"][metric] for run in of]) for metric in METRICS),
-            ", ".join(str(run["settings"]["seed"]) for run in sorted(of, key=lambda run: run["settings"]["seed"])),
+            _seeds(of),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def plans_table(runs: Sequence[dict[str, Any]], least: int = 5) -> str:
+    """Plans at an equal budget, for each comparison at the budget that most have been run for, if so many have.
+
+    Of each plan, those seeds that all of them have.
+    """
+    lines = [
+        "| data | method | budget | plan | steps | at full length: of the steps, of the budget | k-NN | linear probe | "
+        "seeds |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    found: dict[Key, dict[float, dict[str, dict[int, dict[str, Any]]]]] = {}
+    for run in runs:
+        settings = run["settings"]
+        plans = found.setdefault(_comparable(run), {}).setdefault(settings["budget"], {})
+        plans.setdefault(_plan_of(settings), {})[settings["seed"]] = run
+    for budgets in found.values():
+        budget, plans = max(budgets.items(), key=lambda item: (len(item[1]), item[0]))
+        seeds = sorted(set.intersection(*(set(of) for of in plans.values())))
+        if len(plans) < least or "none" not in plans or not seeds:
+            continue
+        plain = plans["none"][seeds[0]]
+        rows = []
+        for plan, by_seed in plans.items():
+            of = [by_seed[seed] for seed in seeds]
+            full = _full_length(of[0])
+            shares = f"{full / of[0]['steps']:.0%}, {full * plain['units'] / plain['steps'] / of[0]['units']:.0%}"
+            accuracies = [[100 * run["accuracy"][metric] for run in of] for metric in METRICS]
+            cells = [_plan(plan), str(of[0]["steps"]), shares, *map(_spread, accuracies), _seeds(of)]
+            rows.append((sum(map(_mean, accuracies)), " | ".join(cells)))
+        settings = plain["settings"]
+        where = f"| {settings['dataset']} | {METHODS[settings['method']]} | {budget:g} M | "
+        lines += [f"{where}{cells} |" for _, cells in sorted(rows, reverse=True)]
+    return "\n".join(lines)
+
+
+def _full_length(run: Mapping[str, Any]) -> int:
+    """Steps of a run that nothing shortened."""
+    schedule = Schedule.from_json(json.dumps(run["schedule"]))
+    return sum(schedule(step / run["steps"]) == Strategy() for step in range(run["steps"]))
+
+
+def _seeds(runs: Iterable[Mapping[str, Any]]) -> str:
+    return ", ".join(map(str, sorted(run["settings"]["seed"] for run in runs)))
 
 
 def speedups_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -455,6 +506,7 @@ def tables(
     return {
         "speed-ups": speedups,
         "by length": by_length_table(summary(by_length(runs))),
+        "plans": plans_table(runs),
         "runs": runs_table(runs),
         "tuning": tuning_table(tuning),
         "branches": told,
