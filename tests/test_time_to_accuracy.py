@@ -708,6 +708,14 @@ def test_an_order_that_is_foretold_has_a_rank_correlation_of_one(evidence: Simpl
     assert low < value < high
 
 
+def test_what_criteria_predict_is_told_over_all_checkpoints(evidence: SimpleNamespace) -> None:
+    rows = ({"knn": (rho, -1, 1), "linear": (0.5, -1, 1), "loss": (-rho, -1, 1)} for rho in (0.5, 0.7))
+    table = evidence.report.predictions_table([{"correlation": {"cost": row, "rate": row}} for row in rows])
+    assert table.splitlines()[2:] == [
+        f"| {name} | 0.60 (0.50 to 0.70) | 0.50 (0.50 to 0.50) | -0.60 (-0.70 to -0.50) |" for name in ("cost", "rate")
+    ]
+
+
 @pytest.mark.soak
 def test_branches_go_on_from_a_checkpoint_and_are_not_done_twice(
     evidence: SimpleNamespace, small: Any, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

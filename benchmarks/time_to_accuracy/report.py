@@ -488,6 +488,19 @@ def branches_table(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def predictions_table(branches: Sequence[Mapping[str, Any]]) -> str:
+    """How well each criterion tells what helps: rank correlations, mean over checkpoints with their spread."""
+    kinds = (*METRICS, "loss")
+    lines = [
+        "| criterion | rank correlation with k-NN | with the linear probe | with the loss |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name in branches[0]["correlation"]:
+        of = [found["correlation"][name] for found in branches if name in found["correlation"]]
+        lines.append(f"| {name} | {' | '.join(_spread([row[kind][0] for row in of], 2) for kind in kinds)} |")
+    return "\n".join(lines)
+
+
 def load_branches(folder: Path) -> list[dict[str, Any]]:
     """All that branches.py has found, and compared."""
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("[!.]*.json"))]
@@ -501,7 +514,8 @@ def tables(
     branches: Sequence[dict[str, Any]],
 ) -> dict[str, str]:
     """What goes into the documentation, by the names of the places; ``rows`` are what ``compared`` has found."""
-    told = "\n\n".join(map(branches_table, branches)) or "No branches have been run yet."
+    told = [f"Over all {len(branches)} checkpoints below:", predictions_table(branches)] if len(branches) > 1 else []
+    told += map(branches_table, branches)
     speedups = "\n\n".join(part for part in (speedups_table(summary(rows)), "\n".join(unread(runs, rows))) if part)
     return {
         "speed-ups": speedups,
@@ -509,7 +523,7 @@ def tables(
         "plans": plans_table(runs),
         "runs": runs_table(runs),
         "tuning": tuning_table(tuning),
-        "branches": told,
+        "branches": "\n\n".join(told) or "No branches have been run yet.",
     }
 
 
