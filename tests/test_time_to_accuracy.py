@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import csv
 import dataclasses
 import itertools
 import json
@@ -423,14 +424,14 @@ def test_plans_are_ordered_by_what_the_same_seeds_reached_for_the_same_budget(ev
         plan = run["settings"]["plan"]
         run["schedule"] = {"seqcompress_schedule": 1, **kinds[1 if plan == "none" else 2 if ":" in plan else 0]}
         run["steps"] = 10 if plan == "none" else 20
-    rows = evidence.report.plans_table(runs, least=4).splitlines()[2:]
+    rows = evidence.report.plans_table(runs).splitlines()[2:]
     assert rows[0] == (
         "| d | MoCo-v3 | 0.2 M | 0: patch 8; 0.8: base | 20 | 20%, 40% | 55.0 (50.0 to 60.0) | 55.0 (50.0 to 60.0) "
         "| 0, 1 |"
     )
     assert [row.split(" | ")[3] for row in rows] == ["0: patch 8; 0.8: base", "patch 8", "drop 0.5", "plain"]
     assert " | 10 | 100%, 100% | 35.0 (" in rows[-1]
-    assert len(evidence.report.plans_table(runs).splitlines()) == 2  # four are too few to say which
+    assert len(evidence.report.plans_table(runs, least=5).splitlines()) == 2  # too few to say which
 
 
 def test_curves_without_a_common_accuracy_are_told_instead_of_a_ratio(evidence: SimpleNamespace) -> None:
@@ -481,9 +482,7 @@ def test_the_tables_of_the_page_are_those_of_the_runs(evidence: SimpleNamespace,
     page = tmp_path / "page.md"
     page.write_text(report.PAGE.read_text())
     rows = report.compared(runs)
-    tables = report.tables(
-        runs, rows, report.load(report.RESULTS / "tuning"), report.load_branches(report.RESULTS / "branches")
-    )
+    tables = report.tables(report.RESULTS, runs, rows)
     report.fill(page, tables)
     assert page.read_text() == report.PAGE.read_text()
     assert all(table in page.read_text() for table in tables.values())
@@ -706,6 +705,18 @@ def test_an_order_that_is_foretold_has_a_rank_correlation_of_one(evidence: Simpl
     value, low, high = evidence.branches.correlations(swapped, reached, 200)
     assert value == pytest.approx(1 - 6 * (5**2 + 5) / (6 * 35))
     assert low < value < high
+
+
+def test_what_gradient_error_has_found_is_told_by_checkpoint(evidence: SimpleNamespace, tmp_path: Path) -> None:
+    ends = ("", "_low", "_high")
+    heading = ["strategy", *(f"relative_ca_mse{end}" for end in ends), "tied"]
+    of = {"base": (2, 1, 3, False), "drop 0.5, patch 8": (1.234, 1, 2, True), "patch 8": (0.5, 0.25, 1, True)}
+    (tmp_path / "plain").mkdir()
+    with (tmp_path / "plain" / "stage-0.25.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([heading, *((name, *values) for name, values in of.items())])
+    assert evidence.report.gradients_table(tmp_path).splitlines()[2:] == [
+        "| plain | 0.25 | patch 8: 0.5 (0.25 to 1) | drop 0.5, patch 8 | 2 (1 to 3) | 1.23 (1 to 2) |"
+    ]
 
 
 def test_what_criteria_predict_is_told_over_all_checkpoints(evidence: SimpleNamespace) -> None:

@@ -12,6 +12,7 @@ over what chance the test images leave in an accuracy; with one seed, the chance
 from __future__ import annotations
 
 import argparse
+import csv
 import itertools
 import json
 import math
@@ -331,7 +332,7 @@ def runs_table(runs: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def plans_table(runs: Sequence[dict[str, Any]], least: int = 5) -> str:
+def plans_table(runs: Sequence[dict[str, Any]], least: int = 4) -> str:
     """Plans at an equal budget, for each comparison at the budget that most have been run for, if so many have.
 
     Of each plan, those seeds that all of them have.
@@ -501,19 +502,44 @@ def predictions_table(branches: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def gradients_table(folder: Path) -> str:
+    """What ``python -m seqcompress gradients`` has found at checkpoints, from its CSV files, by the kind of the run."""
+    lines = [
+        "| checkpoints of | at | least relative CA-MSE | not told from it | of the base | of `drop 0.5, patch 8` |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for path in sorted(folder.glob("*/stage-*.csv")):
+        with path.open(newline="") as file:
+            rows = {row["strategy"]: row for row in csv.DictReader(file)}
+        least = min(rows, key=lambda name: float(rows[name]["relative_ca_mse"]))
+        tied = [name for name, row in rows.items() if row["tied"] == "True" and name != least]
+        told = {
+            name: "{:.3g} ({:.3g} to {:.3g})".format(
+                *(float(row[f"relative_ca_mse{end}"]) for end in ("", "_low", "_high"))
+            )
+            for name, row in rows.items()
+        }
+        share = float(path.stem.partition("-")[2])
+        cells = [path.parent.name, f"{share:g}", f"{least}: {told[least]}", "; ".join(tied) or "none"]
+        lines.append("| " + " | ".join([*cells, told["base"], told["drop 0.5, patch 8"]]) + " |")
+    return "\n".join(lines)
+
+
 def load_branches(folder: Path) -> list[dict[str, Any]]:
     """All that branches.py has found, and compared."""
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("[!.]*.json"))]
     return [each for each in found if "correlation" in each]
 
 
-def tables(
-    runs: Sequence[dict[str, Any]],
-    rows: Sequence[dict[str, Any]],
-    tuning: Sequence[dict[str, Any]],
-    branches: Sequence[dict[str, Any]],
-) -> dict[str, str]:
-    """What goes into the documentation, by the names of the places; ``rows`` are what ``compared`` has found."""
+def tables(folder: Path, runs: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """What goes into the documentation, by the names of the places.
+
+    Args:
+        folder: of all results.
+        runs: those that lie in it.
+        rows: what ``compared`` has found in them.
+    """
+    branches = load_branches(folder / "branches")
     told = [f"Over all {len(branches)} checkpoints below:", predictions_table(branches)] if len(branches) > 1 else []
     told += map(branches_table, branches)
     speedups = "\n\n".join(part for part in (speedups_table(summary(rows)), "\n".join(unread(runs, rows))) if part)
@@ -522,7 +548,8 @@ def tables(
         "by length": by_length_table(summary(by_length(runs))),
         "plans": plans_table(runs),
         "runs": runs_table(runs),
-        "tuning": tuning_table(tuning),
+        "tuning": tuning_table(load(folder / "tuning")),
+        "gradients": gradients_table(folder / "gradients"),
         "branches": "\n\n".join(told) or "No branches have been run yet.",
     }
 
@@ -631,7 +658,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not runs:
         parser.error(f"--results must hold JSON files of runs, found none in {options.results}")
     rows = compared(runs)
-    written = tables(runs, rows, load(options.results / "tuning"), load_branches(options.results / "branches"))
+    written = tables(options.results, runs, rows)
     write_text(json.dumps(summary(rows), indent=1) + "\n", options.results / "summary.json")
     if options.page.is_file():
         fill(options.page, written)
