@@ -631,8 +631,10 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _spread(values: Sequence[float], digits: int = 1) -> str:
-    middle = f"{_mean(values):.{digits}f}"
-    return middle if len(values) == 1 else f"{middle} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    middle, least, most = (
+        f"{round(value, digits) + 0.0:.{digits}f}" for value in (_mean(values), min(values), max(values))
+    )
+    return middle if len(values) == 1 else f"{middle} ({least} to {most})"
 
 
 def _times(value: float, interval: Sequence[float]) -> str:
