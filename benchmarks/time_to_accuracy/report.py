@@ -35,6 +35,9 @@ METHODS = {"mocov3": "MoCo-v3", "simclr": "SimCLR", "dino": "DINO"}
 METHODS["moco"] = "MoCo, NT-Xent"  # of earlier runs, which can be shown but not made any more
 PAPER = {"mocov3": "4x", "simclr": "3.3x", "dino": "2.5x"}  # ImageNet-1k, as the abstract says
 
+_JUDGED_BY = (*METRICS, "loss")  # by what branches are judged
+_CRITERIA = ("criterion", "rank correlation with k-NN", "with the linear probe", "with the loss")
+
 # What may differ between runs of one comparison: their length, plan (with its views) and seed. All else is the same.
 _FREE = ("budget", "plan", "views", "seed")
 _SINCE = {"views": "full"}  # settings that the first runs had not yet, and what they were for them
@@ -305,10 +308,7 @@ def encoder(settings: dict[str, Any]) -> str:
 
 def runs_table(runs: Sequence[dict[str, Any]]) -> str:
     """All runs: what they spent and what they reached, means over seeds with the spread."""
-    lines = [
-        "| data | encoder | method | plan | budget | epochs | steps | seconds | k-NN | linear probe | seeds |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    rows = []
     same: dict[Key, list[dict[str, Any]]] = {}
     for run in runs:
         settings = sorted((name, value) for name, value in run["settings"].items() if name != "seed")
@@ -328,8 +328,9 @@ def runs_table(runs: Sequence[dict[str, Any]]) -> str:
             *(_spread([100 * run["accuracy"][metric] for run in of]) for metric in METRICS),
             _seeds(of),
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(cells)
+    headings = ("data", "encoder", "method", "plan", "budget", "epochs", "steps", "seconds", *METRICS.values(), "seeds")
+    return _table(headings, rows)
 
 
 def plans_table(runs: Sequence[dict[str, Any]], least: int = 4) -> str:
@@ -337,11 +338,8 @@ def plans_table(runs: Sequence[dict[str, Any]], least: int = 4) -> str:
 
     Of each plan, those seeds that all of them have.
     """
-    lines = [
-        "| data | method | budget | plan | steps | at full length: of the steps, of the budget | k-NN | linear probe | "
-        "seeds |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    headings = ("data", "method", "budget", "plan", "steps", "at full length: of the steps, of the budget")
+    lines: list[list[str]] = []
     found: dict[Key, dict[float, dict[str, dict[int, dict[str, Any]]]]] = {}
     for run in runs:
         settings = run["settings"]
@@ -360,11 +358,10 @@ def plans_table(runs: Sequence[dict[str, Any]], least: int = 4) -> str:
             shares = f"{full / of[0]['steps']:.0%}, {full * plain['units'] / plain['steps'] / of[0]['units']:.0%}"
             accuracies = [[100 * run["accuracy"][metric] for run in of] for metric in METRICS]
             cells = [_plan(plan), str(of[0]["steps"]), shares, *map(_spread, accuracies), _seeds(of)]
-            rows.append((sum(map(_mean, accuracies)), " | ".join(cells)))
-        settings = plain["settings"]
-        where = f"| {settings['dataset']} | {METHODS[settings['method']]} | {budget:g} M | "
-        lines += [f"{where}{cells} |" for _, cells in sorted(rows, reverse=True)]
-    return "\n".join(lines)
+            rows.append((sum(map(_mean, accuracies)), cells))
+        where = [plain["settings"]["dataset"], METHODS[plain["settings"]["method"]], f"{budget:g} M"]
+        lines += [[*where, *cells] for _, cells in sorted(rows, reverse=True)]
+    return _table((*headings, *METRICS.values(), "seeds"), lines)
 
 
 def _full_length(run: Mapping[str, Any]) -> int:
@@ -381,58 +378,41 @@ def speedups_table(rows: Sequence[dict[str, Any]]) -> str:
     """Speed-ups at equal accuracy, beside the paper's."""
     if not rows:
         return "No two curves of complete runs overlap yet, so no ratio can be read."
-    lines = [
-        "| data | method | plan | measure | at accuracy | M units | seconds | less budget | less time | seeds | paper, "
-        "ImageNet-1k |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in rows:
-        cells = [
-            row["dataset"],
-            METHODS[row["method"]],
-            _plan(row["plan"]),
-            METRICS[row["metric"]],
-            f"{100 * row['accuracy']:.1f}",
-            " → ".join(f"{units / 1e6:.3g}" for units in row["units"]),
-            " → ".join(f"{seconds:.0f}" for seconds in row["seconds"]),
-            _times(row["speedup_units"], row["interval"]),
-            _times(row["speedup_wall"], row["interval_wall"]),
-            ", ".join(map(str, row["seeds"])),
-            PAPER[row["method"]],
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    headings = ("data", "method", "plan", "measure", "at accuracy", "M units", "seconds", "less budget", "less time")
+    return _ratios_table((*headings, "seeds", "paper, ImageNet-1k"), rows)
 
 
 def by_length_table(rows: Sequence[dict[str, Any]]) -> str:
     """How speed-ups change with the length of the plain run."""
-    lines = [
-        "| data | method | plan | plain run | measure | at accuracy | less budget | less time | seeds |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    headings = ("data", "method", "plan", "plain run", "measure", "at accuracy", "less budget", "less time", "seeds")
+    return _ratios_table(headings, rows)
+
+
+def _ratios_table(headings: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """Of what has been compared, the columns with these headings."""
+    lines = []
     for row in rows:
-        cells = [
-            row["dataset"],
-            METHODS[row["method"]],
-            _plan(row["plan"]),
-            f"{row['plain']:g} M",
-            METRICS[row["metric"]],
-            f"{100 * row['accuracy']:.1f}",
-            _times(row["speedup_units"], row["interval"]),
-            _times(row["speedup_wall"], row["interval_wall"]),
-            ", ".join(map(str, row["seeds"])),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        cells = {
+            "data": row["dataset"],
+            "method": METHODS[row["method"]],
+            "plan": _plan(row["plan"]),
+            "plain run": f"{row.get('plain', 0):g} M",
+            "measure": METRICS[row["metric"]],
+            "at accuracy": f"{100 * row['accuracy']:.1f}",
+            "M units": " → ".join(f"{units / 1e6:.3g}" for units in row["units"]),
+            "seconds": " → ".join(f"{seconds:.0f}" for seconds in row["seconds"]),
+            "less budget": _times(row["speedup_units"], row["interval"]),
+            "less time": _times(row["speedup_wall"], row["interval_wall"]),
+            "seeds": ", ".join(map(str, row["seeds"])),
+            "paper, ImageNet-1k": PAPER[row["method"]],
+        }
+        lines.append([cells[heading] for heading in headings])
+    return _table(headings, lines)
 
 
 def tuning_table(runs: Sequence[dict[str, Any]]) -> str:
     """What was tried on held-out training images."""
-    lines = [
-        "| data | method | plan | budget | batch | learning rate | weight decay | teacher | crop | prototypes | seed | "
-        "judged on | k-NN | linear probe |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    rows = []
     varied = ("batch", "lr", "weight_decay", "momentum", "crop", "prototypes")
     order = sorted(
         runs,
@@ -455,59 +435,47 @@ def tuning_table(runs: Sequence[dict[str, Any]]) -> str:
             f"{run['judged_images']:,}",
             *(f"{100 * run['accuracy'][metric]:.1f}" for metric in METRICS),
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(cells)
+    names = ("batch", "learning rate", "weight decay", "teacher", "crop", "prototypes", "seed", "judged on")
+    return _table(("data", "method", "plan", "budget", *names, *METRICS.values()), rows)
 
 
 def branches_table(found: Mapping[str, Any]) -> str:
     """Of branches from one checkpoint: what each strategy reached, and how well criteria had told their order."""
     of = found["checkpoint_of"]
     seeds = max(len(branches) for branches in found["branches"].values())
-    lines = [
+    intro = (
         f"From {found['progress']:.0%} of a run of {METHODS[of['method']]}, {_plan(_plan_of(of))}, {of['budget']:g} M, "
         f"on for {found['budget']:g} M; {seeds} branch{'es' if seeds > 1 else ''} for each strategy, judged on "
-        f"{found['judged_images']:,} held-out images.",
-        "",
-        "| strategy | cost of a step | steps | k-NN | linear probe | loss |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+        f"{found['judged_images']:,} held-out images."
+    )
+    rows = []
     for name, branches in found["branches"].items():
         reached = [
             _spread([scale * branch[what] for branch in branches.values()], digits)
             for what, scale, digits in (*((metric, 100, 1) for metric in METRICS), ("loss", 1, 3))
         ]
-        steps = next(iter(branches.values()))["steps"]
-        lines.append(f"| {name} | {found['cost'][name]:.2f} | {steps} | {' | '.join(reached)} |")
-    lines += [
-        "",
-        "| criterion | rank correlation with k-NN | with the linear probe | with the loss |",
-        "| --- | --- | --- | --- |",
+        rows.append([name, f"{found['cost'][name]:.2f}", str(next(iter(branches.values()))["steps"]), *reached])
+    correlations = [
+        [name, *("{:.2f} ({:.2f} to {:.2f})".format(*row[what]) for what in _JUDGED_BY)]
+        for name, row in found["correlation"].items()
     ]
-    for name, row in found["correlation"].items():
-        cells = ["{:.2f} ({:.2f} to {:.2f})".format(*row[what]) for what in (*METRICS, "loss")]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    strategies = _table(("strategy", "cost of a step", "steps", *METRICS.values(), "loss"), rows)
+    return "\n\n".join((intro, strategies, _table(_CRITERIA, correlations)))
 
 
 def predictions_table(branches: Sequence[Mapping[str, Any]]) -> str:
     """How well each criterion tells what helps: rank correlations, mean over checkpoints with their spread."""
-    kinds = (*METRICS, "loss")
-    lines = [
-        "| criterion | rank correlation with k-NN | with the linear probe | with the loss |",
-        "| --- | --- | --- | --- |",
-    ]
+    rows = []
     for name in branches[0]["correlation"]:
         of = [found["correlation"][name] for found in branches if name in found["correlation"]]
-        lines.append(f"| {name} | {' | '.join(_spread([row[kind][0] for row in of], 2) for kind in kinds)} |")
-    return "\n".join(lines)
+        rows.append([name, *(_spread([row[what][0] for row in of], 2) for what in _JUDGED_BY)])
+    return _table(_CRITERIA, rows)
 
 
 def gradients_table(folder: Path) -> str:
     """What ``python -m seqcompress gradients`` has found at checkpoints, from its CSV files, by the kind of the run."""
-    lines = [
-        "| checkpoints of | at | least relative CA-MSE | not told from it | of the base | of `drop 0.5, patch 8` |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    lines = []
     for path in sorted(folder.glob("*/stage-*.csv")):
         with path.open(newline="") as file:
             rows = {row["strategy"]: row for row in csv.DictReader(file)}
@@ -521,8 +489,9 @@ def gradients_table(folder: Path) -> str:
         }
         share = float(path.stem.partition("-")[2])
         cells = [path.parent.name, f"{share:g}", f"{least}: {told[least]}", "; ".join(tied) or "none"]
-        lines.append("| " + " | ".join([*cells, told["base"], told["drop 0.5, patch 8"]]) + " |")
-    return "\n".join(lines)
+        lines.append([*cells, told["base"], told["drop 0.5, patch 8"]])
+    headings = ("checkpoints of", "at", "least relative CA-MSE", "not told from it", "of the base")
+    return _table((*headings, "of `drop 0.5, patch 8`"), lines)
 
 
 def load_branches(folder: Path) -> list[dict[str, Any]]:
@@ -635,6 +604,11 @@ def _spread(values: Sequence[float], digits: int = 1) -> str:
         f"{round(value, digits) + 0.0:.{digits}f}" for value in (_mean(values), min(values), max(values))
     )
     return middle if len(values) == 1 else f"{middle} ({least} to {most})"
+
+
+def _table(headings: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
+    """In Markdown."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (headings, ["---"] * len(headings), *rows))
 
 
 def _times(value: float, interval: Sequence[float]) -> str:
