@@ -9,14 +9,12 @@ the model's own tokens is proven for every model when it is compressed (``seqcom
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
-import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
@@ -28,6 +26,7 @@ from seqcompress.compressors.token_dropout import in_backward, num_kept, random_
 from seqcompress.encoders.compression import Compression
 from seqcompress.encoders.encoder import Encoder, Size
 from seqcompress.encoders.sharding import is_tensor_parallel
+from seqcompress.encoders.stand_in import StandIn
 from seqcompress.strategy import Strategy
 
 __all__ = ["ChangedTokensError", "CompressedPatchEmbed", "Forward", "Trial", "When", "is_frozen", "student_among"]
@@ -84,7 +83,6 @@ _FRESH: dict[str, Any] = {  # what forwards and hosts leave behind, of which a c
     "_joined_from": None,
     "_joining": False,
     "_watched": None,
-    "_deleted": None,
     "_mask": None,
     "smaller": None,
     "_plain_under": None,
@@ -93,11 +91,8 @@ _FRESH: dict[str, Any] = {  # what forwards and hosts leave behind, of which a c
 }
 
 
-class CompressedPatchEmbed(nn.Module):
+class CompressedPatchEmbed(StandIn):
     """A patch embedding that can drop tokens and scale patches; otherwise the one it wraps.
-
-    Parameters, buffers, children and hooks are those of the wrapped embedding, under their own names, so that
-    nothing changes in a state dict or for an optimizer. Attributes are read from and written to it too.
 
     Args:
         encoder: the encoder whose patch embedding is to be wrapped.
@@ -106,7 +101,6 @@ class CompressedPatchEmbed(nn.Module):
         when: "grad" compresses forwards in train mode that build a graph, "train" all in train mode.
     """
 
-    embed: Any
     encoder: Encoder
     drops_tokens: bool
     when: When
@@ -126,7 +120,6 @@ class CompressedPatchEmbed(nn.Module):
     _compression: Compression
     _watched: tuple[nn.Parameter, int] | None  # one that is trained, and its version when last looked at
     _is_copy: bool
-    _deleted: tuple[str, weakref.ref[nn.Parameter]] | None  # the last parameter that was taken out
     _mask: Tensor | None  # (B, P + N) of the forward that runs, if it is a masked one
     # The strategy in force as the last forward in train mode ran, if that was plain, and whether grad was enabled.
     _plain_under: tuple[Strategy, bool] | None
@@ -136,14 +129,8 @@ class CompressedPatchEmbed(nn.Module):
     selection: Selection | None  # of the last forward in train mode; None where that was the plain model's
 
     def __init__(self, encoder: Encoder, compression: Compression, *, drops_tokens: bool, when: When) -> None:
-        super().__init__()
-        embed = encoder.patch_embed
-        for name, registry in vars(embed).items():
-            if name in vars(self) and isinstance(registry, (dict, set)):
-                vars(self)[name] = registry
-        # Not registered as children: neither may add a name to the state dict.
-        vars(self).update(
-            embed=embed,
+        super().__init__(encoder.patch_embed)
+        vars(self).update(  # none of them is a child, which would add names to the state dict
             encoder=encoder,
             drops_tokens=drops_tokens,
             when=when,
@@ -154,8 +141,6 @@ class CompressedPatchEmbed(nn.Module):
             trial=None,
             is_probed=False,
             host=None,
-            training=embed.training,
-            _is_full_backward_hook=embed._is_full_backward_hook,
             _warned=set(),
             _looked_at=set(),
             _is_copy=False,
@@ -164,77 +149,23 @@ class CompressedPatchEmbed(nn.Module):
         self.compression = compression
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), **_FRESH, "_is_copy": True}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
-        if not memo:  # copied by itself, as PEFT does it: a part of no encoder yet
-            return copy.deepcopy(self.embed, memo)
-        twin = type(self).__new__(type(self))
-        memo[id(self)] = twin
-        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        return twin
+        return {**super().__getstate__(), **_FRESH, "_is_copy": True}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.compression.members[self] = None
 
     def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "embed" not in vars(self):  # not set up yet: copy and pickle ask early
-                raise
-            is_of_grid = name in ("grid_size", "num_patches") and vars(self)["host"] is not None
-            if is_of_grid and (self.is_training or self._may_go_by_student()):
-                return self._own_or_scaled(name)
-            return getattr(vars(self)["embed"], name)
+        is_of_grid = name in ("grid_size", "num_patches") and vars(self).get("host") is not None
+        if is_of_grid and (self.is_training or self._may_go_by_student()):
+            return self._own_or_scaled(name)
+        return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("__class__", "__dict__", "compression"):  # of this module, as FSDP and torch.export do it
+        if name == "compression":  # whose setter takes leave of those before
             object.__setattr__(self, name, value)
-        elif name == "parametrizations" and self._deleted is not None:
-            self._refuse_parametrization(self._deleted)
-        elif name in _OWN or name == "forward":  # what is put around this forward calls this one
-            vars(self)[name] = value
         else:
-            if name == "_is_full_backward_hook":
-                vars(self)[name] = value
-            setattr(self.embed, name, value)
-
-    def __delattr__(self, name: str) -> None:
-        if name == "forward":
-            del vars(self)[name]
-        else:
-            value = vars(self)["_parameters"].get(name)
-            delattr(self.embed, name)
-            vars(self)["_deleted"] = None if value is None else (name, weakref.ref(value))
-
-    def _refuse_parametrization(self, deleted: tuple[str, weakref.ref[nn.Parameter]]) -> NoReturn:
-        """torch puts the parameter's new values in its place on this module's class, where the embedding has none."""
-        name, value = deleted
-        object.__setattr__(self, "__class__", CompressedPatchEmbed)
-        self.embed.register_parameter(name, value())
-        raise RuntimeError(
-            f"{name} of a compressed encoder's patch embedding cannot be parametrized: restore(model), parametrize, "
-            "and compress it again"
-        )
-
-    def train(self, mode: bool = True) -> CompressedPatchEmbed:
-        self.embed.training = mode
-        super().train(mode)
-        return self
-
-    # The embedding may save, load and move more than its parameters and buffers.
-
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.embed._save_to_state_dict(*args, **kwargs)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.embed._load_from_state_dict(*args, **kwargs)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> CompressedPatchEmbed:
-        self.embed._apply(*args, **kwargs)
-        return self
+            super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
         return f"strategy={self.strategy}, when={self.when}, teacher={not self.drops_tokens}"
@@ -742,9 +673,6 @@ class CompressedPatchEmbed(nn.Module):
         if selection.kept is None:
             return tokens
         return tokens.gather(1, selection.kept.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
-
-
-_OWN = frozenset({"training", *CompressedPatchEmbed.__annotations__})  # attributes that are none of the wrapped one's
 
 
 def is_frozen(model: nn.Module) -> bool:
