@@ -12,20 +12,30 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from seqcompress.compression import compressed_embeds_of
 from seqcompress.encoders import CompressedPatchEmbed, Forward
+from seqcompress.gradients.decisions import (
+    MeasuredBatch,
+    OnlineDecision,
+    checked_flops,
+    checked_steps,
+    read_begun,
+    read_decision,
+    read_events,
+    read_list,
+    read_sketches,
+)
+from seqcompress.gradients.ladder import by_cost, compared, default_ladder, forwards_under
 from seqcompress.gradients.measurement import (
     NO_GRADIENT,
     SKETCH_SIZE,
     Clock,
-    MeasuredEncoder,
     checked_strategies,
     measured_encoders,
     objects_in,
@@ -38,10 +48,9 @@ from seqcompress.gradients.report import GradientErrorReport, canonical
 from seqcompress.gradients.statistics import Estimate, Sketch, interquartile_mean, jackknife, norm2_of_mean, variance
 from seqcompress.json_files import json_text
 from seqcompress.messages import by_script, described
-from seqcompress.presets import double_patch
 from seqcompress.schedules import Constant, Online, Schedule, Stepwise, checked_share
 from seqcompress.strategy import Strategy
-from seqcompress.training.cost import Flops, sequence_length
+from seqcompress.training.cost import Flops
 from seqcompress.training.ranks import Ranks
 from seqcompress.training.sequence_scheduler import SequenceScheduler
 
@@ -54,49 +63,8 @@ _MOST_COMPARED = 4  # the base, the strategy in force, and a neighbour on either
 _SHARE = 0.03
 _MOST_PRICES = 1_000  # where no step is like another
 _WAIT, _ANEW, _GO_ON, _DROP = range(4)  # what to do after a step: all ranks the same
-_RUNG = 0.75  # what a rung of the default ladder costs at most, relative to the next dearer one
 
 _logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class OnlineDecision:
-    """One decision of an [OnlineScheduler][seqcompress.OnlineScheduler].
-
-    Attributes:
-        step: training steps that were done.
-        before: the strategy until then.
-        after: the strategy from then on; the same one if nothing was surely better.
-        report: what was measured: CA-MSE and more of the neighbours and the base, with intervals.
-        share: FLOPs of all measuring so far, relative to those of all training so far.
-    """
-
-    step: int
-    before: Strategy
-    after: Strategy
-    report: GradientErrorReport
-    share: float
-
-    def chance(self, strategy: Strategy) -> float:
-        """Probability that a strategy's CA-MSE is less than that of ``before``, compared batch by batch."""
-        return (self.report[self.before].ca_mse_estimate - self.report[strategy].ca_mse_estimate).chance_of_positive
-
-    def __str__(self) -> str:
-        name = f"{self.report.shown_prefix}ca_mse"
-        kind = "relative CA-MSE" if self.report.shown_prefix else "CA-MSE"
-        errors = []
-        for entry in sorted(self.report.entries, key=lambda entry: entry.cost):
-            low, high = getattr(entry, f"{name}_interval")
-            errors.append(f"{entry.strategy!s} {getattr(entry, name):.3g} ({low:.3g} to {high:.3g})")
-        verb = f"{self.before!s} -> {self.after!s}" if self.after != self.before else f"stay at {self.before!s}"
-        return f"step {self.step}: {verb}; {kind} {', '.join(errors)}; {self.share:.2%} of the compute spent"
-
-
-class _Event(NamedTuple):
-    """One batch that was measured: sketch of the gradient and FLOPs, by strategy."""
-
-    sketches: dict[Strategy, Tensor]
-    flops: dict[Strategy, float]
 
 
 class OnlineScheduler:
@@ -193,7 +161,7 @@ class OnlineScheduler:
             raise ValueError(f"model_or_models must begin with one strategy, got {' / '.join(map(str, starts))}")
         preset = _canonical(Constant(starts[0]) if plan is None else plan.preset, own)
         flops = Flops(measured.encoder for measured in encoders)
-        wanted = _default_ladder(encoders, flops) if strategies is None else checked_strategies(strategies)
+        wanted = default_ladder(encoders, flops) if strategies is None else checked_strategies(strategies)
         ladder = list(dict.fromkeys(canonical(strategy, own) for strategy in (*wanted, *preset.strategies(), _BASE)))
         for encoder in encoders:
             encoder.check_strategies(ladder)
@@ -205,7 +173,7 @@ class OnlineScheduler:
         self._sequence = SequenceScheduler(model_or_models, preset, total_steps=total_steps)
         for compression in {embed.compression for embed in self.embeds}:
             compression.claim(self._sequence, "an OnlineScheduler")
-        self._ladder = tuple(_by_cost(ladder, encoders, flops))
+        self._ladder = tuple(by_cost(ladder, encoders, flops))
         self._compute_share = compute_share
         self._plan, self._preset = plan, preset
         self._loss = step
@@ -217,7 +185,7 @@ class OnlineScheduler:
         self._flops = flops
         self._sketch = Sketch(sum(parameter.numel() for parameter in parameters), SKETCH_SIZE)
         self._decisions: list[OnlineDecision] = []
-        self._events: list[_Event] = []
+        self._events: list[MeasuredBatch] = []
         self._trained = self._measured = 0.0
         self._counted = self._tallies()
         self._begun: list[Counter[Forward]] = [Counter() for _ in self._tallied]  # of a step, before it was resumed
@@ -389,27 +357,27 @@ class OnlineScheduler:
         if not isinstance(state, Mapping):
             raise ValueError(f"state must be an OnlineScheduler's state_dict(), got {described(state)}")
         try:
-            ladder = tuple(map(Strategy.parse, _read_list(state["ladder"], "ladder")))
+            ladder = tuple(map(Strategy.parse, read_list(state["ladder"], "ladder")))
             for encoder in self._encoders:
                 encoder.check_strategies(ladder)
-            if _BASE not in ladder or list(ladder) != _by_cost(dict.fromkeys(ladder), self._encoders, self._flops):
+            if _BASE not in ladder or list(ladder) != by_cost(dict.fromkeys(ladder), self._encoders, self._flops):
                 raise ValueError(f"ladder must be of rising cost, with the base, got {' / '.join(map(str, ladder))}")
             share = checked_share(state["compute_share"], "compute_share")
-            trained, measured = (_checked_flops(state[name], name) for name in ("trained", "measured"))
-            seconds = [_checked_flops(state[name], name) for name in ("seconds_trained", "seconds_measured")]
-            gave_up = None if state["gave_up"] == -1 else _checked_steps(state["gave_up"], "gave_up")
-            total, last = (_checked_steps(state[name], name) for name in ("total_steps", "last_step"))
-            _checked_steps(state["seed"], "seed")
-            decisions = [_read_decision(fields, last) for fields in _read_list(state["decisions"], "decisions")]
-            sketches = _read_sketches(state["sketches"], (_BATCHES - 1, _MOST_COMPARED, *self._sketch.shape))
-            events = _read_events(_read_list(state["events"], "events"), sketches)
-            begun = _read_begun(_read_list(state["begun"], "begun"), self._tallied)
+            trained, measured = (checked_flops(state[name], name) for name in ("trained", "measured"))
+            seconds = [checked_flops(state[name], name) for name in ("seconds_trained", "seconds_measured")]
+            gave_up = None if state["gave_up"] == -1 else checked_steps(state["gave_up"], "gave_up")
+            total, last = (checked_steps(state[name], name) for name in ("total_steps", "last_step"))
+            checked_steps(state["seed"], "seed")
+            decisions = [read_decision(fields, last) for fields in read_list(state["decisions"], "decisions")]
+            sketches = read_sketches(state["sketches"], (_BATCHES - 1, _MOST_COMPARED, *self._sketch.shape))
+            events = read_events(read_list(state["events"], "events"), sketches)
+            begun = read_begun(read_list(state["begun"], "begun"), self._tallied)
             schedule = Schedule.from_json(json_text(state["schedule"], "schedule"))
             for strategy in (*schedule.strategies(), *(decision.after for decision in decisions)):
                 if strategy not in ladder:
                     raise ValueError(f"schedule and decisions must be of strategies of the ladder, got {strategy!s}")
             now = schedule(min(last, total) / max(1, total))
-            if any(set(event.sketches) != set(_compared(ladder, now)) for event in events):
+            if any(set(event.sketches) != set(compared(ladder, now)) for event in events):
                 raise ValueError(f"events must be of {now!s}, its neighbours and the base")
             own = self._sequence.total_steps
             if total < 1:
@@ -426,8 +394,8 @@ class OnlineScheduler:
         if set(ladder) != set(self._ladder):
             changes["ladder"] = ("; ".join(map(str, ladder)), "; ".join(map(str, self._ladder)))
             been = (*self._ladder, *schedule.strategies(), *(decision.after for decision in decisions))
-            self._ladder = tuple(_by_cost(dict.fromkeys(been), self._encoders, self._flops))
-            events = [event for event in events if set(event.sketches) == set(_compared(self._ladder, now))]
+            self._ladder = tuple(by_cost(dict.fromkeys(been), self._encoders, self._flops))
+            events = [event for event in events if set(event.sketches) == set(compared(self._ladder, now))]
         if share != self._compute_share:
             changes["compute_share"] = (share, self._compute_share)
         if self._plan is None:
@@ -449,7 +417,7 @@ class OnlineScheduler:
         return [now - before + begun for now, before, begun in zip(tallies, self._counted, self._begun, strict=True)]
 
     def _compared(self) -> list[Strategy]:
-        return _compared(self._ladder, self.strategy)
+        return compared(self._ladder, self.strategy)
 
     def _tallies(self) -> list[Counter[Forward]]:
         return [embed.tally.copy() for embed in self._tallied]
@@ -460,7 +428,9 @@ class OnlineScheduler:
         if key not in self._prices:
             if len(self._prices) >= _MOST_PRICES:
                 self._prices.clear()
-            self._prices[key] = self._flops(done if strategy is None else _under(strategy, self._encoders, done))
+            self._prices[key] = self._flops(
+                done if strategy is None else forwards_under(strategy, self._encoders, done)
+            )
         return self._prices[key]
 
     def _verdict(self, done: Sequence[Counter[Forward]], accumulated: int) -> int:
@@ -497,7 +467,7 @@ class OnlineScheduler:
             if begin >= end:
                 break
             trained += (until - begin) * self._price(done, strategy)
-            costs = {each: self._price(done, each) for each in _compared(self._ladder, strategy)}
+            costs = {each: self._price(done, each) for each in compared(self._ladder, strategy)}
             needed = (_BATCHES * sum(costs.values()) + self._extra(costs)) / accumulated
             steps = min(steps, needed / (self._compute_share * trained))
         if steps > self.total_steps and self._ranks.own == 0:
@@ -571,7 +541,7 @@ class OnlineScheduler:
                 what = f"its loss or gradient is not finite under {' / '.join(map(str, bad))}"
                 self.tell(f"step {self.last_step}: this measurement is dropped: {what}", is_problem=True)
             return
-        self._events.append(_Event(sketches, flops))
+        self._events.append(MeasuredBatch(sketches, flops))
 
     def _give_up(self, problem: str) -> None:
         self._gave_up, self._events = self.last_step, []
@@ -661,158 +631,3 @@ def _found(
 def _divided(estimate: Estimate, number: int) -> Estimate:
     rows = tuple(tuple(value / number for value in row) for row in estimate.leave_one_out)
     return Estimate(estimate.value / number, rows)
-
-
-def _neighbours(ladder: Sequence[Strategy], strategy: Strategy) -> list[Strategy]:
-    position = ladder.index(strategy)
-    return [ladder[place] for place in (position - 1, position + 1) if 0 <= place < len(ladder)]
-
-
-def _compared(ladder: Sequence[Strategy], strategy: Strategy) -> list[Strategy]:
-    """What is measured while a strategy is in force: each once."""
-    return list(dict.fromkeys((_BASE, strategy, *_neighbours(ladder, strategy))))
-
-
-def _default_ladder(encoders: Sequence[MeasuredEncoder], flops: Flops) -> list[Strategy]:
-    """Rungs that lie far enough apart for a difference to show; at equal cost, the larger patches."""
-    student = next(measured for measured in encoders if measured.is_student)
-    own = max(student.encoder.patch_size)
-    large = double_patch(own, min(student.encoder.image_size))
-    rungs = [_BASE]
-    grid = [Strategy(dropout, size) for size in (None, large) for dropout in (0.75, 0.5, 0.0)]
-    suiting = [strategy for strategy in grid if all(_suits(measured, strategy) for measured in encoders)]
-    for strategy in reversed(_by_cost(suiting, encoders, flops)):
-        if _cost(strategy, encoders, flops) <= _RUNG * _cost(rungs[-1], encoders, flops):
-            rungs.append(strategy)
-    return rungs
-
-
-def _suits(measured: MeasuredEncoder, strategy: Strategy) -> bool:
-    try:
-        measured.check_strategies([strategy])
-    except ValueError:
-        return False
-    return True
-
-
-def _by_cost(strategies: Iterable[Strategy], encoders: Sequence[MeasuredEncoder], flops: Flops) -> list[Strategy]:
-    return sorted(strategies, key=lambda strategy: _cost(strategy, encoders, flops))
-
-
-def _cost(strategy: Strategy, encoders: Sequence[MeasuredEncoder], flops: Flops) -> int:
-    """FLOPs of one view of the encoders' own size, forward and backward through students, forward through teachers."""
-    views = [(1, 1, *measured.encoder.image_size) for measured in encoders]
-    one_each = [
-        Counter([Forward(view, 0, measured.is_student)]) for view, measured in zip(views, encoders, strict=True)
-    ]
-    return flops(_under(strategy, encoders, one_each))
-
-
-def _under(
-    strategy: Strategy, encoders: Sequence[MeasuredEncoder], tallies: Sequence[Counter[Forward]]
-) -> list[Counter[Forward]]:
-    """The same forwards, with the tokens that they have under a strategy."""
-    changed = []
-    for measured, tally in zip(encoders, tallies, strict=True):
-        mine = strategy if measured.is_student else strategy.without_dropout()
-        counted: Counter[Forward] = Counter()
-        for forward, calls in tally.items():
-            here = mine if forward.graph or measured.when == "train" else _BASE
-            here = here.without_dropout() if forward.masked else here
-            full = measured.embed.compression.full_size((forward.view[2], forward.view[3]))
-            tokens = sequence_length(measured.encoder, here, full)
-            counted[forward._replace(tokens=tokens)] += calls
-        changed.append(counted)
-    return changed
-
-
-def _checked_flops(value: Any, name: str, above: float = -1.0) -> float:
-    """More than all machines will ever do is nonsense, and would overflow when it is added up or divided."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not max(above, 0) <= value <= 1e40:
-        raise ValueError(f"{name} must be a number from 0 to 1e40, got {described(value)}")
-    if value <= above:
-        raise ValueError(f"{name} must be above {above:g}, got {described(value)}")
-    return float(value)
-
-
-def _checked_steps(value: Any, name: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**64:
-        raise ValueError(f"{name} must be a whole number of at least 0, got {described(value)}")
-    return value
-
-
-def _read_list(text: Any, name: str) -> list[Any]:
-    if not isinstance(text, str):
-        raise TypeError(f"{name} must be JSON text, got {described(text)}")
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError):
-        raise ValueError(f"{name} must be JSON text of a list, got other text") from None
-    if not isinstance(content, list):
-        raise ValueError(f"{name} must be JSON text of a list, got {described(content)}")
-    return content
-
-
-def _read_decision(fields: Mapping[str, Any], last_step: int) -> OnlineDecision:
-    step = _checked_steps(fields["step"], "decisions' step")
-    if step > last_step:
-        raise ValueError(f"decisions' step must be at most last_step, got {step} after {last_step}")
-    share = fields["share"]
-    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1e40:
-        raise ValueError(f"decisions' share must be a number of at least 0, got {described(share)}")
-    return OnlineDecision(
-        step=step,
-        before=Strategy.parse(fields["before"]),
-        after=Strategy.parse(fields["after"]),
-        report=GradientErrorReport.from_json(json_text(fields["report"], "decisions' report")),
-        share=float(share),
-    )
-
-
-def _read_begun(fields: list[Any], embeds: Sequence[CompressedPatchEmbed]) -> list[Counter[Forward]]:
-    """Forwards of a step that was broken off, an encoder each: (B, C, H, W), tokens, two truth values, calls."""
-    tallies: list[Counter[Forward]] = []
-    for embed, entries in zip(embeds, fields, strict=False):
-        tallies.append(Counter())
-        for view, tokens, graph, masked, calls in entries:
-            batch, channels, height, width = view
-            sizes = (batch, channels, height, width, tokens, calls)
-            if not (
-                all(isinstance(size, int) and 0 <= size < 2**31 for size in sizes)
-                and isinstance(graph, bool)
-                and isinstance(masked, bool)
-                and max(height, width) <= 2**16
-                and 1 <= tokens <= sequence_length(embed.encoder, _BASE, (height, width))
-            ):
-                raise ValueError(f"begun must be a step's forwards, got one of {described(sizes)}")
-            tallies[-1][Forward((batch, channels, height, width), tokens, graph, masked)] += calls
-    if len(fields) != len(embeds):
-        raise ValueError(f"begun must be a step's forwards, got those of {len(fields)} encoders")
-    return tallies
-
-
-def _read_sketches(sketches: Any, shape: tuple[int, ...]) -> Tensor:
-    if not isinstance(sketches, Tensor) or sketches.shape != torch.Size(shape) or not sketches.is_floating_point():
-        got = f"shape {tuple(sketches.shape)}" if isinstance(sketches, Tensor) else described(sketches)
-        raise ValueError(f"sketches must be a tensor of shape {shape}, got {got}")
-    if not bool(sketches.isfinite().all()):
-        raise ValueError("sketches must be finite, got infinite values or NaN")
-    return sketches.detach().cpu()
-
-
-def _read_events(fields: list[Any], sketches: Tensor) -> list[_Event]:
-    if len(fields) > len(sketches):
-        raise ValueError(f"events must be at most {len(sketches)}, got {len(fields)}")
-    events = []
-    for entry, rows in zip(fields, sketches, strict=False):
-        strategies, flops = list(map(Strategy.parse, entry["sketches"])), entry["flops"]
-        if not isinstance(flops, list) or len(flops) != len(strategies) or len(strategies) > len(rows):
-            raise ValueError(f"events' flops must be one number a strategy, got {described(flops)}")
-        numbers = [_checked_flops(value, "events' flops", above=0.0) for value in flops]
-        events.append(
-            _Event(
-                {strategy: row.clone() for strategy, row in zip(strategies, rows, strict=False)},
-                dict(zip(strategies, numbers, strict=True)),
-            )
-        )
-    return events
