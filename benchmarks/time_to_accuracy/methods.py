@@ -21,18 +21,24 @@ from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Widths of the heads.
+class MethodSettings:
+    """What a method is made with, beside its encoder.
 
     Attributes:
-        hidden: width of the hidden layers.
+        hidden: width of the heads' hidden layers.
         out: of a projection.
         prototypes: outputs of DINO's head.
+        local_views: DINO's small views of an image.
+        teacher_temperature: of DINO's teacher, after a rise from 0.04 during the first tenth of the run.
+        head_norm: whether DINO's head has batch norm.
     """
 
     hidden: int
     out: int
     prototypes: int
+    local_views: int = 6
+    teacher_temperature: float = 0.07
+    head_norm: bool = False
 
 
 class Method(nn.Module):
@@ -77,13 +83,15 @@ class MoCoV3(Method):
     teacher_views = 2
     temperature = 0.2
 
-    def __init__(self, backbone: VisionTransformer, sizes: Sizes) -> None:
+    def __init__(self, backbone: VisionTransformer, settings: MethodSettings) -> None:
         super().__init__(backbone)
         self.backbone_momentum = _teacher(backbone)
         self.projection_head = MoCoProjectionHead(
-            backbone.embed_dim, sizes.hidden, sizes.out, num_layers=3, batch_norm=True
+            backbone.embed_dim, settings.hidden, settings.out, num_layers=3, batch_norm=True
         )
-        self.prediction_head = MoCoProjectionHead(sizes.out, sizes.hidden, sizes.out, num_layers=2, batch_norm=True)
+        self.prediction_head = MoCoProjectionHead(
+            settings.out, settings.hidden, settings.out, num_layers=2, batch_norm=True
+        )
         self.projection_head_momentum = _teacher(self.projection_head)
 
     def loss(self, views: list[Tensor], progress: float) -> Tensor:
@@ -106,9 +114,9 @@ class MoCoV3(Method):
 class SimCLR(Method):
     """SimCLR: two views of an image must find each other in the batch (arXiv 2002.05709)."""
 
-    def __init__(self, backbone: VisionTransformer, sizes: Sizes) -> None:
+    def __init__(self, backbone: VisionTransformer, settings: MethodSettings) -> None:
         super().__init__(backbone)
-        self.projection_head = SimCLRProjectionHead(backbone.embed_dim, sizes.hidden, sizes.out)
+        self.projection_head = SimCLRProjectionHead(backbone.embed_dim, settings.hidden, settings.out)
         self.criterion = NTXentLoss(temperature=0.2)
 
     def loss(self, views: list[Tensor], progress: float) -> Tensor:
@@ -123,18 +131,17 @@ class DINO(Method):
     """
 
     teacher_views = 2
-    local_views = 6
 
-    def __init__(self, backbone: VisionTransformer, sizes: Sizes) -> None:
+    def __init__(self, backbone: VisionTransformer, settings: MethodSettings) -> None:
         super().__init__(backbone)
+        self.settings = settings
         self.backbone_momentum = _teacher(backbone)
         # The weight norm in this head cannot be copied, so the teacher's is a new one with the same weights.
-        self.head, self.head_momentum = (
-            DINOProjectionHead(backbone.embed_dim, sizes.hidden, sizes.out, sizes.prototypes) for _ in range(2)
-        )
+        widths = (backbone.embed_dim, settings.hidden, settings.out, settings.prototypes)
+        self.head, self.head_momentum = (DINOProjectionHead(*widths, batch_norm=settings.head_norm) for _ in range(2))
         self.head_momentum.load_state_dict(self.head.state_dict())
         deactivate_requires_grad(self.head_momentum)
-        self.criterion = DINOLoss(output_dim=sizes.prototypes)
+        self.criterion = DINOLoss(output_dim=settings.prototypes)
 
     def views(self, size: int, least: float) -> list[View]:
         blurred = size >= 64
@@ -144,13 +151,14 @@ class DINO(Method):
         return [
             View(size, (between, 1.0), blur=1.0 * blurred),
             View(size, (between, 1.0), blur=0.1 * blurred, solarize=0.2 * blurred),
-            *(View(local, (0.05, between), blur=0.5 * blurred) for _ in range(self.local_views)),
+            *(View(local, (0.05, between), blur=0.5 * blurred) for _ in range(self.settings.local_views)),
         ]
 
     def loss(self, views: list[Tensor], progress: float) -> Tensor:
         teacher = [self.head_momentum(seen) for seen in _features(self.backbone_momentum, views[:2])]
         student = [self.head(seen) for seen in _features(self.backbone, views)]
-        return self.criterion(teacher, student, teacher_temp=0.04 + 0.03 * min(1.0, progress / 0.1))
+        temperature = 0.04 + (self.settings.teacher_temperature - 0.04) * min(1.0, progress / 0.1)
+        return self.criterion(teacher, student, teacher_temp=temperature)
 
     def after_backward(self, progress: float) -> None:
         if progress < 0.01:

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from images import Images, Views, as_input, load_images
 from lightly.utils.scheduler import CosineWarmupScheduler, cosine_schedule
-from methods import METHODS, Method, Sizes
+from methods import METHODS, Method, MethodSettings
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
@@ -78,6 +78,9 @@ class Settings:
         hidden: width of the heads.
         out: of the projections.
         prototypes: of DINO's head.
+        local_views: DINO's small views of an image.
+        teacher_temperature: of DINO's teacher, after a rise from 0.04 in the first tenth of the run.
+        head_norm: "no", or "yes" for batch norm in DINO's head.
         precision: float32 or bfloat16 (autocast).
         seed: of weights, order and views.
         views: "full", or "scaled" for views that are made smaller where patches are larger.
@@ -109,6 +112,9 @@ class Settings:
     hidden: int = 256
     out: int = 128
     prototypes: int = 1024
+    local_views: int = 6
+    teacher_temperature: float = 0.07
+    head_norm: str = "no"
     precision: str = "float32"
     seed: int = 0
     views: str = "full"
@@ -125,6 +131,9 @@ class Settings:
         _check(self.views in ("full", "scaled"), "views", self.views, "full or scaled")
         _check(self.grow in ("no", *RATES), "grow", self.grow, f"no, {', '.join(RATES)}")
         _check(self.merge in ("no", "yes"), "merge", self.merge, "no or yes")
+        _check(self.head_norm in ("no", "yes"), "head_norm", self.head_norm, "no or yes")
+        _check(self.local_views >= 0, "local_views", self.local_views, "a number of views")
+        _check(self.teacher_temperature > 0, "teacher_temperature", self.teacher_temperature, "a number above 0")
         _check(self.micro > 0 and self.batch % self.micro == 0, "micro", self.micro, "a divisor of batch")
         _check(self.grow == "no" or self.micro == 1, "micro", self.micro, "1 where the batch grows")
         _check(self.plan != "online" or self.grow == self.merge == "no", "plan", self.plan, "another to grow or merge")
@@ -181,8 +190,15 @@ class Training:
             dynamic_img_size=True,  # DINO's local views are smaller
         )
         flops = {}  # of one view, counted before anything is compressed
-        sizes = Sizes(settings.hidden, settings.out, settings.prototypes)
-        method: Method = METHODS[settings.method](encoder, sizes)
+        made_with = MethodSettings(
+            settings.hidden,
+            settings.out,
+            settings.prototypes,
+            settings.local_views,
+            settings.teacher_temperature,
+            settings.head_norm == "yes",
+        )
+        method: Method = METHODS[settings.method](encoder, made_with)
         self.views = Views(method.views(settings.image_size, settings.crop))
         for size in set(self.views.sizes):
             flops[size] = _flops(encoder, size)
