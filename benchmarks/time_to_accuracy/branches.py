@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from images import Images
 from lightly.utils.scheduler import cosine_schedule
-from report import branches_table
+from report import branches_table, choices_table
 from run import CHECKPOINTS, RESULTS, Judge, Settings, Training, _data, _hardware, _write
 from scipy.stats import spearmanr
 from torch import Tensor
@@ -330,7 +330,7 @@ def branches(options: argparse.Namespace) -> Path:
                 print(f"{name}, seed {seed}: {found['branches'][name][str(seed)]}", flush=True)
     _compare(found, strategies, point, train)
     _write(found, path)
-    print("\n" + branches_table(found))
+    print("\n" + (branches_table(found) if found["branches"] else choices_table([found])))
     return path
 
 
@@ -348,8 +348,10 @@ def _compare(found: dict[str, Any], strategies: Mapping[str, Strategy], point: P
                 for criterion, value in criteria(moments, found["cost"][name]).items():
                     label = criterion if criterion == "cost" else criterion + over + kind
                     predicted.setdefault(label, {})[name] = value
-    better: dict[str, Callable[[float], float]] = {"loss": lambda value: -value}
     found["criteria"] = predicted
+    if not found["branches"]:
+        return
+    better: dict[str, Callable[[float], float]] = {"loss": lambda value: -value}
     found["correlation"] = {
         label: {
             what: correlations(
@@ -372,7 +374,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, required=True, help="folder with train and test (or val)")
     parser.add_argument("--strategies", nargs="+", metavar="STRATEGY", help="such as 'drop 0.5, patch 8'")
     parser.add_argument("--branch", type=float, default=0.02, help="millions of units for each branch (%(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="branches for each strategy (%(default)s)")
+    parser.add_argument(
+        "--seeds", type=int, default=3, help="branches for each strategy; 0: criteria alone (%(default)s)"
+    )
     parser.add_argument("--batches", type=int, default=16, help="for gradient error (%(default)s)")
     parser.add_argument("--adapt", type=int, default=20, help="measure again after so many steps; 0: not (%(default)s)")
     parser.add_argument("--judged-images", type=int, help="held-out training images; a fifth of those trained on")
@@ -389,7 +393,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _check_options(options: argparse.Namespace) -> None:
-    for name, least in (("seeds", 1), ("batches", 2), ("adapt", 0)):
+    for name, least in (("seeds", 0), ("batches", 2), ("adapt", 0)):
         if getattr(options, name) < least:
             raise ValueError(f"{name} must be at least {least}, got {getattr(options, name)}")
     if not options.checkpoint.is_file():

@@ -40,7 +40,8 @@ _CRITERIA = ("criterion", "rank correlation with k-NN", "with the linear probe",
 
 # What may differ between runs of one comparison: their length, plan (with its views) and seed. All else is the same.
 _FREE = ("budget", "plan", "views", "seed")
-_SINCE = {"views": "full"}  # settings that the first runs had not yet, and what they were for them
+# Settings that the first runs had not yet, and what they were for them.
+_SINCE = {"views": "full", "local_views": 6, "teacher_temperature": 0.07, "head_norm": "no"}
 Key = tuple[Any, ...]
 Curves = Mapping[int, Sequence["Point"]]  # by seed
 
@@ -413,12 +414,13 @@ def _ratios_table(headings: Sequence[str], rows: Iterable[Mapping[str, Any]]) ->
 def tuning_table(runs: Sequence[dict[str, Any]]) -> str:
     """What was tried on held-out training images."""
     rows = []
-    varied = ("batch", "lr", "weight_decay", "momentum", "crop", "prototypes")
+    varied = ("batch", "lr", "weight_decay", "momentum", "crop")
+    of_dino = ("prototypes", "local_views", "teacher_temperature", "head_norm")
     order = sorted(
         runs,
         key=lambda run: (
             *_place(run),
-            *(run["settings"][name] for name in ("plan", "budget", *varied, "seed")),
+            *(run["settings"][name] for name in ("plan", "budget", *varied, *of_dino, "seed")),
             run["judged_images"],
         ),
     )
@@ -429,14 +431,14 @@ def tuning_table(runs: Sequence[dict[str, Any]]) -> str:
             METHODS[settings["method"]],
             _plan(_plan_of(settings)),
             f"{settings['budget']:g} M",
-            *(f"{settings[name]:g}" for name in varied[:-1]),
-            str(settings["prototypes"]) if settings["method"] == "dino" else "",
+            *(f"{settings[name]:g}" for name in varied),
+            ", ".join(str(settings[name]) for name in of_dino) if settings["method"] == "dino" else "",
             str(settings["seed"]),
             f"{run['judged_images']:,}",
             *(f"{100 * run['accuracy'][metric]:.1f}" for metric in METRICS),
         ]
         rows.append(cells)
-    names = ("batch", "learning rate", "weight decay", "teacher", "crop", "prototypes", "seed", "judged on")
+    names = ("batch", "learning rate", "weight decay", "teacher", "crop", "DINO's own", "seed", "judged on")
     return _table(("data", "method", "plan", "budget", *names, *METRICS.values()), rows)
 
 
@@ -494,10 +496,20 @@ def gradients_table(folder: Path) -> str:
     return _table((*headings, "of `drop 0.5, patch 8`"), lines)
 
 
+def choices_table(measured: Sequence[Mapping[str, Any]]) -> str:
+    """Which strategy each criterion puts first at checkpoints, by the run and its progress."""
+    lines = []
+    for found in sorted(measured, key=lambda found: (_plan_of(found["checkpoint_of"]), found["progress"])):
+        best = [max(values, key=values.__getitem__) for name, values in found["criteria"].items() if name != "cost"]
+        lines.append([_plan(_plan_of(found["checkpoint_of"])), f"{found['progress']:.0%}", *best])
+    names = [name for name in measured[0]["criteria"] if name != "cost"]
+    return _table(("checkpoint of", "at", *names), lines)
+
+
 def load_branches(folder: Path) -> list[dict[str, Any]]:
-    """All that branches.py has found, and compared."""
+    """All that branches.py has found."""
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("[!.]*.json"))]
-    return [each for each in found if "correlation" in each]
+    return [each for each in found if "criteria" in each]
 
 
 def tables(folder: Path, runs: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> dict[str, str]:
@@ -508,7 +520,9 @@ def tables(folder: Path, runs: Sequence[dict[str, Any]], rows: Sequence[dict[str
         runs: those that lie in it.
         rows: what ``compared`` has found in them.
     """
-    branches = load_branches(folder / "branches")
+    at_checkpoints = load_branches(folder / "branches")
+    branches = [found for found in at_checkpoints if found["branches"]]
+    measured = [found for found in at_checkpoints if not found["branches"]]
     told = [f"Over all {len(branches)} checkpoints below:", predictions_table(branches)] if len(branches) > 1 else []
     told += map(branches_table, branches)
     speedups = "\n\n".join(part for part in (speedups_table(summary(rows)), "\n".join(unread(runs, rows))) if part)
@@ -519,6 +533,7 @@ def tables(folder: Path, runs: Sequence[dict[str, Any]], rows: Sequence[dict[str
         "runs": runs_table(runs),
         "tuning": tuning_table(load(folder / "tuning")),
         "gradients": gradients_table(folder / "gradients"),
+        "choices": choices_table(measured) if measured else "Nothing has been measured yet.",
         "branches": "\n\n".join(told) or "No branches have been run yet.",
     }
 
