@@ -562,9 +562,8 @@ def test_a_suite_knows_what_is_done_and_what_is_missing(
     assert evidence.suite.main([*command, "--list"]) == 0
     told = ["   done"] * 2 + ["missing"] * (len(rows) - 2)
     assert len(rows) > 2
-    assert capsys.readouterr().out.splitlines() == [
-        f"{len(rows)} runs, {len(rows) - 2} missing", *(f"{state} {row.name}" for state, row in zip(told, rows, strict=True))
-    ]  # fmt: skip
+    listed = [f"{state} {row.name}" for state, row in zip(told, rows, strict=True)]
+    assert capsys.readouterr().out.splitlines() == [f"{len(rows)} runs, {len(rows) - 2} missing", *listed]
     for row in rows[2:]:
         (tmp_path / f"{row.name}.json").write_text("{}")
     assert evidence.suite.main(command) == 0
@@ -731,17 +730,18 @@ def test_what_criteria_predict_is_told_over_all_checkpoints(evidence: SimpleName
 def test_what_criteria_put_first_at_a_checkpoint_is_told_without_branches(
     evidence: SimpleNamespace, small: Any, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / f"{small.name}.json").write_text("{}")  # the run is done, and a checkpoint is made all the same
     assert evidence.run.run(small, data, tmp_path, tmp_path, device="cpu", until=0.5) is None
     command = [str(tmp_path / f"{small.name}.pt"), "--data", str(data), "--seeds", "0", "--batches", "3"]
     command += ["--adapt", "0", "--strategies", "base", "drop 0.5", "--output", str(tmp_path), "--device", "cpu"]
     assert evidence.branches.main([*command, "--checkpoints", str(tmp_path)]) == 0
-    (found,) = evidence.report.load_branches(tmp_path / "branches")
+    (found,) = evidence.report.load_branches(tmp_path / "criteria")
     table = evidence.report.choices_table([found])
     assert table in capsys.readouterr().out
     _, _, line = table.splitlines()
     better = found["criteria"]["rate"]
     names = [name for name in found["criteria"] if name != "cost"]
-    assert line.split(" | ")[2 + names.index("rate")] == max(better, key=better.get)
+    assert line.strip("| ").split(" | ")[3 + names.index("rate")] == max(better, key=better.get)
     assert found["criteria"]["CA-MSE"].keys() == {"base", "drop 0.5"}
     assert not found["branches"]
     assert "correlation" not in found

@@ -295,7 +295,7 @@ def branches(options: argparse.Namespace) -> Path:
     point = Point.of(state, train)
     names = options.strategies or strategies_for(point.settings.patch_size)
     strategies = {name: Strategy.parse(name) for name in names}
-    asked = {
+    asked: dict[str, Any] = {
         "checkpoint_of": dataclasses.asdict(Settings(**state["settings"])),
         "steps_done": state["steps_done"],
         "progress": round(point.progress, 4),
@@ -306,9 +306,11 @@ def branches(options: argparse.Namespace) -> Path:
         "full_end": FULL_END,
         "hardware": _hardware(device),
     }
+    if not options.seeds:
+        asked["strategies"] = names
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
     name = f"{Settings(**state['settings']).name}_at{point.progress:.2f}_{options.branch:g}M_{digest}.json"
-    path = options.output / "branches" / name
+    path = options.output / ("branches" if options.seeds else "criteria") / name
     found = json.loads(path.read_text()) if path.is_file() else {**asked, "moments": {}, "branches": {}}
     for kind, adapt in (("", 0), *([(f" after {options.adapt} steps", options.adapt)] if options.adapt else [])):
         for name, strategy in strategies.items():

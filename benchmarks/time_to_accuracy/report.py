@@ -498,18 +498,20 @@ def gradients_table(folder: Path) -> str:
 
 def choices_table(measured: Sequence[Mapping[str, Any]]) -> str:
     """Which strategy each criterion puts first at checkpoints, by the run and its progress."""
+    names = dict.fromkeys(name for found in measured for name in found["criteria"] if name != "cost")
     lines = []
     for found in sorted(measured, key=lambda found: (_plan_of(found["checkpoint_of"]), found["progress"])):
-        best = [max(values, key=values.__getitem__) for name, values in found["criteria"].items() if name != "cost"]
-        lines.append([_plan(_plan_of(found["checkpoint_of"])), f"{found['progress']:.0%}", *best])
-    names = [name for name in measured[0]["criteria"] if name != "cost"]
-    return _table(("checkpoint of", "at", *names), lines)
+        of = found["checkpoint_of"]
+        values = [found["criteria"].get(name, {"": 0.0}) for name in names]
+        cells = [METHODS[of["method"]], _plan(_plan_of(of)), f"{found['progress']:.0%}"]
+        lines.append([*cells, *(max(of_one, key=of_one.__getitem__) for of_one in values)])
+    return _table(("method", "plan", "at", *names), lines)
 
 
 def load_branches(folder: Path) -> list[dict[str, Any]]:
-    """All that branches.py has found."""
+    """All that branches.py has found, and compared."""
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("[!.]*.json"))]
-    return [each for each in found if "criteria" in each]
+    return [each for each in found if "correlation" in each or (each["branches"] == {} and "criteria" in each)]
 
 
 def tables(folder: Path, runs: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> dict[str, str]:
@@ -520,9 +522,7 @@ def tables(folder: Path, runs: Sequence[dict[str, Any]], rows: Sequence[dict[str
         runs: those that lie in it.
         rows: what ``compared`` has found in them.
     """
-    at_checkpoints = load_branches(folder / "branches")
-    branches = [found for found in at_checkpoints if found["branches"]]
-    measured = [found for found in at_checkpoints if not found["branches"]]
+    branches, measured = load_branches(folder / "branches"), load_branches(folder / "criteria")
     told = [f"Over all {len(branches)} checkpoints below:", predictions_table(branches)] if len(branches) > 1 else []
     told += map(branches_table, branches)
     speedups = "\n\n".join(part for part in (speedups_table(summary(rows)), "\n".join(unread(runs, rows))) if part)

@@ -74,7 +74,7 @@ class Settings:
         weight_decay: of AdamW.
         warmup: share of the run in which the learning rate rises.
         momentum: of the teacher, at the start; it rises to 1 by a cosine.
-        crop: smallest share of an image's area in a view.
+        crop: smallest share of an image's area in a view; for DINO's large ones no less than 0.25.
         hidden: width of the heads.
         out: of the projections.
         prototypes: of DINO's head.
@@ -445,7 +445,7 @@ def run(
     """
     _check(0 < until <= 1, "until", until, "a share in (0, 1]")
     result, checkpoint = output / f"{settings.name}.json", checkpoints / f"{settings.name}.pt"
-    if result.is_file():
+    if result.is_file() and until == 1:
         return result
     end = time.monotonic() + 60 * minutes
     on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
