@@ -36,9 +36,9 @@ class MethodSettings:
     hidden: int
     out: int
     prototypes: int
-    local_views: int = 6
-    teacher_temperature: float = 0.07
-    head_norm: bool = False
+    local_views: int
+    teacher_temperature: float
+    head_norm: bool
 
 
 class Method(nn.Module):

@@ -511,7 +511,7 @@ def choices_table(measured: Sequence[Mapping[str, Any]]) -> str:
 def load_branches(folder: Path) -> list[dict[str, Any]]:
     """All that branches.py has found, and compared."""
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("[!.]*.json"))]
-    return [each for each in found if "correlation" in each or (each["branches"] == {} and "criteria" in each)]
+    return [each for each in found if "criteria" in each]
 
 
 def tables(folder: Path, runs: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> dict[str, str]:

@@ -190,15 +190,15 @@ class Training:
             dynamic_img_size=True,  # DINO's local views are smaller
         )
         flops = {}  # of one view, counted before anything is compressed
-        made_with = MethodSettings(
-            settings.hidden,
-            settings.out,
-            settings.prototypes,
-            settings.local_views,
-            settings.teacher_temperature,
-            settings.head_norm == "yes",
+        method_settings = MethodSettings(
+            hidden=settings.hidden,
+            out=settings.out,
+            prototypes=settings.prototypes,
+            local_views=settings.local_views,
+            teacher_temperature=settings.teacher_temperature,
+            head_norm=settings.head_norm == "yes",
         )
-        method: Method = METHODS[settings.method](encoder, made_with)
+        method: Method = METHODS[settings.method](encoder, method_settings)
         self.views = Views(method.views(settings.image_size, settings.crop))
         for size in set(self.views.sizes):
             flops[size] = _flops(encoder, size)
