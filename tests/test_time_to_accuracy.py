@@ -357,6 +357,8 @@ def test_a_ratio_is_read_at_each_length_of_the_plain_run(evidence: SimpleNamespa
     assert [row["speedup_units"] for row in rows] == pytest.approx([4, 2, 2])
     assert [row["speedup_wall"] for row in rows] == pytest.approx([2, 1, 1])
     assert "| 0.8 M | k-NN | 45.0 | 2.00x (" in evidence.report.by_length_table(rows)
+    both, alone = (row for row in _summary(evidence.report, runs) if row["metric"] == "knn")
+    assert rows[1:] == [{**both, "plain": 0.4}, {**alone, "plain": 0.8}]  # one interval of the same, in both tables
 
 
 def test_the_interval_of_one_seed_is_what_chance_the_test_images_leave(evidence: SimpleNamespace) -> None:
@@ -781,6 +783,12 @@ def test_branches_go_on_from_a_checkpoint_and_are_not_done_twice(
     assert "2 branches for each strategy, judged on 8 held-out images" in told[0]
     assert [line.split(" | ")[0] for line in told[4:7]] == ["| base", "| drop 0.5", "| patch 8"]
     assert len(told) == 4 + 3 + 3 + 13
+    alone = [*command[: command.index("base")], "drop 0.75", *command[command.index("--output") :]]
+    assert evidence.branches.main([*alone, "--seeds", "1"]) == 0  # those before stay, and are compared with it
+    third = json.loads(path.read_text())
+    assert list(third["branches"]) == [*second["branches"], "drop 0.75"]
+    assert third["criteria"]["rate"].keys() == third["cost"].keys() == third["branches"].keys()
+    assert third["correlation"].keys() == second["correlation"].keys()
     point = evidence.branches.Point.of(state, evidence.images.load_images(data / "train", 16, 40, tmp_path))
     branch = point.branch(
         Strategy(0.5), 0.0006, 0, evidence.images.load_images(data / "train", 16, 40, tmp_path), torch.device("cpu")

@@ -330,23 +330,24 @@ def branches(options: argparse.Namespace) -> Path:
                 found["branches"][name][str(seed)] = {**spent, **{what: round(reached[what], 5) for what in REACHED}}
                 _write(found, path)
                 print(f"{name}, seed {seed}: {found['branches'][name][str(seed)]}", flush=True)
-    _compare(found, strategies, point, train)
+    _compare(found, point, train)
     _write(found, path)
     print("\n" + (branches_table(found) if found["branches"] else choices_table([found])))
     return path
 
 
-def _compare(found: dict[str, Any], strategies: Mapping[str, Strategy], point: Point, train: Images) -> None:
+def _compare(found: dict[str, Any], point: Point, train: Images) -> None:
+    """Hold criteria against branches, with the strategies of earlier commands at the same checkpoint, too."""
     plain = Training(replace(point.settings, plan="none"), train, torch.device("cpu"))
 
     def units(strategy: Strategy) -> float:
         return plain.computed_units(Constant(strategy), 1)
 
-    found["cost"] = {name: units(strategy) / units(BASE) for name, strategy in strategies.items()}
+    found["cost"] = {name: units(Strategy.parse(name)) / units(BASE) for name in found["moments"][""]}
     predicted: dict[str, dict[str, float]] = {}
     for kind, measured in found["moments"].items():
-        for name in strategies:
-            for over, moments in measured[name].items():
+        for name, of_strategy in measured.items():
+            for over, moments in of_strategy.items():
                 for criterion, value in criteria(moments, found["cost"][name]).items():
                     label = criterion if criterion == "cost" else criterion + over + kind
                     predicted.setdefault(label, {})[name] = value
@@ -359,8 +360,8 @@ def _compare(found: dict[str, Any], strategies: Mapping[str, Strategy], point: P
             what: correlations(
                 values,
                 {
-                    name: [better.get(what, float)(branch[what]) for branch in found["branches"][name].values()]
-                    for name in strategies
+                    name: [better.get(what, float)(branch[what]) for branch in by_seed.values()]
+                    for name, by_seed in found["branches"].items()
                 },
             )
             for what in REACHED

@@ -231,8 +231,9 @@ def by_length(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
                 continue
             until = {seed: [point for point in curve if point.length <= length] for seed, curve in plain.items()}
             until = {seed: curve for seed, curve in until.items() if any(point.length == length for point in curve)}
-            if row := _row(key, plan, metric, until, curves[plan]):
-                rows.append({**row, "plain": length})
+            for pair in groups(until, curves[plan])[:1]:
+                if row := _row(key, plan, metric, *pair):
+                    rows.append({**row, "plain": length})
     return sorted(rows, key=_place_of_row)
 
 
