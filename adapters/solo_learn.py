@@ -373,8 +373,8 @@ def _plan(given: Mapping[str, Any]) -> Plan | None:
     if "plan" in given:
         if not isinstance(given["plan"], str):
             raise TypeError(
-                "seqcompress.plan must be a preset's name, a strategy such as 'drop 0.5' or a schedule file, got "
-                f"{described(given['plan'])}"
+                "seqcompress.plan must be a preset's name, a strategy such as 'drop 0.5', a schedule such as "
+                f"'0: drop 0.5; 0.9: base' or a schedule file, got {described(given['plan'])}"
             )
         return str(given["plan"])
     try:

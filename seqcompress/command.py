@@ -72,8 +72,8 @@ def _parser(prog: str) -> tuple[argparse.ArgumentParser, dict[str, argparse.Argu
         metavar="PLAN",
         nargs="?",
         default="default",
-        help="a preset (default, gentle, strong, online), a strategy ('drop 0.5, patch 32') or a schedule file "
-        "(default: %(default)s)",
+        help="a preset (default, gentle, strong, online), a strategy ('drop 0.5, patch 32'), a schedule ('0: drop 0.5, "
+        "patch 32; 0.9: base') or a schedule file (default: %(default)s)",
     )
     plan.add_argument(
         "--steps", metavar="N", type=_whole_number, default=1000, help="steps of the run (default: %(default)s)"

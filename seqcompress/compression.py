@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar, cast, get_args
@@ -33,6 +34,7 @@ from seqcompress.strategy import Strategy
 __all__ = ["compress", "get_strategy", "is_compressed", "restore", "set_strategy"]
 
 Plan = Strategy | Schedule | str | os.PathLike[str]
+_BEGINS_SCHEDULE = re.compile("|".join((r"\s*base\s*$", r"\s*(drop|patch|linear|cosine)\s+\S", r"\s*[\d.]+\s*:")))
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -55,8 +57,9 @@ def compress(
         model: the encoder: a ViT of timm, Hugging Face, torchvision, DINO or one's own, or what wraps one (DDP,
             ``torch.compile``, Lightly's ``MaskedVisionTransformerTIMM``).
         plan: a [Strategy][seqcompress.Strategy] or its text ("drop 0.5, patch 32"), in force at once; a
-            [Schedule][seqcompress.schedules.Schedule], the name of a preset ("default", "gentle", "strong", "online")
-            or the path of a schedule file, in force while something drives it: a
+            [Schedule][seqcompress.schedules.Schedule] or its text ("0: drop 0.5, patch 32; 0.9: base"), the name of a
+            preset ("default", "gentle", "strong", "online") or the path of a schedule file, in force while something
+            drives it: a
             [SequenceScheduler][seqcompress.SequenceScheduler] (for "online", an
             [OnlineScheduler][seqcompress.OnlineScheduler]), the Lightning callback, or ``set_strategy`` by hand.
             Until then the model runs uncompressed, and says so. Without plan and keywords: "default".
@@ -200,7 +203,7 @@ def resolve_plan(plan: Plan | None, encoders: Iterable[tuple[str, Encoder]]) -> 
 
 def _is_file(plan: Plan) -> TypeGuard[str | os.PathLike[str]]:
     if isinstance(plan, str):
-        is_other = plan in PRESETS or plan.lstrip().startswith("{") or _strategy_of(plan) is not None
+        is_other = plan in PRESETS or plan.lstrip().startswith("{") or _schedule_in(plan) is not None
         return not is_other and (plan.endswith(".json") or is_file(plan))
     return isinstance(plan, os.PathLike)
 
@@ -215,19 +218,20 @@ def _schedule_of(plan: Plan | None, encoder: Encoder) -> Schedule:
     if isinstance(plan, str) and plan in PRESETS:
         small, side = max(encoder.patch_size), min(encoder.image_size)
         return PRESETS[plan](double_patch(small, side))
-    if isinstance(plan, str) and (strategy := _strategy_of(plan)) is not None:
-        return Constant(strategy)
+    if isinstance(plan, str) and (schedule := _schedule_in(plan)) is not None:
+        return schedule
     if isinstance(plan, str) and plan.lstrip().startswith("{"):
         raise ValueError("plan must be a schedule, not its text: pass Schedule.from_json(text)")
     if _is_file(plan):
         return Schedule.from_json(Path(plan))
     if isinstance(plan, str):
         raise ValueError(
-            f"plan must be one of {', '.join(map(repr, PRESETS))}, a strategy such as 'drop 0.5, patch 32' or a "
-            f"schedule file, got {described(plan)}"
+            f"plan must be one of {', '.join(map(repr, PRESETS))}, a strategy such as 'drop 0.5, patch 32', a schedule "
+            f"such as '0: drop 0.5, patch 32; 0.9: base' or a schedule file, got {described(plan)}"
         )
     raise TypeError(
-        f"plan must be a Strategy or its text, a Schedule, a preset's name or a schedule file, got {described(plan)}"
+        "plan must be a Strategy or a Schedule, or the text of one, a preset's name or a schedule file, got "
+        f"{described(plan)}"
     )
 
 
@@ -306,17 +310,16 @@ def _detach(embed: CompressedPatchEmbed) -> None:
     embed.release()
 
 
-def _strategy_of(text: str) -> Strategy | None:
-    """The strategy that a text such as "drop 0.5, patch 32" means, or None for a text of another kind.
+def _schedule_in(text: str) -> Schedule | None:
+    """The schedule that a text such as "drop 0.5" or "0: drop 0.5; 0.9: base" means, or None for one of another kind.
 
     Raises:
         ValueError: it means one that is out of range.
     """
-    words = text.split()
-    if text != "base" and (len(words) < 2 or words[0] not in ("drop", "patch") or is_file(text)):
+    if _BEGINS_SCHEDULE.match(text) is None or is_file(text):
         return None
     try:
-        return Strategy.parse(text)
+        return Schedule.parse(text)
     except ValueError as error:
         raise ValueError(f"plan: {error}") from None
 

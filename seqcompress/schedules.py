@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import numbers
 import os
+import re
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ from seqcompress.strategy import Strategy
 __all__ = ["Constant", "Cosine", "Linear", "Online", "Schedule", "Stepwise", "checked_progress", "checked_share"]
 
 _VERSION = 1
+_RAMP = re.compile(r"(linear|cosine) from (.+) to (.+)")
 
 
 class Schedule(ABC):
@@ -54,7 +56,38 @@ class Schedule(ABC):
 
     @abstractmethod
     def __str__(self) -> str:
-        """The schedule on one line, for people."""
+        """The schedule on one line, for people; a plan as it is, but for an online one."""
+
+    @classmethod
+    def parse(cls, text: str) -> Schedule:
+        """Read back what ``str(schedule)`` wrote, of any kind but an online one.
+
+        Raises:
+            TypeError: ``text`` is not a string.
+            ValueError: ``text`` is not a schedule's text, names a value out of range, or is of another kind.
+
+        Examples:
+            >>> str(Schedule.parse("0: drop 0.5, patch 32; 0.5: patch 32"))
+            '0: drop 0.5, patch 32; 0.5: patch 32'
+        """
+        if not isinstance(text, str):
+            raise TypeError(f"text must be a string such as '0: drop 0.5; 0.9: base', got {described(text)}")
+        ramp = _RAMP.fullmatch(" ".join(text.split()))
+        try:
+            if ramp is not None:
+                ends = Strategy.parse(ramp[2]), Strategy.parse(ramp[3])
+                found: Schedule = Linear(*ends) if ramp[1] == Linear.kind else Cosine(*ends)
+            elif ":" in text:
+                found = Stepwise(_stages_in(text))
+            else:
+                found = Constant(Strategy.parse(text))
+        except ValueError as error:
+            if ramp is None and ":" not in text:  # the strategy's own words are enough
+                raise
+            raise ValueError(f"text {described(text)} is not a schedule: {error}") from None
+        if not isinstance(found, cls):
+            raise ValueError(f"text must be that of a {cls.__name__}, got {described(text)}, a {type(found).__name__}")
+        return found
 
     def __call__(self, progress: float) -> Strategy:
         """The strategy at ``progress``, the share of training that is done, in [0, 1].
@@ -227,7 +260,7 @@ class Stepwise(Schedule):
         return f"Stepwise({dict(self.stages)!r})"
 
     def __str__(self) -> str:
-        return "; ".join(f"{begin:g}: {strategy}" for begin, strategy in self.stages)
+        return "; ".join(f"{_shortest(begin)}: {strategy}" for begin, strategy in self.stages)
 
     def _at(self, progress: float) -> Strategy:
         return [strategy for begin, strategy in self.stages if begin <= progress][-1]
@@ -334,6 +367,26 @@ class Online(Schedule):
             return cls(inner, fields["compute_share"], fields["time_share"])  # type: ignore[arg-type]
         except (TypeError, ValueError) as error:  # the message begins with the field
             raise FieldError(str(error).partition(" ")[0], str(error)) from None
+
+
+def _stages_in(text: str) -> dict[float, Strategy]:
+    """The stages of a text such as ``0: drop 0.5; 0.9: base``."""
+    stages: dict[float, Strategy] = {}
+    for stage in text.split(";"):
+        begin, _, strategy = stage.partition(":")
+        try:
+            progress = float(begin)
+        except ValueError:
+            raise ValueError(f"a stage must read like '0.9: base', got {described(stage.strip())}") from None
+        if progress in stages:
+            raise ValueError(f"progress {begin.strip()} is there twice")
+        stages[progress] = Strategy.parse(strategy.strip())
+    return stages
+
+
+def _shortest(number: float) -> str:
+    """The number's text without what it does not need to be read back."""
+    return short if float(short := f"{number:g}") == number else repr(number)
 
 
 def checked_share(share: Any, name: str) -> float:

@@ -145,7 +145,7 @@ def test_plot_schedule_draws_tokens_and_costs_and_writes_a_picture(
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"plan": {0.0: "report"}}, TypeError, "plan must be a Strategy or its text"),
+        ({"plan": {0.0: "report"}}, TypeError, "plan must be a Strategy or a Schedule"),
         ({"model": torch.nn.Linear(1, 1)}, TypeError, "model must be a supported ViT"),
         ({"teacher": torch.nn.Linear(1, 1)}, TypeError, "teacher must be a supported ViT"),
         ({"plan": Strategy(0, 64)}, ValueError, "model: "),

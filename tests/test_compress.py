@@ -451,6 +451,21 @@ def test_the_text_of_a_strategy_is_a_plan_in_force_at_once(plan: str, strategy: 
             compress(vit, text)
 
 
+def test_the_text_of_a_schedule_is_a_plan_wherever_one_is_taken(tiny_vit: Any, tmp_path: Path) -> None:
+    schedule = Stepwise({0.0: Strategy(0.5, 16), 0.5: Strategy(0.25)})
+    vit = compress(tiny_vit(), str(schedule))
+    scheduler = SequenceScheduler(vit, total_steps=4)
+    assert scheduler.schedule == schedule
+    assert get_strategy(vit) == Strategy(0.5, 16)
+    ramp = "linear from drop 0.5 to base"
+    del scheduler
+    assert SequenceScheduler(vit, ramp, total_steps=4).schedule == Linear(Strategy(0.5), Strategy())
+    with pytest.raises(ValueError, match=r"plan: text '0: drop 2' is not a schedule: .*token_dropout must be in"):
+        compress(vit, "0: drop 2")
+    with pytest.raises(ValueError, match="model: stage 'patch 4': patch_size must be at least the encoder's own, 8"):
+        compress(vit, "0: patch 4; 0.5: base")
+
+
 @pytest.mark.parametrize("size", [4, 7])
 def test_patches_smaller_than_the_encoders_own_are_refused(size: int, tiny_vit: Any) -> None:
     vit = compress(tiny_vit(), token_dropout=0.25)

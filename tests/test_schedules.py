@@ -121,6 +121,41 @@ def test_json_text_round_trips(schedule: Schedule) -> None:
 
 
 @given(any_schedule)
+def test_the_text_of_a_schedule_is_read_back(schedule: Schedule) -> None:
+    back = Schedule.parse(str(schedule))
+    assert back == schedule
+    assert type(back) is type(schedule)
+    assert type(schedule).parse(f"  {schedule} ".replace(" ", "  ")) == schedule
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("0: drop 0.5; 0.9", "text '0: drop 0.5; 0.9' is not a schedule: text must read 'base'"),
+        ("0: drop 0.5; base", "a stage must read like '0.9: base', got 'base'"),
+        ("0: drop 0.5;", "a stage must read like '0.9: base', got ''"),
+        ("0: drop 0.5; 0: base", "progress 0 is there twice"),
+        ("0.5: base", r"stages must begin at progress 0, got \[0.5\]"),
+        ("0: base; 1.5: base", r"progress must be in \[0, 1\], got 1.5"),
+        ("0: drop 2", r"token_dropout must be in \[0, 1\), got 2.0"),
+        ("linear from drop 2 to base", r"is not a schedule: .*token_dropout must be in \[0, 1\), got 2.0"),
+        ("online, at first 0: base", "a stage must read like '0.9: base', got 'online, at first 0: base'"),
+        ("drop half", "^text must read 'base', 'drop 0.5'"),
+    ],
+)
+def test_the_text_of_no_schedule_is_refused(text: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Schedule.parse(text)
+
+
+def test_a_kind_refuses_the_text_of_another_and_what_is_no_text() -> None:
+    with pytest.raises(ValueError, match=r"text must be that of a Stepwise, got 'drop 0.5', a Constant"):
+        Stepwise.parse("drop 0.5")
+    with pytest.raises(TypeError, match=r"text must be a string such as '0: drop 0.5; 0.9: base', got 3"):
+        Schedule.parse(3)  # type: ignore[arg-type]
+
+
+@given(any_schedule)
 def test_pickles_are_equal(schedule: Schedule) -> None:
     assert pickle.loads(pickle.dumps(schedule)) == schedule
 

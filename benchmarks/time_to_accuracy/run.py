@@ -40,7 +40,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import seqcompress
-from seqcompress import Budget, OnlineScheduler, Schedule, SequenceScheduler, Stepwise, Strategy
+from seqcompress import Budget, OnlineScheduler, Schedule, SequenceScheduler, Strategy
 from seqcompress.json_files import replacing, write_text
 from seqcompress.presets import DEFAULT, PRESETS, double_patch
 
@@ -163,15 +163,7 @@ def parse_plan(text: str) -> str | Strategy | Schedule:
     """
     if text == "none":
         return Strategy()
-    if ":" in text:
-        stages = (stage.partition(":") for stage in text.split(";"))
-        try:
-            return Stepwise({float(begin): Strategy.parse(what.strip()) for begin, _, what in stages})
-        except ValueError as error:
-            raise ValueError(f"plan must read like '0: drop 0.5, patch 8; 0.9: base', got {text!r}: {error}") from None
-    if text.split()[:1] in (["drop"], ["patch"], ["base"]):
-        return Strategy.parse(text)
-    return text
+    return text if text in PRESETS else Schedule.parse(text)
 
 
 class Training:

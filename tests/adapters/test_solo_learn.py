@@ -727,7 +727,8 @@ BAD_SECTIONS: list[tuple[Any, type[Exception], str]] = [
     (
         keys(plan=3),
         TypeError,
-        "seqcompress.plan must be a preset's name, a strategy such as 'drop 0.5' or a schedule file, got 3",
+        "seqcompress.plan must be a preset's name, a strategy such as 'drop 0.5', a schedule such as "
+        "'0: drop 0.5; 0.9: base' or a schedule file, got 3",
     ),
     (keys(plan="stronger"), ValueError, "seqcompress: plan must be one of 'default', 'gentle', 'strong'"),
     (keys(plan="missing.json"), FileNotFoundError, "seqcompress: schedule file 'missing.json' does not exist"),
