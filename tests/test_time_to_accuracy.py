@@ -8,8 +8,12 @@ import dataclasses
 import itertools
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib import import_module
@@ -599,6 +603,41 @@ def test_a_checkpoint_from_before_a_setting_was_there_is_gone_on_from(
     state["settings"]["lr"] = 2e-3
     with pytest.raises(ValueError, match="checkpoint is of a run with other settings"):
         second.load_state_dict(state)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_suite_that_is_ended_ends_its_runs_and_begins_no_other(
+    evidence: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: signal.Signals
+) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import os, pathlib, time\n"
+        f"pathlib.Path({str(tmp_path)!r}, str(os.getpid())).with_suffix('.begun').touch()\n"
+        "time.sleep(60)\n"
+    )
+    monkeypatch.setattr(evidence.suite, "RUN", script)
+
+    def end_when_begun() -> None:
+        while len(list(tmp_path.glob("*.begun"))) < 2:
+            time.sleep(0.05)
+        os.kill(os.getpid(), number)
+
+    ending = threading.Thread(target=end_when_begun)
+    ending.start()
+    with pytest.raises((SystemExit, KeyboardInterrupt)):
+        evidence.suite.main(["cpu", "--data", str(tmp_path), "--jobs", "2", "--output", str(tmp_path)])
+    ending.join()
+    time.sleep(0.5)  # for a worker that would begin another
+    begun = [int(path.stem) for path in tmp_path.glob("*.begun")]
+    assert len(begun) == 2
+    assert not any(_is_running(process) for process in begun)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        return os.waitpid(process, os.WNOHANG) == (0, 0)
+    except ChildProcessError:  # its end was noticed
+        return False
 
 
 @pytest.mark.parametrize(

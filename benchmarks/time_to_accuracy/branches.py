@@ -221,11 +221,12 @@ def _by_hand(training: Training, strategy: Strategy) -> None:
 
 def _second_moment(training: Training, parameters: Sequence[Tensor]) -> Tensor:
     """AdamW's, without the bias of its beginning."""
+    _, beta2 = training.optimizer.defaults["betas"]
     found = []
     for parameter in parameters:
         state = training.optimizer.state.get(parameter, {})
         if state:
-            found.append((state["exp_avg_sq"] / (1 - 0.95 ** float(state["step"]))).flatten())
+            found.append((state["exp_avg_sq"] / (1 - beta2 ** float(state["step"]))).flatten())
         else:
             found.append(torch.ones_like(parameter).flatten())
     return torch.cat(found)

@@ -183,7 +183,8 @@ def _do(missing: list[Settings], options: argparse.Namespace) -> int:
     for row in missing:
         waiting.put(row)
     failed: list[str] = []
-    running: set[subprocess.Popen[bytes]] = set()
+    running: list[subprocess.Popen[bytes]] = []
+    starting, ended = threading.Lock(), threading.Event()  # the suite itself, by a signal
 
     def work(number: int) -> None:
         while (left := (until - time.monotonic()) / 60) > 0:
@@ -195,27 +196,30 @@ def _do(missing: list[Settings], options: argparse.Namespace) -> int:
             command += ["--output", str(options.output), "--checkpoints", str(options.checkpoints)]
             if math.isfinite(left):
                 command += ["--minutes", str(left)]
-            process = subprocess.Popen(command, env=_environment(number))
-            running.add(process)
+            with starting:
+                if ended.is_set():
+                    return
+                process = subprocess.Popen(command, env=_environment(number))
+                running.append(process)
             status = process.wait()
-            running.discard(process)
-            if status not in (0, UNFINISHED):
+            if status not in (0, UNFINISHED) and not ended.is_set():
                 failed.append(row.name)
                 print(f"{row.name}: failed with status {status}; going on with the next", flush=True)
 
-    def stop(*_: object) -> None:
-        for process in running:
-            process.terminate()
-        sys.exit(1)
-
-    before = signal.signal(signal.SIGTERM, stop)  # no run goes on by itself when the suite is ended
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     workers = [threading.Thread(target=work, args=(number,), daemon=True) for number in range(options.jobs)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        while worker.is_alive():
-            worker.join(0.5)
-    signal.signal(signal.SIGTERM, before)
+    try:
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            while worker.is_alive():
+                worker.join(0.5)
+    finally:  # no run goes on by itself when the suite is ended
+        with starting:
+            ended.set()
+            for process in running:
+                process.terminate()
+        signal.signal(signal.SIGTERM, before)
     done = sum((options.output / f"{row.name}.json").is_file() for row in missing)
     print(f"{done} of {len(missing)} done" + (f", failed: {', '.join(failed)}" if failed else ""), flush=True)
     return 1 if failed else 0
