@@ -640,8 +640,14 @@ class _Readings:
         encoder, strategy = self._student.encoder, _run_at(self._student, self._strategy)
         patch_size = strategy.patch_size or min(encoder.patch_size)
         tokens = sequence_length(encoder, self._student.of_large_views(strategy))
-        numbers = (strategy.token_dropout, patch_size, tokens, self._millions(), self._together)
-        return {name: float(number) for name, number in zip(_SHOWN_AS, numbers, strict=True) if number is not None}
+        numbers = {
+            "seqcompress/token_dropout": strategy.token_dropout,
+            "seqcompress/patch_size": patch_size,
+            "seqcompress/tokens": tokens,
+            "seqcompress/budget": self._millions(),
+            "seqcompress/batch_factor": self._together,
+        }
+        return {name: float(number) for name, number in numbers.items() if number is not None}
 
 
 def _run_at(embed: CompressedPatchEmbed, strategy: Strategy | None = None) -> Strategy:

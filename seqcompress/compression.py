@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar, cast, get_args
@@ -34,7 +35,9 @@ from seqcompress.strategy import Strategy
 __all__ = ["compress", "get_strategy", "is_compressed", "restore", "set_strategy"]
 
 Plan = Strategy | Schedule | str | os.PathLike[str]
-_BEGINS_SCHEDULE = re.compile("|".join((r"\s*base\s*$", r"\s*(drop|patch|linear|cosine)\s+\S", r"\s*[\d.]+\s*:")))
+_BEGINS_SCHEDULE = re.compile(
+    "|".join((r"\s*base\s*$", r"\s*(drop|patch|linear|cosine)\s+\S", r"\s*[-+]?(\d|nan|inf)[\w.+-]*\s*:"))
+)
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -51,7 +54,8 @@ def compress(
     """Shorten a ViT's sequences during training, in place.
 
     Parameters keep their identity and ``state_dict()`` its keys and values; in eval mode the model is the
-    plain one, bit for bit. A model that is compressed already is planned anew.
+    plain one, bit for bit. A model that is compressed already is planned anew; a teacher that it was compressed with,
+    and that is not given again, is plain from then on, and a warning says so.
 
     Args:
         model: the encoder: a ViT of timm, Hugging Face, torchvision, DINO or one's own, or what wraps one (DDP,
@@ -115,10 +119,15 @@ def compress(
     models = [encoder.model for encoder in found.values()]
     views = next((embed.compression.views for embed in compressed_embeds(*models)), None)
     compression = Compression(schedule, views=views, batch=batch)
-    for embed in compressed_embeds(*models):
-        for partner in embed.partners():
-            if partner.encoder.model not in models:
-                _detach(partner)
+    for partner in with_partners(compressed_embeds(*models)):
+        if partner.encoder.model not in models:
+            if partner.is_live:
+                warnings.warn(
+                    f"seqcompress: the {'student' if partner.drops_tokens else 'teacher'} that model was compressed "
+                    "with is plain from now on; to go on with both, compress(model, plan, teacher=teacher)",
+                    stacklevel=2,
+                )
+            _detach(partner)
     for name, encoder in found.items():
         is_student = name == "model"
         when_of = when if is_student else "train"

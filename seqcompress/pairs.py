@@ -77,6 +77,12 @@ def accelerate(
     taken = [find_encoder(encoder).model for encoder in roles.values()]
     others = {name: encoder for name, encoder in encoders.items() if encoder not in taken}
     roles.update(_recognised(others, roles, module))
+    frozen = {role for role, encoder in roles.items() if is_frozen(find_encoder(encoder).model)}
+    if "teacher" in roles and frozen == {"student"}:
+        raise ValueError(
+            "student must be the encoder that is trained, and teacher its momentum encoder, got a student whose "
+            "parameters are all frozen and a teacher whose are not: swap them"
+        )
     compress(roles["student"], plan, teacher=roles.get("teacher"), batch=batch)
     follow_masks(module)
     return module

@@ -8,7 +8,6 @@ a number in [0, 1], it returns a [Strategy][seqcompress.Strategy]. Source of the
 from __future__ import annotations
 
 import math
-import numbers
 import os
 import re
 from abc import ABC, abstractmethod
@@ -18,11 +17,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
 
+from seqcompress.checks import checked_count, checked_progress, checked_share
 from seqcompress.json_files import FieldError, check_names, read_json, take, take_version, write_json
 from seqcompress.messages import described
 from seqcompress.strategy import Strategy
 
-__all__ = ["Constant", "Cosine", "Linear", "Online", "Schedule", "Stepwise", "checked_progress", "checked_share"]
+__all__ = ["Constant", "Cosine", "Linear", "Online", "Schedule", "Stepwise"]
 
 _VERSION = 1
 _RAMP = re.compile(r"(linear|cosine) from (.+) to (.+)")
@@ -86,7 +86,7 @@ class Schedule(ABC):
                 raise
             raise ValueError(f"text {described(text)} is not a schedule: {error}") from None
         if not isinstance(found, cls):
-            raise ValueError(f"text must be that of a {cls.__name__}, got {described(text)}, a {type(found).__name__}")
+            raise ValueError(f"text must be of kind {cls.kind!r}, got {described(text)}, which is {found.kind!r}")
         return found
 
     def __call__(self, progress: float) -> Strategy:
@@ -105,8 +105,12 @@ class Schedule(ABC):
             step: number of steps done, at least 0; from ``total_steps - 1`` on, the end holds.
             total_steps: steps of the whole run, at least 1. If they are as many as the stages of a
                 [Stepwise][seqcompress.schedules.Stepwise] at least, each of these gets one.
+
+        Raises:
+            TypeError: an argument is not a whole number.
+            ValueError: an argument is out of range.
         """
-        _check_step(step)
+        step, total_steps = _checked_steps(step, total_steps)
         return self(1.0 if step >= total_steps - 1 else step / total_steps)
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
@@ -266,7 +270,7 @@ class Stepwise(Schedule):
         return [strategy for begin, strategy in self.stages if begin <= progress][-1]
 
     def at_step(self, step: int, total_steps: int) -> Strategy:
-        _check_step(step)
+        step, total_steps = _checked_steps(step, total_steps)
         first_steps = _first_steps(tuple(begin for begin, _ in self.stages), total_steps)
         return self.stages[bisect_right(first_steps, step) - 1][1]
 
@@ -384,19 +388,13 @@ def _stages_in(text: str) -> dict[float, Strategy]:
     return stages
 
 
+def _checked_steps(step: Any, total_steps: Any) -> tuple[int, int]:
+    return checked_count(step, "step", at_least=0), checked_count(total_steps, "total_steps", at_least=1)
+
+
 def _shortest(number: float) -> str:
     """The number's text without what it does not need to be read back."""
     return short if float(short := f"{number:g}") == number else repr(number)
-
-
-def checked_share(share: Any, name: str) -> float:
-    """An argument that is a share of something, and not none of it."""
-    if isinstance(share, bool) or not isinstance(share, numbers.Real):
-        raise TypeError(f"{name} must be a number in (0, 1], got {described(share)}")
-    number: Any = share
-    if not 0 < number <= 1:
-        raise ValueError(f"{name} must be in (0, 1], got {described(share)}")
-    return float(number)
 
 
 @lru_cache(maxsize=16)
@@ -427,23 +425,3 @@ def _strategy_fields(fields: Mapping[str, Any], *names: str) -> dict[str, Strate
 def _check_strategy(value: Any, name: str) -> None:
     if not isinstance(value, Strategy):
         raise TypeError(f"{name} must be a Strategy, got {described(value)}")
-
-
-def _check_step(step: int) -> None:
-    if step < 0:
-        raise ValueError(f"step must be at least 0, got {described(step)}")
-
-
-def checked_progress(value: Any, name: str) -> float:
-    """An argument that is a share of training, as a float.
-
-    Raises:
-        TypeError: it is not a number.
-        ValueError: it is not in [0, 1]. Both messages begin with ``name``.
-    """
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number in [0, 1], got {described(value)}")
-    number: Any = value
-    if not 0 <= number <= 1:
-        raise ValueError(f"{name} must be in [0, 1], got {described(value)}")
-    return float(number)

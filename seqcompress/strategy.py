@@ -15,7 +15,7 @@ _PART = re.compile(r"drop (?P<token_dropout>[0-9.e+-]+)|patch (?P<patch_size>[0-
 _LARGEST_PATCH = 2**31 - 1  # no view has more; sides are multiplied, and written as text
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Strategy:
     """One way to shorten a sequence, ``s = (token_dropout, patch_size)``.
 
@@ -111,9 +111,9 @@ def _checked_dropout(value: Any) -> float:
 
 
 def _checked_patch_size(value: Any) -> int:
-    if isinstance(value, bool):
-        raise TypeError(f"patch_size must be a whole number of pixels or None, got {described(value)}")
     try:
+        if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):  # NumPy's and torch's, too
+            raise TypeError
         size = operator.index(value)
     except TypeError:
         raise TypeError(f"patch_size must be a whole number of pixels or None, got {described(value)}") from None

@@ -451,6 +451,18 @@ def test_the_text_of_a_strategy_is_a_plan_in_force_at_once(plan: str, strategy: 
             compress(vit, text)
 
 
+def test_a_teacher_that_is_not_given_again_is_plain_and_that_is_said(tiny_vit: Any) -> None:
+    student, teacher = tiny_vit(), tiny_vit()
+    compress(student, STRATEGY, teacher=teacher)
+    with pytest.warns(UserWarning, match="the teacher that model was compressed with is plain from now on") as told:
+        compress(student, STRATEGY)
+    assert len(told) == 1
+    assert not is_compressed(teacher)
+    compress(student, STRATEGY, teacher=teacher)
+    with pytest.warns(UserWarning, match="the student that model was compressed with is plain from now on"):
+        compress(teacher, STRATEGY)
+
+
 def test_the_text_of_a_schedule_is_a_plan_wherever_one_is_taken(tiny_vit: Any, tmp_path: Path) -> None:
     schedule = Stepwise({0.0: Strategy(0.5, 16), 0.5: Strategy(0.25)})
     vit = compress(tiny_vit(), str(schedule))

@@ -111,6 +111,52 @@ def test_a_driver_that_is_gone_leaves_the_encoder_plain_and_that_is_said(tiny_vi
         assert _length(vit, first_tokens) == 17
 
 
+@pytest.mark.parametrize("again", [lambda vit: compress(vit, "0: drop 0.25; 0.5: base"), copy.deepcopy])
+def test_what_was_said_of_one_plan_is_said_of_the_next_and_of_a_copy(
+    again: Any, tiny_vit: Any, first_tokens: Any
+) -> None:
+    vit = compress(tiny_vit().train(), PLAN)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="has a schedule that nobody drives") as told:
+            assert [_length(vit, first_tokens) for _ in range(2)] == [17] * 2
+        assert len(told) == 1
+        vit = again(vit)
+
+
+def test_an_early_forward_hides_neither_that_the_driver_is_gone_nor_that_the_schedule_has_ended(
+    tiny_vit: Any, first_tokens: Any
+) -> None:
+    vit = compress(tiny_vit().train(), PLAN)
+    with pytest.warns(UserWarning, match="nobody drives"):
+        _length(vit, first_tokens)
+    for steps, words in ((1, "a SequenceScheduler drove, which is gone"), (4, "has been run to its end")) * 2:
+        compress(vit, PLAN)
+        scheduler = SequenceScheduler(vit, total_steps=4)
+        for _ in range(steps):
+            scheduler.step()
+        del scheduler
+        gc.collect()
+        with pytest.warns(UserWarning, match=words) as told:
+            assert [_length(vit, first_tokens) for _ in range(2)] == [17] * 2
+        assert len(told) == 1
+
+
+def test_that_a_schedule_is_run_again_is_said(tiny_vit: Any) -> None:
+    vit = compress(tiny_vit(), PLAN)
+    scheduler = SequenceScheduler(vit, total_steps=1)
+    scheduler.step()
+    del scheduler
+    gc.collect()
+    with pytest.warns(UserWarning, match="has been run to its end before, and is run again, from its beginning"):
+        kept = SequenceScheduler(vit, total_steps=2)
+    assert get_strategy(vit) == HALF
+    del kept
+    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SequenceScheduler(vit, Stepwise({0.0: Strategy(0.25)}), total_steps=2)  # another one
+
+
 def test_after_its_end_an_encoder_is_plain_without_its_driver_too(tiny_vit: Any, first_tokens: Any) -> None:
     vit = compress(tiny_vit().train(), Stepwise({0.0: HALF, 0.5: Strategy(0.0, 16)}))
     scheduler = SequenceScheduler(vit, total_steps=2)

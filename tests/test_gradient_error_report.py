@@ -202,10 +202,20 @@ def test_the_largest_numbers_that_are_read_break_nothing() -> None:
     assert "e+" in str(report)
 
 
+def test_the_encoders_own_patch_size_in_a_file_is_no_other_strategy() -> None:
+    content = json.loads(_report({BASE: 1.0, HALF: 2.0}).to_json())
+    content["own_patch_size"] = content["strategies"][1]["patch_size"] = 8
+    report = GradientErrorReport.from_json(json.dumps(content))
+    assert report[HALF] == report[Strategy(0.5, 8)]
+    content["strategies"].append({**content["strategies"][1], "patch_size": None})
+    with pytest.raises(ValueError, match=r"strategies\[2\]': drop 0.5 is there twice"):
+        GradientErrorReport.from_json(json.dumps(content))
+
+
 def test_a_cost_of_nothing_is_refused() -> None:
     content = json.loads(_report({BASE: 1.0, HALF: 2.0}).to_json())
     content["strategies"][1]["cost"]["value"] = 0
-    with pytest.raises(ValueError, match=r"strategies\[1\].cost': must be above 0"):
+    with pytest.raises(ValueError, match=r"strategies\[1\].cost': must be above 0, got 0"):
         GradientErrorReport.from_json(json.dumps(content))
 
 

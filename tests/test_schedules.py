@@ -40,8 +40,12 @@ def test_a_ramp_never_leaves_its_range(ramp: Any, progress: float) -> None:
     "schedule", [Stepwise({0.0: Strategy(0.5), 0.5: Strategy()}), Linear(Strategy(0.5), Strategy())]
 )
 def test_a_step_before_the_first_is_refused(schedule: Schedule) -> None:
-    with pytest.raises(ValueError, match="step must be at least 0, got -1"):
+    with pytest.raises(ValueError, match="step must be a whole number of at least 0, got -1"):
         schedule.at_step(-1, 10)
+    with pytest.raises(ValueError, match="total_steps must be a whole number of at least 1, got 0"):
+        schedule.at_step(0, 0)
+    with pytest.raises(TypeError, match=r"step must be a whole number, got 1\.5"):
+        schedule.at_step(1.5, 10)  # type: ignore[arg-type]
 
 
 def test_a_folder_that_is_not_there_is_an_error_that_names_the_file_asked_for(tmp_path: Path) -> None:
@@ -140,6 +144,7 @@ def test_the_text_of_a_schedule_is_read_back(schedule: Schedule) -> None:
         ("0: drop 2", r"token_dropout must be in \[0, 1\), got 2.0"),
         ("linear from drop 2 to base", r"is not a schedule: .*token_dropout must be in \[0, 1\), got 2.0"),
         ("online, at first 0: base", "a stage must read like '0.9: base', got 'online, at first 0: base'"),
+        ("nan: base", r"progress must be in \[0, 1\], got nan"),
         ("drop half", "^text must read 'base', 'drop 0.5'"),
     ],
 )
@@ -149,7 +154,7 @@ def test_the_text_of_no_schedule_is_refused(text: str, words: str) -> None:
 
 
 def test_a_kind_refuses_the_text_of_another_and_what_is_no_text() -> None:
-    with pytest.raises(ValueError, match=r"text must be that of a Stepwise, got 'drop 0.5', a Constant"):
+    with pytest.raises(ValueError, match=r"text must be of kind 'stepwise', got 'drop 0\.5', which is 'constant'"):
         Stepwise.parse("drop 0.5")
     with pytest.raises(TypeError, match=r"text must be a string such as '0: drop 0.5; 0.9: base', got 3"):
         Schedule.parse(3)  # type: ignore[arg-type]

@@ -82,6 +82,7 @@ class _LookAtCall(Hook):
         if not isinstance(value, Tensor) or value.ndim != 4:
             return value
         encoder, view = self.embed.encoder, (value.shape[2], value.shape[3])
+        self.embed.compression.observe(view)
         if encoder.plain_grid(view) is not None or self.embed.compression.full_size(view) == view:
             return value
         self.embed.smaller = value

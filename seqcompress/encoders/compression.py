@@ -31,6 +31,9 @@ class SmallerViews(Protocol):
     def full_size(self, view: tuple[int, int], /) -> tuple[int, int]:
         """The size in pixels that a view would have had."""
 
+    def observe(self, view: tuple[int, int], /) -> None:
+        """A view of this size has come to an encoder."""
+
 
 class Compression:
     """What the encoders that were compressed together share: one plan, one strategy, one random stream, one driver.
@@ -79,7 +82,7 @@ class Compression:
         self._by_hand = False
         self._driver: weakref.ref[Any] | None = None
         self._driver_name: str | None = None
-        self._said = False  # that what is set by hand will not stay
+        self._said: set[str] = set()  # what was said of this driver, or of its absence
         self._was_stepped = False  # whether the driver has advanced the plan
         self._updates = 0  # of the encoders' parameters since it came
 
@@ -100,6 +103,11 @@ class Compression:
     def full_size(self, view: tuple[int, int]) -> tuple[int, int]:
         """The size in pixels that a view would have had, had it not been made smaller."""
         return view if self.views is None else self.views.full_size(view)
+
+    def observe(self, view: tuple[int, int]) -> None:
+        """A view of this size has come, which may not be one that was asked for."""
+        if self.views is not None:
+            self.views.observe(view)
 
     @property
     def driver(self) -> Any | None:
@@ -138,6 +146,7 @@ class Compression:
         self.check_free(driver)
         self._driver, self._driver_name, self._by_hand = weakref.ref(driver), name, False
         self._was_stepped, self._updates = False, 0
+        self._said = set()
 
     def count_step(self) -> None:
         """The driver has advanced the plan, which it is expected to do at every step."""
@@ -151,8 +160,7 @@ class Compression:
     def set_by_hand(self, strategy: Strategy) -> None:
         """Put a strategy in force. Where nobody drives, this does; else it holds until the driver's next step."""
         self._strategy, self._by_hand = strategy, self.driver is None
-        if self.driver is not None and not self._said:
-            self._said = True
+        if self.driver is not None and self._is_new("will not stay"):
             warnings.warn(
                 f"seqcompress: the encoders are driven by {self._driver_name}, whose own strategy is back at its next "
                 "step; to drive them by hand, compress(model, plan) anew",
@@ -160,17 +168,20 @@ class Compression:
             )
 
     def notice_missing_driver(self) -> str | None:
-        """What a schedule lacks to take effect, in a sentence for people, or None; to be called as training runs."""
+        """What a schedule lacks to take effect, in a sentence for people, once; to be called as training runs."""
         if self.driven_by is not None or isinstance(self.plan, Constant):
             return None
         self.ask_views_for(Strategy())  # a driver that is gone may have left small ones
         if self.finished:
-            if not self.tells_its_end:
+            if not self.tells_its_end or not self._is_new("its end"):
                 return None
             return (
                 "training is uncompressed: the schedule of the encoder has been run to its end, and whoever drove it "
-                "is gone. For another run of it, compress(model, plan) anew; for a plain encoder, restore(model)"
+                "is gone. For another run of it, compress(model, plan) anew or make another driver; for a plain "
+                "encoder, restore(model)"
             )
+        if not self._is_new("no driver"):
+            return None
         whose = "nobody drives" if self._driver_name is None else f"{self._driver_name} drove, which is gone"
         is_online = isinstance(self.plan, Online)
         driver = "n OnlineScheduler(model, loss," if is_online else " SequenceScheduler(model,"
@@ -181,7 +192,7 @@ class Compression:
         )
 
     def notice_missing_step(self) -> str | None:
-        """That a driver is never stepped, in a sentence for people, or None; to be called after every update.
+        """That a driver is never stepped, in a sentence for people, once; to be called after every update.
 
         Only updates of the weights count. So neither forwards before the loop nor gradient accumulation are taken for
         steps, however short the run is: half of it, and at most 100 updates, is what a loop may do without.
@@ -190,7 +201,7 @@ class Compression:
         if self._was_stepped or self.driver is None or isinstance(self.plan, Constant) or self.steps_left == 0:
             return None
         left = 2 * _MANY_UPDATES if self.steps_left is None else self.steps_left
-        if self._updates < min(_MANY_UPDATES, max(_FEW_UPDATES, left // 2)):
+        if self._updates < min(_MANY_UPDATES, max(_FEW_UPDATES, left // 2)) or not self._is_new("no step"):
             return None
         return (
             f"the encoder has been updated {self._updates} times since {self._driver_name} was made, which has not "
@@ -198,10 +209,16 @@ class Compression:
             "training step"
         )
 
+    def _is_new(self, what: str) -> bool:
+        if what in self._said:
+            return False
+        self._said.add(what)
+        return True
+
     def __getstate__(self) -> dict[str, Any]:
         # The driver drives the original; a weak reference cannot be pickled anyway.
         # Who is copied along joins the copy.
         return {**vars(self), "_driver": None, "_driver_name": None, "members": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, members=weakref.WeakKeyDictionary())
+        vars(self).update(state, members=weakref.WeakKeyDictionary(), _said=set())

@@ -44,7 +44,9 @@ class Join(Hook):
             return args, kwargs
         if args:
             return (self.embed.join(args[0], is_last=self.is_last), *args[1:]), kwargs
-        name = next(name for name, value in kwargs.items() if isinstance(value, Tensor))
+        name = next((name for name, value in kwargs.items() if isinstance(value, Tensor)), None)
+        if name is None:
+            raise TypeError(f"a {type(module).__name__} must be given tokens, got no tensor")
         return args, {**kwargs, name: self.embed.join(kwargs[name], is_last=self.is_last)}
 
 

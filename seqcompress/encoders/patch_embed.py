@@ -539,9 +539,9 @@ class CompressedPatchEmbed(StandIn):
             self._warn_of_a_pass_without_gradients()
         elif self.drops_tokens:
             if missing := self.compression.notice_missing_driver():
-                self._warn("no driver", missing)
+                _say(missing)
             if self._was_updated() and (missing := self.compression.notice_missing_step()):
-                self._warn("no step", missing)
+                _say(missing)
         cut = self._cut(views, compressing)
         base, view = self.encoder.patch_size, (views.shape[2], views.shape[3])
         patch, grid, full = cut.patch, cut.grid, cut.full
@@ -588,6 +588,7 @@ class CompressedPatchEmbed(StandIn):
         """How these views (B, C, H, W) are cut by the strategy in force, if this forward is compressed at all."""
         size = self.strategy.patch_size if compressing else None
         base, view = self.encoder.patch_size, (views.shape[2], views.shape[3])
+        self.compression.observe(view)
         full = self.compression.full_size(view)
         patch = base if size is None else (size, size)
         grid = self.encoder.grid(full, patch)
@@ -654,7 +655,7 @@ class CompressedPatchEmbed(StandIn):
     def _warn(self, what: str, message: str) -> None:
         if what not in self._warned:
             self._warned.add(what)
-            warnings.warn(f"seqcompress: {message}", stacklevel=2)
+            _say(message)
 
     def _embed_patches(self, views: Tensor, selection: Selection) -> Tensor:
         if self.encoder.maps_patches:
@@ -673,6 +674,10 @@ class CompressedPatchEmbed(StandIn):
         if selection.kept is None:
             return tokens
         return tokens.gather(1, selection.kept.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+def _say(message: str) -> None:
+    warnings.warn(f"seqcompress: {message}", stacklevel=3)
 
 
 def is_frozen(model: nn.Module) -> bool:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from seqcompress.checks import checked_count
 from seqcompress.encoders import CompressedPatchEmbed, Forward
 from seqcompress.gradients.report import GradientErrorReport
 from seqcompress.json_files import json_text
@@ -22,7 +23,6 @@ __all__ = [
     "MeasuredBatch",
     "OnlineDecision",
     "checked_flops",
-    "checked_steps",
     "read_begun",
     "read_decision",
     "read_events",
@@ -80,13 +80,6 @@ def checked_flops(value: Any, name: str, above: float = -1.0) -> float:
     return float(value)
 
 
-def checked_steps(value: Any, name: str) -> int:
-    """A number of steps."""
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**64:
-        raise ValueError(f"{name} must be a whole number of at least 0, got {described(value)}")
-    return value
-
-
 def read_list(text: Any, name: str) -> list[Any]:
     """What JSON text of a list holds."""
     if not isinstance(text, str):
@@ -102,7 +95,7 @@ def read_list(text: Any, name: str) -> list[Any]:
 
 def read_decision(fields: Mapping[str, Any], last_step: int) -> OnlineDecision:
     """One decision, made at a step that is done."""
-    step = checked_steps(fields["step"], "decisions' step")
+    step = checked_count(fields["step"], "decisions' step", at_least=0)
     if step > last_step:
         raise ValueError(f"decisions' step must be at most last_step, got {step} after {last_step}")
     share = fields["share"]

@@ -89,7 +89,7 @@ def gradient_error(
         strategies: what to compare with the base.
         teacher: as in [compress][seqcompress.compress]: shares the patch size but not the dropout.
         after_backward: what completes a training step, such as the optimizer's step and the momentum update. Timed,
-            and undone.
+            and undone; not called where ``cost`` is "flops".
         protect: an object of any class, or a list of them, to put back as well: what ``step`` changes and cannot be
             found from it.
         cost: "measured" for the time of the whole step: strategies take turns in random order, within every batch, and
@@ -131,7 +131,7 @@ def gradient_error(
             raise TypeError(f"{name} must be a function, got {described(function)}")
     if cost not in get_args(CostKind):
         raise ValueError(f"cost must be 'measured' or 'flops', got {described(cost)}")
-    if not isinstance(seed, Integral):
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
         raise TypeError(f"seed must be a whole number, got {described(seed)}")
     if sketch is not None and (isinstance(sketch, bool) or not isinstance(sketch, int)):
         raise TypeError(f"sketch must be a whole number or None, got {described(sketch)}")
@@ -678,7 +678,7 @@ def _progress_bar(batches: Iterable[Any], wanted: bool | None) -> Callable[[Iter
 
 def checked_strategies(strategies: Iterable[Strategy]) -> list[Strategy]:
     """A list of them, for sure."""
-    if isinstance(strategies, Strategy) or not isinstance(strategies, Iterable):
+    if isinstance(strategies, (str, Strategy)) or not isinstance(strategies, Iterable):
         raise TypeError(f"strategies must be several of them, such as a list, got {described(strategies)}")
     checked = list(strategies)
     for strategy in checked:

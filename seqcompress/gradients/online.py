@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from seqcompress.checks import checked_count, checked_share
 from seqcompress.compression import compressed_embeds_of
 from seqcompress.encoders import CompressedPatchEmbed, Forward
 from seqcompress.gradients.decisions import (
     MeasuredBatch,
     OnlineDecision,
     checked_flops,
-    checked_steps,
     read_begun,
     read_decision,
     read_events,
@@ -48,7 +48,7 @@ from seqcompress.gradients.report import GradientErrorReport, canonical
 from seqcompress.gradients.statistics import Estimate, Sketch, interquartile_mean, jackknife, norm2_of_mean, variance
 from seqcompress.json_files import json_text
 from seqcompress.messages import by_script, described
-from seqcompress.schedules import Constant, Online, Schedule, Stepwise, checked_share
+from seqcompress.schedules import Constant, Online, Schedule, Stepwise
 from seqcompress.strategy import Strategy
 from seqcompress.training.cost import Flops
 from seqcompress.training.ranks import Ranks
@@ -365,9 +365,10 @@ class OnlineScheduler:
             share = checked_share(state["compute_share"], "compute_share")
             trained, measured = (checked_flops(state[name], name) for name in ("trained", "measured"))
             seconds = [checked_flops(state[name], name) for name in ("seconds_trained", "seconds_measured")]
-            gave_up = None if state["gave_up"] == -1 else checked_steps(state["gave_up"], "gave_up")
-            total, last = (checked_steps(state[name], name) for name in ("total_steps", "last_step"))
-            checked_steps(state["seed"], "seed")
+            gave_up = None if state["gave_up"] == -1 else checked_count(state["gave_up"], "gave_up", at_least=0)
+            total = checked_count(state["total_steps"], "total_steps", at_least=1)
+            last = checked_count(state["last_step"], "last_step", at_least=0)
+            checked_count(state["seed"], "seed", at_least=0)
             decisions = [read_decision(fields, last) for fields in read_list(state["decisions"], "decisions")]
             sketches = read_sketches(state["sketches"], (_BATCHES - 1, _MOST_COMPARED, *self._sketch.shape))
             events = read_events(read_list(state["events"], "events"), sketches)
@@ -376,12 +377,10 @@ class OnlineScheduler:
             for strategy in (*schedule.strategies(), *(decision.after for decision in decisions)):
                 if strategy not in ladder:
                     raise ValueError(f"schedule and decisions must be of strategies of the ladder, got {strategy!s}")
-            now = schedule(min(last, total) / max(1, total))
+            now = schedule.at_step(last, total)
             if any(set(event.sketches) != set(compared(ladder, now)) for event in events):
                 raise ValueError(f"events must be of {now!s}, its neighbours and the base")
             own = self._sequence.total_steps
-            if total < 1:
-                raise ValueError(f"total_steps must be a whole number of at least 1, got {total}")
             sequence = {name: state[name] for name in self._sequence.state_dict() if name in state}
             self._sequence.load_state_dict(
                 {**sequence, "total_steps": own, "plan": self._sequence.state_dict()["plan"]}

@@ -331,15 +331,15 @@ def _report(fields: dict[str, Any]) -> GradientErrorReport:
         rest = dict(entry)
         try:
             estimated = {name: take(rest, name) for name in _ESTIMATED}
-            strategy = Strategy.from_dict(rest)
+            strategy = canonical(Strategy.from_dict(rest), own)
         except (TypeError, ValueError) as error:
             raise FieldError(place, str(error)) from None
         if strategy in strategies:
             raise FieldError(place, f"{strategy!s} is there twice")
         strategies[strategy] = {name: _estimate(value, f"{place}.{name}", batches) for name, value in estimated.items()}
         cost = strategies[strategy]["cost"]
-        if min((cost.value, *(value for row in cost.leave_one_out for value in row))) <= 0:
-            raise FieldError(f"{place}.cost", "must be above 0")
+        if (least := min((cost.value, *(value for row in cost.leave_one_out for value in row)))) <= 0:
+            raise FieldError(f"{place}.cost", f"must be above 0, got {described(least)}")
     if Strategy() not in strategies:
         raise FieldError("strategies", "must contain the base strategy")
     return GradientErrorReport.from_estimates(

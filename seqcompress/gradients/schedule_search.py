@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from itertools import pairwise
 from statistics import fmean
 
+from seqcompress.checks import checked_progress
 from seqcompress.gradients.report import GradientErrorReport, StrategyError
 from seqcompress.messages import described
-from seqcompress.schedules import Stepwise, checked_progress
+from seqcompress.schedules import Stepwise
 from seqcompress.strategy import Strategy
 
 __all__ = ["best_schedule", "explain_schedule", "plot_gradient_error"]

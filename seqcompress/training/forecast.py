@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from seqcompress.checks import checked_count
 from seqcompress.compression import Plan, check_plan_for, check_roles, resolve_plan
 from seqcompress.encoders import find_encoder
 from seqcompress.schedules import Constant, Schedule
 from seqcompress.strategy import Strategy
 from seqcompress.training.cost import StepCosts, ViewCosts, sequence_length
-from seqcompress.training.sequence_scheduler import checked_count
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

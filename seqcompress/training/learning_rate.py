@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numbers
-import operator
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -13,11 +12,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from seqcompress.checks import checked_count
 from seqcompress.messages import described
 
 __all__ = ["PolynomialDecayLR"]
 
-_MANY = 2**64  # more steps than any run has
 _MOST = 1e40  # a learning rate that is read
 
 
@@ -38,7 +37,7 @@ class PolynomialDecayLR(LRScheduler):
         last_epoch: as in every torch scheduler.
 
     Raises:
-        TypeError: ``optimizer`` is none.
+        TypeError: ``optimizer`` is none, or a number of steps no whole number.
         ValueError: an argument is out of range.
 
     Examples:
@@ -109,13 +108,12 @@ class PolynomialDecayLR(LRScheduler):
             whole = {**own, **known}
             _checked_curve(*(whole[name] for name in ("total_steps", "warmup_steps", "power")))
             for name in ("last_epoch", "_step_count"):
-                if not 0 <= _whole(whole[name], name) < _MANY:
-                    raise ValueError(f"{name} must be a whole number of at least 0, got {described(whole[name])}")
+                checked_count(whole[name], name, at_least=0)
             for name in ("base_lrs", "_last_lr"):
                 rates = whole[name]
                 if not isinstance(rates, list) or len(rates) != len(own[name]) or not all(map(_is_rate, rates)):
                     raise ValueError(f"{name} must be {len(own[name])} learning rates, got {described(rates)}")
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"state_dict is not a PolynomialDecayLR's: {error}") from None
         return known
 
@@ -130,10 +128,9 @@ class PolynomialDecayLR(LRScheduler):
 
 
 def _checked_curve(total_steps: Any, warmup_steps: Any, power: Any) -> tuple[int, int, float]:
-    total_steps, warmup_steps = _whole(total_steps, "total_steps"), _whole(warmup_steps, "warmup_steps")
-    if not 1 <= total_steps < _MANY:
-        raise ValueError(f"total_steps must be a whole number of at least 1, below 2**64, got {described(total_steps)}")
-    if not 0 <= warmup_steps < total_steps:
+    total_steps = checked_count(total_steps, "total_steps", at_least=1)
+    warmup_steps = checked_count(warmup_steps, "warmup_steps", at_least=0)
+    if warmup_steps >= total_steps:
         raise ValueError(f"warmup_steps must be a whole number in [0, total_steps), got {described(warmup_steps)}")
     number: Any = power
     if isinstance(power, bool) or not isinstance(power, numbers.Real) or not 0 < number <= sys.float_info.max:
@@ -145,12 +142,3 @@ def _is_rate(value: Any) -> bool:
     if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
         return False
     return value.numel() == 1 and bool(value.isfinite()) if isinstance(value, Tensor) else abs(value) < _MOST
-
-
-def _whole(value: Any, name: str) -> int:
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        return operator.index(value)
-    except TypeError:
-        raise ValueError(f"{name} must be a whole number, got {described(value)}") from None

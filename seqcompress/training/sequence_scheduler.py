@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import warnings
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from seqcompress.checks import checked_count
 from seqcompress.compression import (
     Plan,
     check_plan,
@@ -28,9 +28,8 @@ from seqcompress.strategy import Strategy
 from seqcompress.training.cost import StepCosts, batch_factor, sequence_length
 from seqcompress.training.ranks import Ranks
 
-__all__ = ["SequenceScheduler", "checked_count"]
+__all__ = ["SequenceScheduler"]
 
-_MANY = 2**64  # more steps than any run has, and the end of a seed's range
 _LOOKED_AT = 10_000  # steps of a run at which a schedule is asked for its cost, at most
 
 
@@ -85,13 +84,6 @@ class SequenceScheduler:
             raise ValueError(f"schedule must be given for encoders that were compressed with {len(plans)} plans")
         (plan,) = plans
         check_plan(self._embeds, plan)
-        if isinstance(plan, Online):
-            warnings.warn(
-                "seqcompress: a SequenceScheduler measures nothing, and follows the preset of an online plan; to have "
-                "it measured, make an OnlineScheduler(model, loss, total_steps=...)",
-                stacklevel=2,
-            )
-            plan = plan.preset
         if schedule is None and any(embed.compression.batch is not None for embed in self._embeds):
             warnings.warn(
                 "seqcompress: batch='merge' is for Lightning's Trainer: in a loop of your own, run as many batches at "
@@ -100,6 +92,19 @@ class SequenceScheduler:
             )
         self._driven = [(embed, embed.compression) for embed in self._embeds]
         self._claim()
+        if isinstance(plan, Online):
+            warnings.warn(
+                "seqcompress: a SequenceScheduler measures nothing, and follows the preset of an online plan; to have "
+                "it measured, make an OnlineScheduler(model, loss, total_steps=...)",
+                stacklevel=2,
+            )
+            plan = plan.preset
+        if schedule is None and any(compression.finished for _, compression in self._driven):
+            warnings.warn(
+                "seqcompress: the schedule of the encoders has been run to its end before, and is run again, from its "
+                "beginning",
+                stacklevel=2,
+            )
         self._told_of_the_end = False
         self._spent_of: object = None
         self._spent_after: tuple[list[int], list[float]] = ([], [])
@@ -348,15 +353,3 @@ def _listed(value: Any) -> list[Any]:
     if not isinstance(value, list):
         raise TypeError(f"forwards must be a list of whole numbers, got {described(value)}")
     return value
-
-
-def checked_count(value: Any, name: str, *, at_least: int) -> int:
-    """An argument that counts something, as a whole number."""
-    try:
-        count = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be a whole number, got {described(value)}") from None
-    if isinstance(value, bool) or not at_least <= count < _MANY:
-        expected = "below 2**64" if count >= _MANY else f"of at least {at_least}"
-        raise ValueError(f"{name} must be a whole number {expected}, got {described(value)}")
-    return count

@@ -91,6 +91,10 @@ class ScaledViews:
 
     def full_size(self, view: Size) -> Size:
         """Size of the full view that a view stands for: its own, unless a smaller one was asked for."""
+        return self._asked_for.get(view, view)
+
+    def observe(self, view: Size) -> None:
+        """A view of this size has come to an encoder; where those that were asked for do not, all are full from now."""
         if view not in self._asked_for and view not in self._full and self._asked_for and not self._stopped:
             self._look_again()
             if view not in self._asked_for and view not in self._full:
@@ -103,7 +107,6 @@ class ScaledViews:
                 f"views of {px(view)} keep coming where smaller ones are asked for: if they are cropped or resized to "
                 "that size once more on their way, put that into the data set, or give that module to scale_views"
             )
-        return self._asked_for.get(view, view)
 
     def _is_larger_than_asked_for(self, view: Size) -> bool:
         """Whether none but full views have come for longer than those take that are under way."""
@@ -168,8 +171,7 @@ class ScaledViews:
         Args:
             strategy_after: the strategy after so many more steps.
         """
-        ahead = [*range(0, self.lookahead, max(1, self.lookahead // 8)), self.lookahead]
-        self.ask_for(*map(strategy_after, ahead))
+        self.ask_for(*map(strategy_after, range(self.lookahead + 1)))
 
     def wanted_now(self) -> int | None:
         """The patch size for which a view is to be made that is used at once; None for a full one."""
