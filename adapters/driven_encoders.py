@@ -9,16 +9,16 @@ if TYPE_CHECKING:
     from seqcompress.schedules import Online, Schedule
     from seqcompress.strategy import Strategy
 
-__all__ = ["DrivenEncoders", "embeds_by_place"]
+__all__ = ["DrivenEncoders", "embeds_by_path"]
 
 CALLBACK = "the Lightning callback"
 
 
-def embeds_by_place(pl_module: Any) -> dict[str, CompressedPatchEmbed]:
+def embeds_by_path(pl_module: Any) -> dict[str, CompressedPatchEmbed]:
     """The compressed patch embeddings that a module holds, by their names in it; each once."""
     from seqcompress.encoders import CompressedPatchEmbed
 
-    return {place: module for place, module in pl_module.named_modules() if isinstance(module, CompressedPatchEmbed)}
+    return {path: module for path, module in pl_module.named_modules() if isinstance(module, CompressedPatchEmbed)}
 
 
 class DrivenEncoders:
@@ -26,7 +26,7 @@ class DrivenEncoders:
 
     Args:
         number: of this group in its module, for random subsets of its own.
-        group: the compressed patch embeddings by place; at least one.
+        group: the compressed patch embeddings by path; at least one.
     """
 
     def __init__(self, number: int, group: dict[str, CompressedPatchEmbed]) -> None:
@@ -42,11 +42,11 @@ class DrivenEncoders:
     @property
     def name(self) -> str:
         """Where the module has the encoder; the student, of a pair."""
-        of_students = ((place, embed) for place, embed in self._group.items() if embed.drops_tokens)
-        place, embed = next(of_students, next(iter(self._group.items())))
+        of_students = ((path, embed) for path, embed in self._group.items() if embed.drops_tokens)
+        path, embed = next(of_students, next(iter(self._group.items())))
         names = (name for name, module in embed.encoder.model.named_modules() if module is embed)
-        within = next(names, place.rpartition(".")[2])
-        return place.removesuffix(within).rstrip(".") or "the encoder"
+        within = next(names, path.rpartition(".")[2])
+        return path.removesuffix(within).rstrip(".") or "the encoder"
 
     @property
     def student(self) -> Any:
@@ -100,7 +100,7 @@ class DrivenEncoders:
     def finish(self) -> None:
         """The plan has been run to its end, which every later fit is told. A constant one has none."""
         self.compression.finished = not self.is_constant
-        self.compression.tells_its_end = False
+        self.compression.warns_when_finished = False
 
     def most_expensive(self, accumulated: int = 1) -> Strategy:
         """The strategy of the plan with the longest sequences; with the most tokens at once, of merged batches."""
@@ -109,15 +109,15 @@ class DrivenEncoders:
 
         def tokens(strategy: Strategy) -> tuple[int, int]:
             together = most_together(batch_factor(self._student_embed, strategy), accumulated)
-            return together * self.tokens(self._student_embed.of_large_views(strategy)), self.tokens(strategy)
+            return together * self.tokens(self._student_embed.strategy_for_full_views(strategy)), self.tokens(strategy)
 
         return max((*self.plan.strategies(), *self.compression.plan.strategies()), key=tokens)
 
-    def follow(self, place: tuple[int, int], step: int, seed: int, progress: float, pace: float) -> None:
+    def follow(self, step_and_total: tuple[int, int], step: int, seed: int, progress: float, pace: float) -> None:
         """Put in force what the plan has at this place of the run, and have views made for what comes next.
 
         Args:
-            place: steps done, and all steps of the run.
+            step_and_total: steps done, and all steps of the run.
             step: decides the random subsets, with the seed; those of a step's batches follow each other.
             seed: of the run, the same on every rank.
             progress: the share that is done, in [0, 1].
@@ -129,7 +129,7 @@ class DrivenEncoders:
         if step != self._step:
             self.compression.stream.anchor(seed, step, self._number, self.forwards)
             self._step, self.forwards = step, 0
-        self.strategy = self.plan.at_step(*place)
+        self.strategy = self.plan.at_step(*step_and_total)
         self.use(self.strategy)
         self.have_views_made(progress, pace)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from seqcompress.adapters.driven_encoders import embeds_by_place
+from seqcompress.adapters.driven_encoders import embeds_by_path
 from seqcompress.adapters.lightning import SequenceCompression
 from seqcompress.messages import described
 
@@ -74,17 +74,17 @@ class LightlyTrain(SequenceCompression):
                 f"model must be uncompressed for lightly-train's {method}, which masks tokens on its plain grid: train "
                 'it plain, or with method="dino"'
             )
-        places = embeds_by_place(pl_module)
+        embeds = embeds_by_path(pl_module)
         pools = method in POOLING
-        for place, embed in places.items():
-            _check_dropout(pl_module, place, embed, pools)
+        for path, embed in embeds.items():
+            _check_dropout(pl_module, path, embed, pools)
         # The plan, its driver and whether it has been run to its end stay with the ViT that was compressed.
-        own = next((embed for embed in places.values() if not embed.is_copy), next(iter(places.values())))
-        for place, embed in places.items():
+        own = next((embed for embed in embeds.values() if not embed.is_copy), next(iter(embeds.values())))
+        for path, embed in embeds.items():
             self._fitted.append(_Fitted(embed, pools))
             if embed is not own and embed.compression.plan == own.compression.plan:
                 embed.compression = own.compression
-            if names_a_teacher(place):
+            if names_a_teacher(path):
                 embed.drops_tokens, embed.when = False, "train"
 
     def _take_out(self) -> None:
@@ -104,12 +104,12 @@ class _Fitted:
     def __init__(self, embed: CompressedPatchEmbed, pools: bool) -> None:
         self._embed = embed
         self._before = embed.drops_tokens, embed.when
-        embed.folds_kept = pools
+        embed.folds_kept_to_row = pools
         self._handle = embed.encoder.model.register_forward_hook(_Map(embed))
 
     def take_out(self) -> None:
         """Undo it."""
-        self._embed.folds_kept = False
+        self._embed.folds_kept_to_row = False
         self._embed.drops_tokens, self._embed.when = self._before
         self._handle.remove()
 
@@ -131,7 +131,7 @@ class _Map:
         return {**output, _PATCHES: folded}  # (B, K, D) has become (B, D, H, W)
 
 
-def _check_dropout(pl_module: Any, place: str, embed: CompressedPatchEmbed, pools: bool) -> None:
+def _check_dropout(pl_module: Any, path: str, embed: CompressedPatchEmbed, pools: bool) -> None:
     """Raise ValueError if tokens would be dropped that the module's loss, or what makes a map of them, needs."""
     if all(strategy.token_dropout == 0 for strategy in embed.compression.plan.strategies()):
         return
@@ -142,7 +142,7 @@ def _check_dropout(pl_module: Any, place: str, embed: CompressedPatchEmbed, pool
             f"plan must have no token dropout for lightly-train's {method}, whose loss takes a map of all patches, "
             f"got {described(plan)}: {instead}"
         )
-    wrapper = pl_module.get_submodule(place.rpartition(".")[0].rpartition(".")[0])
+    wrapper = pl_module.get_submodule(path.rpartition(".")[0].rpartition(".")[0])
     if not _is_lightly_trains(wrapper):
         raise ValueError(
             f"plan must have no token dropout for a ViT in a wrapper of your own ({type(wrapper).__name__}), whose "

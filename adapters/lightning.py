@@ -16,15 +16,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from seqcompress.adapters.driven_encoders import DrivenEncoders, embeds_by_place
+from seqcompress.adapters.driven_encoders import DrivenEncoders, embeds_by_path
 from seqcompress.adapters.run_length import RunLength
-from seqcompress.messages import by_script, described
+from seqcompress.messages import described, resume_notice
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from seqcompress.adapters.merging import Merging
-    from seqcompress.adapters.online import Measured
+    from seqcompress.adapters.online import TrainerOnlineScheduler
     from seqcompress.encoders import CompressedPatchEmbed, Compression
     from seqcompress.schedules import Schedule
     from seqcompress.strategy import Strategy
@@ -79,17 +79,17 @@ class SequenceCompression:
     meets logs the strategy and, on CUDA devices, the memory that was in use.
     """
 
-    host = logging.getLogger(__name__)
+    logger = logging.getLogger(__name__)
     """Who tells the user: a logger of the Lightning package's, shown and silenced with all that it says."""
-    timers: Any = ()
+    timer_class: Any = ()
     """The package's callback that ends a run after a time."""
-    averaging: Any = ()
+    weight_averaging_class: Any = ()
     """The package's callback that may add an epoch in which nothing is trained."""
-    finders: Any = ()
+    batch_size_finder_class: Any = ()
     """The package's callback that tries batch sizes, with no other callback there."""
-    silent: Any = None
+    silent_logger_class: Any = None
     """The package's logger that writes nothing."""
-    plain: Any = ()
+    whole_gradient_strategies: Any = ()
     """The package's strategies that leave a module's parameters and gradients whole."""
 
     def __init__(self) -> None:
@@ -110,12 +110,12 @@ class SequenceCompression:
         for encoders in getattr(self, "_driven", ()):
             encoders.release(self)
         self._stop_merging()
-        self._places: dict[str, tuple[CompressedPatchEmbed, Compression]] = {}
+        self._embeds_by_path: dict[str, tuple[CompressedPatchEmbed, Compression]] = {}
         self._driven: list[DrivenEncoders] = []
         self._length: RunLength | None = None
         self._budget: Budget | None = None
         self._readings: _Readings | None = None
-        self._measured: Measured | None = None  # of an online plan
+        self._online: TrainerOnlineScheduler | None = None  # of an online plan
         self._steps = 0  # that were done as the latest batch began
         self._accumulated = 0  # batches since the optimizer's last step
         self._rehearsal_is_due = False
@@ -125,11 +125,11 @@ class SequenceCompression:
         self._looked = False
         self._batches = 0  # of this epoch that are done
         self._progress = self._done = 0.0  # at which the latest step was run, and that it has reached
-        self._place = (0, 1)  # of the latest step in the run, and how many there are
+        self._step_and_total = (0, 1)  # of the latest step in the run, and how many there are
         self._forwards: list[int] = []  # of the latest step, by encoder
         self._seed = 0
         self._ranks = 1
-        self._speaks = True
+        self._is_rank_zero = True
         self._said: set[str] = set()
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -142,8 +142,8 @@ class SequenceCompression:
         self._resuming = False
         if not _is_compressed(pl_module):
             return
-        driven = self._to_drive(embeds_by_place(pl_module))
-        if any(isinstance(callback, self.finders) for callback in trainer.callbacks):
+        driven = self._to_drive(embeds_by_path(pl_module))
+        if any(isinstance(callback, self.batch_size_finder_class) for callback in trainer.callbacks):
             self._tried = driven
             for encoders in driven:
                 encoders.compression.set_by_hand(encoders.most_expensive())
@@ -164,21 +164,21 @@ class SequenceCompression:
         if _is_compressed(pl_module):
             from seqcompress.strategy import Strategy
 
-            for embed in embeds_by_place(pl_module).values():
+            for embed in embeds_by_path(pl_module).values():
                 embed.compression.ask_views_for(Strategy())
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Forget what an interrupted fit may have left, and say what a new one will do, as far as it is known."""
         self._forget()
-        self._speaks = trainer.is_global_zero
-        going_on = self._resuming and self._speaks and not _is_compressed(pl_module)
+        self._is_rank_zero = trainer.is_global_zero
+        going_on = self._resuming and self._is_rank_zero and not _is_compressed(pl_module)
         if going_on and self._guarded("compare schedules", lambda: _has_plan_left(self._loaded)):
-            self.host.warning(
+            self.logger.warning(
                 "seqcompress: the checkpoint is of a run at a plan, and this module is not compressed: it trains "
                 "plain; call accelerate(module, plan) before fit"
             )
         if trainer.global_step == 0 and _is_compressed(pl_module):
-            self._announce(embeds_by_place(pl_module), 0.0)
+            self._announce(embeds_by_path(pl_module), 0.0)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Look again: the module may compress or restore its encoders between epochs, or as training starts."""
@@ -202,17 +202,17 @@ class SequenceCompression:
             done = batch_idx - self._length.first_of_step(batch_idx) + 1
             is_last = trainer.is_last_batch or batch_idx + 1 >= trainer.num_training_batches
             self._merging.begin(together, holds=done % together != 0 and not is_last)
-        if self._measured is not None:
-            self._measured.before_step(batch)
+        if self._online is not None:
+            self._online.before_step(batch)
 
     def _follow(self, trainer: Any, pl_module: Any, batch_idx: int, length: RunLength) -> None:
         """Put in force what the plans have at this batch."""
         if batch_idx == length.first_of_step(batch_idx):
             self._progress = length.begin_step(batch_idx)
-            self._place = length.place(length.first_of_step(batch_idx))
+            self._step_and_total = length.step_and_total(length.first_of_step(batch_idx))
         step = self._steps = _steps_done(trainer, pl_module)
         for encoders in self._driven:
-            encoders.follow(self._place, step, self._seed, self._progress, length.pace())
+            encoders.follow(self._step_and_total, step, self._seed, self._progress, length.pace())
         if self._rehearsal_is_due and step > 0:
             from seqcompress.training.rehearsal import forget_peak
 
@@ -243,13 +243,13 @@ class SequenceCompression:
             self._end_rehearsal(pl_module.device, self._rehearsing)
         self._accumulated += 1
         if (
-            self._measured is not None
+            self._online is not None
             and _steps_done(trainer, pl_module) != self._steps
             and self._is_in_place(pl_module)  # else the step has put a copy there, looked at as the next begins
         ):
-            self._measured.after_step(batch, batch_idx, length.place(batch_idx + 1), self._accumulated)
+            self._online.after_step(batch, batch_idx, length.step_and_total(batch_idx + 1), self._accumulated)
             self._accumulated = 0
-            self._take_over(self._measured)
+            self._take_over(self._online)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Note how many batches the epoch really had."""
@@ -272,7 +272,7 @@ class SequenceCompression:
                 strategy = self._rehearsing or encoders.strategy
                 self._guarded(
                     "say what did not fit",
-                    lambda: self.host.error(
+                    lambda: self.logger.error(
                         "seqcompress: %s", shortage(strategy, encoders.student, pl_module.device, exception)
                     ),
                 )
@@ -293,8 +293,8 @@ class SequenceCompression:
                         encoders.finish()
                     else:
                         self._tell(encoders.shortfall(self._done))
-                if self._measured is not None:
-                    self._keep_what_was_found(trainer, self._measured)
+                if self._online is not None:
+                    self._keep_what_was_found(trainer, self._online)
         self._loaded = self._state()
         self._forget()
 
@@ -320,7 +320,7 @@ class SequenceCompression:
             spent = {name: self._loaded[name] for name in ("units", "flops_of_unit") if name in self._loaded}
         else:
             spent["units"] *= self._ranks
-        online = self._loaded.get("online") if self._measured is None else self._measured.state_dict()
+        online = self._loaded.get("online") if self._online is None else self._online.state_dict()
         return {
             "seed": self._seed,
             "units": 0.0,
@@ -341,9 +341,9 @@ class SequenceCompression:
 
     def _is_in_place(self, pl_module: Any) -> bool:
         """Whether the module holds, where they were, the encoders that it held."""
-        for place, (embed, compression) in self._places.items():
+        for path, (embed, compression) in self._embeds_by_path.items():
             try:
-                found = pl_module.get_submodule(place)
+                found = pl_module.get_submodule(path)
             except AttributeError:
                 return False
             if found is not embed or embed.compression is not compression:
@@ -352,29 +352,31 @@ class SequenceCompression:
 
     def _look(self, trainer: Any, pl_module: Any, batch_idx: int) -> None:
         """Find the compressed encoders, and take up their plans where these stand."""
-        embeds = embeds_by_place(pl_module) if _is_compressed(pl_module) else {}
+        embeds = embeds_by_path(pl_module) if _is_compressed(pl_module) else {}
         self._adopt(embeds)
-        places = {place: (embed, embed.compression) for place, embed in embeds.items()}
-        if places == self._places:
+        found = {path: (embed, embed.compression) for path, embed in embeds.items()}
+        if found == self._embeds_by_path:
             return
         is_first = self._readings is None
         self._loaded = self._state()
-        kept = {compression for _, compression in places.values()}
+        kept = {compression for _, compression in found.values()}
         for encoders in self._driven:
             if encoders.compression not in kept:
                 encoders.release(self)
-        self._places, self._driven = places, []
-        self._budget = self._readings = self._rehearsing = self._measured = None
+        self._embeds_by_path, self._driven = found, []
+        self._budget = self._readings = self._rehearsing = self._online = None
         self._stop_merging()
         self._rehearsal_is_due = False
         if not embeds:
             return
         if self._length is None:
-            self._length = RunLength(trainer, pl_module, self.timers, self.averaging, self._loaded.get("batches"))
+            self._length = RunLength(
+                trainer, pl_module, self.timer_class, self.weight_averaging_class, self._loaded.get("batches")
+            )
             self._seed = self._loaded["seed"] if "seed" in self._loaded else _seed(trainer)
             self._done = self._loaded.get("progress", 0.0) if self._resuming else 0.0
         self._progress = self._length.begin_step(batch_idx)
-        self._place = self._length.place(self._length.first_of_step(batch_idx))
+        self._step_and_total = self._length.step_and_total(self._length.first_of_step(batch_idx))
         if self._resuming and is_first:
             self._go_on(embeds)
         self._driven = self._to_drive(embeds)
@@ -399,9 +401,9 @@ class SequenceCompression:
 
     def _adopt(self, embeds: dict[str, CompressedPatchEmbed]) -> None:
         """Let a copy that was put in an encoder's place take its part: Lightly's SMoG makes teachers of students so."""
-        known = {compression for _, compression in self._places.values()}
-        for place, embed in embeds.items():
-            before, compression = self._places.get(place, (embed, embed.compression))
+        known = {compression for _, compression in self._embeds_by_path.values()}
+        for path, embed in embeds.items():
+            before, compression = self._embeds_by_path.get(path, (embed, embed.compression))
             if embed is before or embed.compression in known or embed.compression.plan != compression.plan:
                 continue
             embed.compression, embed.drops_tokens, embed.when = compression, before.drops_tokens, before.when
@@ -415,24 +417,26 @@ class SequenceCompression:
 
     def _begin_measuring(self, trainer: Any, pl_module: Any) -> None:
         """Have an online plan find itself; say so where it cannot, and follow its preset."""
-        online = [encoders for encoders in self._driven if encoders.is_online]
-        if not online:
+        of_online_plans = [encoders for encoders in self._driven if encoders.is_online]
+        if not of_online_plans:
             return
-        from seqcompress.adapters.online import Measured, reason_not_to
+        from seqcompress.adapters.online import TrainerOnlineScheduler, reason_not_to
 
-        encoders, self._accumulated = online[0], 0
-        problem = reason_not_to(trainer, pl_module, self.plain)
-        if len(online) > 1:
+        encoders, self._accumulated = of_online_plans[0], 0
+        problem = reason_not_to(trainer, pl_module, self.whole_gradient_strategies)
+        if len(of_online_plans) > 1:
             problem = "its encoders were compressed apart, and what is measured has to be compressed together"
         if problem is None:
             encoders.compression.release(encoders.compression.driver)  # another Trainer's callback, which is done
             try:
                 tell = partial(self._say, encoders)
-                measured = Measured(trainer, pl_module, encoders.embeds, self._place, self.silent, tell)
+                online = TrainerOnlineScheduler(
+                    trainer, pl_module, encoders.embeds, self._step_and_total, self.silent_logger_class, tell
+                )
                 if "online" in self._loaded:
-                    measured.load_state_dict(self._loaded["online"])
-                self._measured = measured
-                self._take_over(measured)
+                    online.load_state_dict(self._loaded["online"])
+                self._online = online
+                self._take_over(online)
             except (TypeError, ValueError, RuntimeError) as error:
                 problem = str(error)
         if problem is not None:
@@ -440,13 +444,13 @@ class SequenceCompression:
 
     def _begin_merging(self, trainer: Any, pl_module: Any) -> None:
         """Have batches merged where that was asked for; say so where it cannot be done."""
-        if not any(compression.batch == "merge" for _, compression in self._places.values()):
+        if not any(compression.batch == "merge" for _, compression in self._embeds_by_path.values()):
             return
         from seqcompress.adapters.merging import Merging, most_together
         from seqcompress.adapters.online import reason_not_to
 
         accumulated = trainer.accumulate_grad_batches
-        problem = reason_not_to(trainer, pl_module, self.plain)
+        problem = reason_not_to(trainer, pl_module, self.whole_gradient_strategies)
         if any(encoders.is_online for encoders in self._driven):
             problem = "an online plan measures by the batches as they come"
         if problem is not None:
@@ -471,7 +475,7 @@ class SequenceCompression:
 
         fit = [
             batch_factor(embed, _run_at(embed))
-            for embed, compression in self._places.values()
+            for embed, compression in self._embeds_by_path.values()
             if compression.batch == "merge" and embed.drops_tokens
         ]
         return most_together(min(fit, default=1), trainer.accumulate_grad_batches)
@@ -479,13 +483,13 @@ class SequenceCompression:
     def _say(self, encoders: DrivenEncoders, line: str, *, is_problem: bool = False) -> None:
         self._tell(f"{encoders.name}: {line}")
 
-    def _take_over(self, measured: Measured) -> None:
+    def _take_over(self, online: TrainerOnlineScheduler) -> None:
         """Follow what was found so far."""
         for encoders in self._driven:
             if encoders.is_online:
-                encoders.plan = measured.schedule
+                encoders.plan = online.schedule
 
-    def _keep_what_was_found(self, trainer: Any, measured: Measured) -> None:
+    def _keep_what_was_found(self, trainer: Any, online: TrainerOnlineScheduler) -> None:
         """Write it down as a plan for another run. Collective."""
         from seqcompress.adapters.online import FILE
 
@@ -495,12 +499,12 @@ class SequenceCompression:
         def write() -> Path:
             file = Path(str(folder)) / FILE
             file.parent.mkdir(parents=True, exist_ok=True)
-            measured.schedule.to_json(file)
+            online.schedule.to_json(file)
             return file
 
-        kept = None if folder is None or not self._speaks else self._guarded("write the schedule", write)
+        kept = None if folder is None or not self._is_rank_zero else self._guarded("write the schedule", write)
         where = "" if kept is None else f"; what it followed is a plan for the next: {kept}"
-        self._tell(f"{name}: {measured.outcome()}{where}")
+        self._tell(f"{name}: {online.outcome()}{where}")
 
     def _folder(self, trainer: Any) -> str:
         """Where a run keeps its files. Collective."""
@@ -517,10 +521,10 @@ class SequenceCompression:
                 encoders.finish()
                 continue
             encoders.compression.finished = False
-            now = encoders.plan.at_step(*self._place)
+            now = encoders.plan.at_step(*self._step_and_total)
             was = self._guarded("compare schedules", partial(_schedule_in, self._loaded, encoders.name))
             if was is not None and was != encoders.compression.plan:
-                self._tell(f"{encoders.name}: {by_script({'schedule': (was, encoders.compression.plan)}, now)}")
+                self._tell(f"{encoders.name}: {resume_notice({'schedule': (was, encoders.compression.plan)}, now)}")
                 continue
             # A run that was broken off within a batch has not counted it.
             is_elsewhere = abs(before - self._progress) > 1.5 * pace
@@ -544,17 +548,17 @@ class SequenceCompression:
                 self._tell(line)
 
     def _tell(self, line: str) -> None:
-        if self._speaks:
-            self.host.info("seqcompress: %s", line)
+        if self._is_rank_zero:
+            self.logger.info("seqcompress: %s", line)
 
     def _guarded(self, what: str, do: Callable[[], Result]) -> Result | None:
         """Books are kept as well as they can be: what goes wrong there is said once, and the run goes on."""
         try:
             return do()
         except Exception as error:
-            if what not in self._said and self._speaks:
+            if what not in self._said and self._is_rank_zero:
                 self._said.add(what)
-                self.host.warning("seqcompress: could not %s: %s: %s", what, type(error).__name__, error)
+                self.logger.warning("seqcompress: could not %s: %s: %s", what, type(error).__name__, error)
             return None
 
     def _budget_of(self, pl_module: Any) -> Budget:
@@ -574,9 +578,9 @@ class SequenceCompression:
 
     def _end_rehearsal(self, device: Any, strategy: Strategy) -> None:
         """Say what the step has needed that was run at the longest sequences."""
-        from seqcompress.training.rehearsal import measured
+        from seqcompress.training.rehearsal import memory_needed
 
-        self._tell(str(measured(strategy, device)))
+        self._tell(str(memory_needed(strategy, device)))
         for encoders in self._driven:
             encoders.use(encoders.strategy)
         self._rehearsing = None
@@ -604,7 +608,7 @@ class SequenceCompression:
         import torch
 
         values = readings.values()
-        online = {} if self._measured is None else self._measured.metrics()
+        online = {} if self._online is None else self._online.metrics()
         # On the CPU: of numbers, Lightning makes tensors on the device, and each of these waits for the device.
         metrics = {name: torch.tensor(value, dtype=torch.float32) for name, value in {**values, **online}.items()}
         # The public properties would read whatever else was logged, and wait for the device too.
@@ -639,7 +643,7 @@ class _Readings:
 
         encoder, strategy = self._student.encoder, _run_at(self._student, self._strategy)
         patch_size = strategy.patch_size or min(encoder.patch_size)
-        tokens = sequence_length(encoder, self._student.of_large_views(strategy))
+        tokens = sequence_length(encoder, self._student.strategy_for_full_views(strategy))
         numbers = {
             "seqcompress/token_dropout": strategy.token_dropout,
             "seqcompress/patch_size": patch_size,
@@ -685,8 +689,8 @@ def _checked_state(state: Any) -> dict[str, Any]:
 def _groups(embeds: dict[str, CompressedPatchEmbed]) -> Iterable[dict[str, CompressedPatchEmbed]]:
     """Those that were compressed together."""
     groups: dict[Compression, dict[str, CompressedPatchEmbed]] = {}
-    for place, embed in embeds.items():
-        groups.setdefault(embed.compression, {})[place] = embed
+    for path, embed in embeds.items():
+        groups.setdefault(embed.compression, {})[path] = embed
     return groups.values()
 
 
@@ -696,8 +700,8 @@ def _share_of_plain_budget(driven: list[DrivenEncoders], progress: float) -> flo
     from seqcompress.training.cost import StepCosts
 
     cost = StepCosts((embed.encoder, embed.drops_tokens) for encoders in driven for embed in encoders.embeds)
-    places = ((number + 0.5) / _SAMPLES for number in range(_SAMPLES))
-    spent = sum(cost(driven[0].plan(progress + (1 - progress) * place)) for place in places)
+    moments = ((number + 0.5) / _SAMPLES for number in range(_SAMPLES))
+    spent = sum(cost(driven[0].plan(progress + (1 - progress) * moment)) for moment in moments)
     return spent / _SAMPLES / cost(Strategy())
 
 

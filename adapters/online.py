@@ -17,21 +17,21 @@ from torch import Tensor
 from seqcompress import OnlineScheduler
 from seqcompress.encoders import CompressedPatchEmbed
 
-__all__ = ["FILE", "Measured", "reason_not_to"]
+__all__ = ["FILE", "TrainerOnlineScheduler", "reason_not_to"]
 
 FILE = "seqcompress_schedule.json"
 """Name of the file, in the run's folder, that has what was found: a plan for the next run."""
 
 
-class Measured(OnlineScheduler):
+class TrainerOnlineScheduler(OnlineScheduler):
     """An online schedule that follows a Trainer's count of steps. Who made it drives; this one only measures.
 
     Args:
         trainer: the Trainer, in training.
         pl_module: what it trains.
         embeds: the compressed patch embeddings of the encoders with the plan.
-        place: steps done, and all steps of the run.
-        silent: a logger of the Lightning package's that writes nothing.
+        step_and_total: steps done, and all steps of the run.
+        silent_logger_class: a logger of the Lightning package's that writes nothing.
         tell: takes what users are to know, in lines, and whether something is wrong.
 
     Raises:
@@ -43,18 +43,18 @@ class Measured(OnlineScheduler):
         trainer: Any,
         pl_module: Any,
         embeds: Sequence[CompressedPatchEmbed],
-        place: tuple[int, int],
-        silent: Callable[[], Any],
+        step_and_total: tuple[int, int],
+        silent_logger_class: Callable[[], Any],
         tell: Callable[..., None],
     ) -> None:
         self._tell = tell
         self._given: _Given | None = None
-        self._module_step = _ModuleStep(trainer, pl_module, silent)
+        self._module_step = _ModuleStep(trainer, pl_module, silent_logger_class)
         students = [embed.encoder.model for embed in embeds if embed.drops_tokens] or [embeds[0].encoder.model]
         # Not all that optimizers keep: that is twice the weights, and changes only when they step.
         groups = [optimizer.param_groups for optimizer in trainer.optimizers]
         roots = [pl_module.training_step, pl_module, *groups]
-        super().__init__(students, self._module_step, total_steps=place[1], protect=roots)
+        super().__init__(students, self._module_step, total_steps=step_and_total[1], protect=roots)
 
     def tell(self, line: str, *, is_problem: bool = False) -> None:
         """To whoever made it."""
@@ -64,13 +64,14 @@ class Measured(OnlineScheduler):
         """A step begins, which may change what it is given."""
         self._given = _Given(batch)
 
-    def after_step(self, batch: Any, batch_idx: int, place: tuple[int, int], accumulated: int) -> None:
+    def after_step(self, batch: Any, batch_idx: int, step_and_total: tuple[int, int], accumulated: int) -> None:
         """A step is done: measure, if it is time to, with what it was given."""
         self._module_step.batch_idx = batch_idx
         given, self._given = self._given, None
         if given is not None:
             batch, self._module_step.writes_in_batches = given.batch, given.is_written_in
-        done = place[0] if place[1] == self.total_steps else round(place[0] / place[1] * self.total_steps)
+        done, total = step_and_total
+        done = done if total == self.total_steps else round(done / total * self.total_steps)
         self.step(batch, done, accumulated=accumulated)
 
     def metrics(self) -> dict[str, float]:
@@ -142,8 +143,8 @@ class _Given:
 class _ModuleStep:
     """The loss of a batch by a LightningModule's ``training_step``, which logs nothing meanwhile."""
 
-    def __init__(self, trainer: Any, pl_module: Any, silent: Callable[[], Any]) -> None:
-        self._trainer, self._pl_module, self._silent = trainer, pl_module, silent
+    def __init__(self, trainer: Any, pl_module: Any, silent_logger_class: Callable[[], Any]) -> None:
+        self._trainer, self._pl_module, self._silent_logger_class = trainer, pl_module, silent_logger_class
         self._scale: float | None = None
         self.batch_idx = 0
         self.writes_in_batches = False
@@ -190,7 +191,7 @@ class _ModuleStep:
         loggers = trainer.loggers
         own = {name: vars(module)[name] for name in ("log", "log_dict") if name in vars(module)}
         if loggers:
-            trainer.loggers = [self._silent() for _ in loggers]
+            trainer.loggers = [self._silent_logger_class() for _ in loggers]
         module.log = module.log_dict = _ignore
         try:
             yield

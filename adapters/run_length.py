@@ -16,22 +16,24 @@ class RunLength:
     Args:
         trainer: the Trainer, in training.
         pl_module: what it trains.
-        timers: the class of callbacks that end a run after a time.
-        averaging: the class of callbacks that may add an epoch in which nothing is trained.
+        timer_class: the class of callbacks that end a run after a time.
+        weight_averaging_class: the class of callbacks that may add an epoch in which nothing is trained.
         batches: see the attribute.
 
     Attributes:
         batches: how many the last epoch had, if these were fewer than its loader had promised.
     """
 
-    def __init__(self, trainer: Any, pl_module: Any, timers: Any, averaging: Any, batches: int | None) -> None:
+    def __init__(
+        self, trainer: Any, pl_module: Any, timer_class: Any, weight_averaging_class: Any, batches: int | None
+    ) -> None:
         self._trainer, self._pl_module = trainer, pl_module
         self._timers = [
             timer
             for timer in trainer.callbacks
-            if isinstance(timer, timers) and timer.time_remaining("train") is not None
+            if isinstance(timer, timer_class) and timer.time_remaining("train") is not None
         ]
-        self._averaging = [callback for callback in trainer.callbacks if isinstance(callback, averaging)]
+        self._averaging = [callback for callback in trainer.callbacks if isinstance(callback, weight_averaging_class)]
         self._time = 0.0  # share of it that had passed as the step began
         self._steps_before = int(trainer.global_step)  # of all optimizers, as the batch before began
         self._steps_a_batch = 1  # more where a module steps several by hand
@@ -86,22 +88,22 @@ class RunLength:
             shares.append((trainer.current_epoch + of_this) / self._epochs if self._epochs else 1.0)
         return min(1.0, max(shares))
 
-    def place(self, batches: int) -> tuple[int, int]:
+    def step_and_total(self, batches: int) -> tuple[int, int]:
         """The same in steps, those done and all, as if every epoch were as long as this one."""
-        trainer, places = self._trainer, [(round(self._time * _MOMENTS), _MOMENTS)]
+        trainer, counts = self._trainer, [(round(self._time * _MOMENTS), _MOMENTS)]
         if trainer.max_steps > 0:
             # The last batch's steps are over before another begins.
             total = max(1, int(trainer.max_steps) - self._steps_a_batch + 1)
-            places.append((int(trainer.global_step), total))
+            counts.append((int(trainer.global_step), total))
         if 0 < self._epochs < float("inf"):
             epochs, steps, done = int(self._epochs), _MOMENTS, 0  # of a length that the first epoch will show
             if 0 < self._batches_an_epoch < float("inf"):
                 each = int(trainer.accumulate_grad_batches) if self._pl_module.automatic_optimization else 1
                 steps = math.ceil(self._batches_an_epoch / each)
                 done = min(steps, batches // each)
-            places.append((trainer.current_epoch * steps + done, epochs * steps))
+            counts.append((trainer.current_epoch * steps + done, epochs * steps))
         # The nearest to its end; of equal ones, the shortest.
-        return max(places, key=lambda place: (place[0] / place[1], -place[1]))
+        return max(counts, key=lambda count: (count[0] / count[1], -count[1]))
 
     def share_of_time(self) -> float:
         """Share of the time that has passed, the same on every rank; 0 without a limit."""

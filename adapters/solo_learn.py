@@ -143,7 +143,7 @@ class SoloLearn(SequenceCompression):
     def _tell(self, line: str) -> None:
         if not self._applied:
             super()._tell(line)
-        elif self._speaks:  # solo-learn's configs switch logging off
+        elif self._is_rank_zero:  # solo-learn's configs switch logging off
             print(f"seqcompress: {line}")
 
     def _folder(self, trainer: Any) -> str:

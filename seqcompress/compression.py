@@ -107,7 +107,7 @@ def compress(
                 f"{name} must be compressed before FullyShardedDataParallel flattens its weights, got one that it "
                 "wraps already (fully_shard, instead of it, may come before or after)"
             )
-        encoder.look_again()
+        encoder.clear_cache()
     if token_dropout is not None or patch_size is not None:
         if plan is not None:
             raise ValueError(f"plan excludes token_dropout and patch_size, got plan={described(plan)} as well")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-__all__ = ["by_script", "described"]
+__all__ = ["described", "resume_notice"]
 
 _MANY_DIGITS = 10**40
 _LONGEST = 100  # letters
@@ -32,7 +32,7 @@ def _cut(text: str) -> str:
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
-def by_script(changes: dict[str, tuple[object, object]], now: object) -> str:
+def resume_notice(changes: dict[str, tuple[object, object]], now: object) -> str:
     """The one line that a resumed run says where checkpoint and script differ: the script holds, in every host.
 
     Args:

@@ -100,7 +100,7 @@ def test_counting_has_no_side_effects(tiny_vit: Any) -> None:
     assert vit.training
     assert all(torch.equal(one, other) for one, other in zip(parameters, vit.parameters(), strict=True))
     assert all(value.grad is None for value in vit.parameters())
-    assert not vit.patch_embed.tally
+    assert not vit.patch_embed.forward_counts
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

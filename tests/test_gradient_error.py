@@ -328,7 +328,7 @@ def _state_of(module: nn.Module) -> list[Any]:
     """Everything about a module that could be compared."""
     state: list[Any] = []
     for name, child in module.named_modules():
-        state.append((name, type(child), sorted(set(vars(child)) - {"tally"}), child.training))
+        state.append((name, type(child), sorted(set(vars(child)) - {"forward_counts"}), child.training))
         for values in (child._parameters, child._buffers):
             for key, value in values.items():
                 if value is not None:
@@ -434,12 +434,12 @@ def test_a_compressed_model_keeps_plan_strategy_tally_and_random_stream(tiny_vit
         scheduler.step(4)
         views = torch.randn(2, 3, 32, 32)
         vit(views)
-        units, tally = budget.units, vit.patch_embed.tally
+        units, tally = budget.units, vit.patch_embed.forward_counts
         if analysed:
             gradient_error(vit, _loss_of(vit), _loader_of(views), [HALF], cost="flops")
         assert scheduler.is_current
         assert budget.units == units
-        assert vit.patch_embed.tally is tally
+        assert vit.patch_embed.forward_counts is tally
         assert get_strategy(vit) == scheduler.strategy
         assert vit.patch_embed.when == "train"
         assert vit.patch_embed.compression.plan == scheduler.schedule

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from seqcompress import Strategy
-from seqcompress.messages import by_script, described
+from seqcompress.messages import described, resume_notice
 from seqcompress.schedules import Constant, Linear, Online, Stepwise
 
 STAGES = Stepwise({0.0: Strategy(0.5, 32), 0.5: Strategy(0.0, 32), 0.75: Strategy(0.5), 0.95: Strategy()})
@@ -52,5 +52,5 @@ def test_a_value_is_shown_on_one_line_and_what_has_several_by_its_type(value: An
 
 
 def test_what_a_resumed_run_says_shows_both_schedules() -> None:
-    said = by_script({"schedule": (STAGES, Constant(Strategy(0.5))), "total_steps": (10, 30)}, Strategy(0.5))
+    said = resume_notice({"schedule": (STAGES, Constant(Strategy(0.5))), "total_steps": (10, 30)}, Strategy(0.5))
     assert said.endswith(f": schedule drop 0.5 (was {STAGES}), total_steps 30 (was 10); now at drop 0.5")

@@ -233,7 +233,7 @@ def test_the_proof_leaves_no_trace(tiny_vit: Any) -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert [module.training for module in vit.modules()] == modes
     assert all(parameter.grad is None for parameter in vit.parameters())
-    assert not vit.patch_embed.tally
+    assert not vit.patch_embed.forward_counts
 
 
 class Remembers(VisionTransformer):

@@ -16,9 +16,9 @@ __all__ = ["SequenceCompressionCallback"]
 class SequenceCompressionCallback(SoloLearn, Callback):
     """See [SequenceCompression][seqcompress.adapters.lightning.SequenceCompression], and what solo-learn adds to it."""
 
-    host = logging.getLogger("lightning.pytorch.seqcompress")
-    timers = Timer
-    averaging = StochasticWeightAveraging
-    finders = BatchSizeFinder
-    silent = DummyLogger
-    plain = (SingleDeviceStrategy, DDPStrategy)
+    logger = logging.getLogger("lightning.pytorch.seqcompress")
+    timer_class = Timer
+    weight_averaging_class = StochasticWeightAveraging
+    batch_size_finder_class = BatchSizeFinder
+    silent_logger_class = DummyLogger
+    whole_gradient_strategies = (SingleDeviceStrategy, DDPStrategy)

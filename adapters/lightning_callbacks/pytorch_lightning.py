@@ -17,9 +17,9 @@ __all__ = ["SequenceCompressionCallback"]
 class SequenceCompressionCallback(LightlyTrain, SoloLearn, Callback):
     """See [SequenceCompression][seqcompress.adapters.lightning.SequenceCompression], and what two hosts add to it."""
 
-    host = logging.getLogger("pytorch_lightning.seqcompress")
-    timers = Timer
-    averaging = StochasticWeightAveraging
-    finders = BatchSizeFinder
-    silent = DummyLogger
-    plain = (SingleDeviceStrategy, DDPStrategy)
+    logger = logging.getLogger("pytorch_lightning.seqcompress")
+    timer_class = Timer
+    weight_averaging_class = StochasticWeightAveraging
+    batch_size_finder_class = BatchSizeFinder
+    silent_logger_class = DummyLogger
+    whole_gradient_strategies = (SingleDeviceStrategy, DDPStrategy)

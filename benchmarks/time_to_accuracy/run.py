@@ -279,8 +279,8 @@ class Training:
         )  # an encoder is driven by one scheduler, whose length is not known
         known = DEFAULT if self.settings.plan == ONLINE else None  # what will be found is not
         schedule = SequenceScheduler(planned, known, total_steps=1).schedule
-        a_thousand = self.computed_units(schedule, 1000) / 1000
-        return max(2, round(self.settings.budget * 1e6 / a_thousand))
+        units_per_step = self.computed_units(schedule, 1000) / 1000
+        return max(2, round(self.settings.budget * 1e6 / units_per_step))
 
     def step(self) -> None:
         """One step of training, as a user would write it."""

@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from seqcompress.compressors.selection import Selection
 from seqcompress.encoders.compression import Compression
 from seqcompress.encoders.encoder import Encoder, Size
-from seqcompress.encoders.hooks import Hook, hook_in, join_at, leave, look_behind
+from seqcompress.encoders.hooks import Hook, add_forward_hook, add_pre_hook, join_at, remove_hooks
 from seqcompress.encoders.masks import refuse_tokens_named
 from seqcompress.encoders.patch_embed import CompressedPatchEmbed, When
 from seqcompress.encoders.probe import (
@@ -68,7 +68,7 @@ class _LookAtCall(Hook):
         encoder = self.embed.encoder
         assert isinstance(encoder, AnyVisionTransformer)
         encoder.interpolates = bool(kwargs.get("interpolate_pos_encoding"))
-        self.embed.smaller = None
+        self.embed.small_views = None
         if not self.embed.is_training or self.embed.trial is not None:
             return args, kwargs
         named = [(f"argument {number}", value) for number, value in enumerate(args)] + list(kwargs.items())
@@ -85,7 +85,7 @@ class _LookAtCall(Hook):
         self.embed.compression.observe(view)
         if encoder.plain_grid(view) is not None or self.embed.compression.full_size(view) == view:
             return value
-        self.embed.smaller = value
+        self.embed.small_views = value
         return value.new_zeros(()).expand(*value.shape[:2], *encoder.image_size)
 
 
@@ -174,7 +174,7 @@ class AnyVisionTransformer(Encoder):
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_first_call"}
 
-    def look_again(self) -> None:
+    def clear_cache(self) -> None:
         for name in ("image_size", "num_prefix_tokens", "_first_call", "_takes_other_sizes", "_unchecked"):
             vars(self).pop(name, None)
 
@@ -183,7 +183,7 @@ class AnyVisionTransformer(Encoder):
         return _layout(model) is not None
 
     @staticmethod
-    def why_not(model: nn.Module) -> str | None:
+    def rejection_reason(model: nn.Module) -> str | None:
         lists = list(_lists_of_blocks(model))
         if len(lists) > 1:
             return f"has {len(lists)} lists of blocks ({', '.join(lists)}), and not one"
@@ -282,9 +282,9 @@ class AnyVisionTransformer(Encoder):
         self.model.set_submodule(self._names.projection, embed)
         # The earliest place behind the positions: dropout and norms before the blocks then see the kept patches.
         for number in range(len(places)):
-            leave(embed)
-            hook_in(self.model, _LookAtCall(embed))
-            look_behind(self.model, _RefuseMaps(embed))
+            remove_hooks(embed)
+            add_pre_hook(self.model, _LookAtCall(embed))
+            add_forward_hook(self.model, _RefuseMaps(embed))
             self.follow_positions(embed, rotary)
             join_at(embed, *places[number:])
             if any(difference(embed, blocks=False) is None for embed.blank_per_view in (False, True)):
@@ -294,13 +294,13 @@ class AnyVisionTransformer(Encoder):
     def follow_positions(self, embed: CompressedPatchEmbed, rotary: nn.Module | None) -> None:
         """Have what else is made of positions made for the patches of each forward."""
         if rotary is not None:
-            hook_in(rotary, _RotationsOfGrid(embed))
-            look_behind(rotary, KeptRotations(embed))
+            add_pre_hook(rotary, _RotationsOfGrid(embed))
+            add_forward_hook(rotary, KeptRotations(embed))
 
     def detach(self) -> None:
         embed = self.model.get_submodule(self._names.projection)
         if isinstance(embed, CompressedPatchEmbed):
-            leave(embed)
+            remove_hooks(embed)
             self.model.set_submodule(self._names.projection, embed.embed)
 
     def first_tokens(self, views: Tensor) -> Tensor:

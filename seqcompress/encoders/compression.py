@@ -54,7 +54,7 @@ class Compression:
         batch: "merge" if a host is to run several batches at once while sequences are short, else None.
         finished: whether the plan has been run to its end, as its driver says. Who drives by itself, without being
             asked to, drives no such encoders: they stay plain.
-        tells_its_end: whether an encoder says so that is trained on, as nobody else does.
+        warns_when_finished: whether an encoder that is trained on says that its schedule has ended.
         steps_left: of the driver's run, as it says; None where it does not.
     """
 
@@ -62,7 +62,7 @@ class Compression:
     batch: BatchPolicy | None = None
     masks_are_drawn = False
     steps_left: int | None = None
-    tells_its_end = True
+    warns_when_finished = True
 
     def __init__(
         self,
@@ -173,7 +173,7 @@ class Compression:
             return None
         self.ask_views_for(Strategy())  # a driver that is gone may have left small ones
         if self.finished:
-            if not self.tells_its_end or not self._is_new("its end"):
+            if not self.warns_when_finished or not self._is_new("its end"):
                 return None
             return (
                 "training is uncompressed: the schedule of the encoder has been run to its end, and whoever drove it "

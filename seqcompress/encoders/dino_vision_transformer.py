@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from seqcompress.compressors.selection import Selection
 from seqcompress.encoders.by_shape import AnyVisionTransformer, KeptRotations, refuse_map
-from seqcompress.encoders.hooks import look_behind
+from seqcompress.encoders.hooks import add_forward_hook
 from seqcompress.encoders.masks import masked_forward
 from seqcompress.encoders.patch_embed import CompressedPatchEmbed
 from seqcompress.encoders.registry import register
@@ -36,7 +36,7 @@ class DinoVisionTransformer(AnyVisionTransformer):
         return has_methods and AnyVisionTransformer.recognises(model)
 
     @staticmethod
-    def why_not(model: nn.Module) -> str | None:
+    def rejection_reason(model: nn.Module) -> str | None:
         return None  # the general kind says it
 
     def detach(self) -> None:
@@ -49,7 +49,7 @@ class DinoVisionTransformer(AnyVisionTransformer):
         if hasattr(type(self.model), _LAYERS):
             vars(self.model)[_LAYERS] = _LayersButNoMaps(embed)
         if rotary is not None:
-            look_behind(rotary, _KeptRotationsOfCrop(embed))
+            add_forward_hook(rotary, _KeptRotationsOfCrop(embed))
 
     def forward_crops(self, crops: list[Tensor]) -> Any:
         return self.model.forward_features_list(crops, [None] * len(crops))

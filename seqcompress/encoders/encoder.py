@@ -52,7 +52,7 @@ class Encoder(ABC):
         """Whether ``model`` is of this kind."""
 
     @staticmethod
-    def why_not(model: nn.Module) -> str | None:
+    def rejection_reason(model: nn.Module) -> str | None:
         """What keeps a model that is almost of this kind from being so, or None."""
         return None
 
@@ -149,11 +149,11 @@ class Encoder(ABC):
         """Whether each patch is mapped on its own, so that patches can be chosen and scaled before."""
         return True
 
-    def normed(self, tokens: Tensor) -> Tensor:
+    def apply_norm(self, tokens: Tensor) -> Tensor:
         """What the embedding does to tokens (B, K, D) after projecting them."""
         return tokens
 
-    def all_tokens(self, views: Tensor) -> Tensor:
+    def embed_all_patches(self, views: Tensor) -> Tensor:
         """All of the embedding's tokens of views (B, C, H, W): (B, N, D). For those that do not map single patches."""
         raise NotImplementedError
 
@@ -211,7 +211,7 @@ class Encoder(ABC):
         now = shapes_of(self.model)
         return {**now, **self._noted} if is_flattened(now, self._noted) else now
 
-    def look_again(self) -> None:  # noqa: B027 - most have nothing to forget
+    def clear_cache(self) -> None:  # noqa: B027 - most have nothing to forget
         """Forget what was found out about the model, which may have been changed since."""
 
     @abstractmethod

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from seqcompress.encoders.patch_embed import CompressedPatchEmbed
 
-__all__ = ["Hook", "Join", "hook_in", "join_at", "leave", "look_behind", "without_hooks"]
+__all__ = ["Hook", "Join", "add_forward_hook", "add_pre_hook", "join_at", "remove_hooks", "without_hooks"]
 
 
 class Hook:
@@ -36,7 +36,7 @@ class Join(Hook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         self.embed.check_mask(kwargs)
         if args and isinstance(args[0], (list, tuple)):
-            if self.embed.is_waiting:
+            if self.embed.has_pending_patches:
                 raise ValueError(
                     "crops must be passed one by one to a compressed encoder that trains, got a "
                     f"{type(args[0]).__name__} of {len(args[0])} in one forward"
@@ -53,24 +53,24 @@ class Join(Hook):
 def join_at(embed: CompressedPatchEmbed, *places: nn.Module) -> None:
     """Have patches joined at the first of these modules that a forward reaches; the others see what was joined."""
     for place in places:
-        hook_in(place, Join(embed, is_last=place is places[-1]))
+        add_pre_hook(place, Join(embed, is_last=place is places[-1]))
 
 
-def hook_in(place: nn.Module, hook: Hook) -> None:
+def add_pre_hook(place: nn.Module, hook: Hook) -> None:
     """Hook in before all others, which then see what the model sees."""
     place.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)  # type: ignore[arg-type]
-    hook.embed.places = (*hook.embed.places, place)
+    hook.embed.hooked_modules = (*hook.embed.hooked_modules, place)
 
 
-def look_behind(place: nn.Module, hook: Hook) -> None:
+def add_forward_hook(place: nn.Module, hook: Hook) -> None:
     """Hook in behind a module."""
     place.register_forward_hook(hook, with_kwargs=True)  # type: ignore[arg-type]
-    hook.embed.places = (*hook.embed.places, place)
+    hook.embed.hooked_modules = (*hook.embed.hooked_modules, place)
 
 
-def leave(embed: CompressedPatchEmbed) -> None:
+def remove_hooks(embed: CompressedPatchEmbed) -> None:
     """Take our hooks out: of the modules that have them, around which something may have been wrapped since."""
-    for place in embed.places:
+    for place in embed.hooked_modules:
         for hooks, with_kwargs in (
             (place._forward_pre_hooks, place._forward_pre_hooks_with_kwargs),
             (place._forward_hooks, place._forward_hooks_with_kwargs),
@@ -78,7 +78,7 @@ def leave(embed: CompressedPatchEmbed) -> None:
             for key in [key for key, hook in hooks.items() if isinstance(hook, Hook) and hook.embed is embed]:
                 hooks.pop(key)
                 with_kwargs.pop(key, None)
-    embed.places = ()
+    embed.hooked_modules = ()
 
 
 @contextmanager

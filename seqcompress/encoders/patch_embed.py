@@ -37,7 +37,7 @@ _ATTENTION_MASKS = ("attn_mask", "attention_mask", "mask")
 
 
 class Forward(NamedTuple):
-    """One kind of training forward, for the tally."""
+    """One kind of training forward, to be counted."""
 
     view: tuple[int, ...]  # (B, C, H, W)
     tokens: int  # a view, prefix tokens included
@@ -84,7 +84,7 @@ _FRESH: dict[str, Any] = {  # what forwards and hosts leave behind, of which a c
     "_joining": False,
     "_watched": None,
     "_mask": None,
-    "smaller": None,
+    "small_views": None,
     "_plain_under": None,
     "_was_reached": False,
     "_is_data_parallel": None,
@@ -104,10 +104,10 @@ class CompressedPatchEmbed(StandIn):
     encoder: Encoder
     drops_tokens: bool
     when: When
-    tally: Counter[Forward]
+    forward_counts: Counter[Forward]
     blank_per_view: bool  # whether the model takes the batch size from its images: its tokens must be as many
-    folds_kept: bool  # whether kept tokens make a map of one row, as right for a host that averages it at once
-    places: tuple[nn.Module, ...]  # where patches may meet their positions: what has our hooks
+    folds_kept_to_row: bool  # whether kept tokens make a map of one row, as right for a host that averages it at once
+    hooked_modules: tuple[nn.Module, ...]  # where patches may meet their positions: what has our hooks
     trial: Trial | None  # what to do while a probe runs
     is_probed: bool  # whether one runs, so that nothing is to be counted or warned of
     host: nn.Module | None  # what masks the encoder's tokens, by a method that we stand in for
@@ -125,7 +125,7 @@ class CompressedPatchEmbed(StandIn):
     _plain_under: tuple[Strategy, bool] | None
     _was_reached: bool  # whether a training forward has ever come here
     _is_data_parallel: bool | None  # whether no process computes parts of another's samples; None before it was asked
-    smaller: Tensor | None  # views (B, C, H, W) in whose place the model was given blank ones of its own size
+    small_views: Tensor | None  # views (B, C, H, W) in whose place the model was given blank ones of its own size
     selection: Selection | None  # of the last forward in train mode; None where that was the plain model's
 
     def __init__(self, encoder: Encoder, compression: Compression, *, drops_tokens: bool, when: When) -> None:
@@ -134,10 +134,10 @@ class CompressedPatchEmbed(StandIn):
             encoder=encoder,
             drops_tokens=drops_tokens,
             when=when,
-            tally=Counter(),
+            forward_counts=Counter(),
             blank_per_view=False,
-            folds_kept=False,
-            places=(),
+            folds_kept_to_row=False,
+            hooked_modules=(),
             trial=None,
             is_probed=False,
             host=None,
@@ -187,7 +187,7 @@ class CompressedPatchEmbed(StandIn):
         return any(partner.drops_tokens and partner.encoder.model.training for partner in self.partners())
 
     @property
-    def is_waiting(self) -> bool:
+    def has_pending_patches(self) -> bool:
         """Whether patches have been embedded that have not met their positions yet."""
         return self.is_training and self._pending is not None
 
@@ -232,11 +232,11 @@ class CompressedPatchEmbed(StandIn):
         """Whether forwards may come with a mask, in which no tokens are dropped."""
         return self.host is not None or self.encoder.masks_tokens
 
-    def of_large_views(self, strategy: Strategy) -> Strategy:
+    def strategy_for_full_views(self, strategy: Strategy) -> Strategy:
         """What of a strategy holds for views of full size: no dropout where they are masked, or may be masked."""
         if not self.can_be_masked:
             return strategy
-        trained = [forward for forward in self.tally if forward.graph]
+        trained = [forward for forward in self.forward_counts if forward.graph]
         is_masked = not trained or any(forward.masked for forward in trained)
         return strategy.without_dropout() if is_masked else strategy
 
@@ -298,7 +298,7 @@ class CompressedPatchEmbed(StandIn):
         """
         if selection.kept is None:
             return selection.grid
-        if not self.folds_kept:
+        if not self.folds_kept_to_row:
             raise RuntimeError("dropped tokens leave no feature map: use eval mode, or output_fmt='NLC'")
         return 1, selection.kept.shape[1]
 
@@ -393,7 +393,7 @@ class CompressedPatchEmbed(StandIn):
         if grid is None:
             return
         tokens = self.encoder.num_prefix_tokens + math.prod(grid)
-        self.tally[Forward(tuple(views.shape), tokens, False)] += 1
+        self.forward_counts[Forward(tuple(views.shape), tokens, False)] += 1
         if self.strategy != Strategy():
             self._warn(
                 "teacher in eval mode",
@@ -413,8 +413,8 @@ class CompressedPatchEmbed(StandIn):
                 "the last forward did not come from its patch embedding to its first block: it failed in between, or "
                 "its features do not depend on the views, since another model has been given this patch embedding",
             )
-        if self.smaller is not None:
-            views, self.smaller = self.smaller.to(views.dtype), None
+        if self.small_views is not None:
+            views, self.small_views = self.small_views.to(views.dtype), None
         self._pending = self._joined = None
         self._joining = False
         self._was_reached = True
@@ -551,7 +551,7 @@ class CompressedPatchEmbed(StandIn):
         kept = patches if is_whole else num_kept(patches, self.strategy.token_dropout)
         prefix = self.encoder.num_prefix_tokens
         if not in_backward():
-            self.tally[Forward(tuple(views.shape), prefix + kept, graph, self._mask is not None)] += 1
+            self.forward_counts[Forward(tuple(views.shape), prefix + kept, graph, self._mask is not None)] += 1
         if kept == patches and cut.is_plain:
             return None
         plain = self.encoder.plain_grid(view)
@@ -636,7 +636,7 @@ class CompressedPatchEmbed(StandIn):
 
     def _check_places(self) -> None:
         """Raise RuntimeError unless the patches will meet their positions."""
-        hooked = [place for place in self.places if any(hook.embed is self for hook in _hooks_of(place))]
+        hooked = [place for place in self.hooked_modules if any(hook.embed is self for hook in _hooks_of(place))]
         if not any(module is place for module in self.encoder.model.modules() for place in hooked):
             raise RuntimeError(
                 "the first block of a compressed encoder has been replaced since compress(), or its hooks have been "
@@ -661,10 +661,10 @@ class CompressedPatchEmbed(StandIn):
         if self.encoder.maps_patches:
             # A projection that is all of the embedding has its hooks called around this one.
             projection = self.encoder.projection
-            return self.encoder.normed(
+            return self.encoder.apply_norm(
                 embed_selection(views, selection, projection, with_hooks=projection is not self.embed)
             )
-        tokens = self.encoder.all_tokens(views)
+        tokens = self.encoder.embed_all_patches(views)
         patches = math.prod(selection.grid)
         if tokens.shape[1] != patches:
             raise RuntimeError(

@@ -200,7 +200,7 @@ def _parameter_that_sees_patches(embed: CompressedPatchEmbed, views: Tensor) -> 
     if not named:
         return None
     gradients = []
-    places = tuple(place for place in embed.places if place is not model)
+    places = tuple(place for place in embed.hooked_modules if place is not model)
     try:
         for view in views[:2].unbind():
             with torch.enable_grad():

@@ -74,5 +74,5 @@ def _kind_of(model: object) -> str:
     inside = next((path for path, child in model.named_modules() if path and is_encoder(child)), None)
     if inside is not None:
         return f"{kind}, which has one at .{inside}: pass that"
-    reason = next(filter(None, (one.why_not(model) for one in _special_first(_kinds))), None)
+    reason = next(filter(None, (one.rejection_reason(model) for one in _special_first(_kinds))), None)
     return kind if reason is None else f"{kind}, which {reason}"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from seqcompress.compressors.selection import maps_patches
 from seqcompress.encoders.compression import Compression
 from seqcompress.encoders.encoder import Encoder, Size
-from seqcompress.encoders.hooks import join_at, leave
+from seqcompress.encoders.hooks import join_at, remove_hooks
 from seqcompress.encoders.patch_embed import CompressedPatchEmbed, When
 from seqcompress.encoders.probe import tokens_at
 from seqcompress.encoders.registry import register
@@ -37,7 +37,7 @@ class TimmVisionTransformer(Encoder):
         return isinstance(model, VisionTransformer) and all(hasattr(model.patch_embed, name) for name in asked)
 
     @staticmethod
-    def why_not(model: nn.Module) -> str | None:
+    def rejection_reason(model: nn.Module) -> str | None:
         if not isinstance(model, NaFlexVit):
             return None
         return (
@@ -126,11 +126,11 @@ class TimmVisionTransformer(Encoder):
             and maps_patches(embed.proj, tuple(embed.patch_size))
         )
 
-    def normed(self, tokens: Tensor) -> Tensor:
+    def apply_norm(self, tokens: Tensor) -> Tensor:
         normed: Tensor = self.patch_embed.norm(tokens)
         return normed
 
-    def all_tokens(self, views: Tensor) -> Tensor:
+    def embed_all_patches(self, views: Tensor) -> Tensor:
         tokens: Tensor = self.patch_embed.forward(views)
         return tokens.flatten(1, 2) if tokens.ndim == 4 and self.patch_embed.output_fmt == Format.NHWC else tokens
 
@@ -156,7 +156,7 @@ class TimmVisionTransformer(Encoder):
         embed = self.model.patch_embed
         if isinstance(embed, CompressedPatchEmbed):
             self.model.patch_embed = embed.embed
-            leave(embed)
+            remove_hooks(embed)
 
     def first_tokens(self, views: Tensor) -> Tensor:
         return tokens_at(self.model, (self.model.norm_pre, self.model.blocks[0]), views)

@@ -268,7 +268,7 @@ def _compressed(encoders: Sequence[MeasuredEncoder]) -> Iterator[Compression]:
             if embeds:
                 embed = embeds[0]
                 undo.append(_Reset(embed))
-                embed.compression, embed.tally = compression, Counter()
+                embed.compression, embed.forward_counts = compression, Counter()
                 embed.drops_tokens, embed.when = measured.is_student, measured.when
             else:
                 blank_per_view = blank_per_view_of(measured.encoder, measured.role)
@@ -300,7 +300,7 @@ class _Reset:
 
     def __init__(self, embed: CompressedPatchEmbed) -> None:
         self._embed = embed
-        self._kept = {name: getattr(embed, name) for name in ("compression", "drops_tokens", "when", "tally")}
+        self._kept = {name: getattr(embed, name) for name in ("compression", "drops_tokens", "when", "forward_counts")}
 
     def __call__(self) -> None:
         for name, value in self._kept.items():
@@ -369,21 +369,20 @@ def running(
     """
     random_states = RandomStates()
     with _compressed(encoders) as compression:
-        state = Snapshot(roots, [step, after_backward])
         runner = Runner(
             compression,
             encoders,
             parameters,
             step,
             after_backward,
-            state,
-            timed,
-            seed,
-            first,
-            warm_up,
-            must_be_finite,
-            set() if reported is None else reported,
-            strict,
+            Snapshot(roots, [step, after_backward]),
+            seed=seed,
+            timed=timed,
+            number=first,
+            warm_up=warm_up,
+            must_be_finite=must_be_finite,
+            reported=set() if reported is None else reported,
+            strict=strict,
         )
         try:
             yield runner
@@ -391,40 +390,31 @@ def running(
             _complete(runner.put_back, random_states.restore)
 
 
+@dataclass
 class Runner:
-    """Runs the steps. Each begins with everything as it was found, and a random state of its batch."""
+    """Runs the steps. Each begins with everything as it was found, and a random state of its batch.
 
-    def __init__(
-        self,
-        compression: Compression,
-        encoders: Sequence[MeasuredEncoder],
-        parameters: Sequence[nn.Parameter],
-        step: Callable[[Any], Tensor],
-        after_backward: Callable[[], object] | None,
-        state: Snapshot,
-        timed: bool,
-        seed: int,
-        first: int,
-        warm_up: bool,
-        must_be_finite: bool,
-        reported: set[str],
-        strict: bool,
-    ) -> None:
-        self._compression = compression
-        self._embeds: list[CompressedPatchEmbed] = [measured.embed for measured in encoders]
-        self._parameters = parameters
-        self._step = step
-        self._after_backward = after_backward
-        self._state = state
-        self._timed = timed
-        self._seed = seed
-        self._number = first
-        self._warm_up = warm_up
-        self._must_be_finite = must_be_finite
-        self._reported = reported
-        self._strict = strict
-        self._order = random.Random(seed)
-        self._flops = Flops(measured.encoder for measured in encoders)
+    Its fields are what ``running`` is given; ``number`` is that of the next batch.
+    """
+
+    compression: Compression
+    encoders: Sequence[MeasuredEncoder]
+    parameters: Sequence[nn.Parameter]
+    step: Callable[[Any], Tensor]
+    after_backward: Callable[[], object] | None
+    state: Snapshot
+    seed: int
+    timed: bool
+    number: int
+    warm_up: bool
+    must_be_finite: bool
+    reported: set[str]
+    strict: bool
+
+    def __post_init__(self) -> None:
+        self._embeds: list[CompressedPatchEmbed] = [measured.embed for measured in self.encoders]
+        self._order = random.Random(self.seed)
+        self._flops = Flops(measured.encoder for measured in self.encoders)
         self._batch = Snapshot(())
 
     def measure(self, batch: Any, consumers: Mapping[Strategy, GradientConsumer]) -> dict[Strategy, float]:
@@ -435,39 +425,39 @@ class Runner:
         """
         self._batch = Snapshot([batch])
         others = [strategy for strategy in consumers if strategy != _BASE]
-        timed = [_BASE, *others] if self._timed else []
-        warm_up = [self._run(batch, each, complete=self._timed) for each in timed or [_BASE]] if self._warm_up else []
+        timed = [_BASE, *others] if self.timed else []
+        warm_up = [self._run(batch, each, complete=self.timed) for each in timed or [_BASE]] if self.warm_up else []
         base = self._run(batch, _BASE, consume=consumers[_BASE])  # incomplete: its gradient must stay as it is
         if warm_up and (difference := _difference(warm_up[0].loss, base.loss)):
-            self._object(difference)
+            self._warn_or_raise(difference)
         spent: dict[Strategy, float] = {_BASE: base.flops}
-        for strategy in self._order.sample(timed, len(timed)) or others:
+        for strategy in self._order.sample(timed, len(timed)) if self.timed else others:
             consume = _nothing if strategy == _BASE else consumers[strategy]
-            ran = self._run(batch, strategy, consume=consume, complete=self._timed)
-            spent[strategy] = ran.seconds if self._timed else ran.flops
+            ran = self._run(batch, strategy, consume=consume, complete=self.timed)
+            spent[strategy] = ran.seconds if self.timed else ran.flops
         self.put_back()
         self._report_changes()
         self._batch = Snapshot(())  # lets go of the batch
-        self._number += 1
-        self._warm_up = False
+        self.number += 1
+        self.warm_up = False
         return spent
 
     def put_back(self) -> None:
         """Leave everything as it was found, the batch too."""
         self._batch.restore()
-        self._state.restore()
+        self.state.restore()
 
     def _report_changes(self) -> None:
-        changed = [name for name in self._state.not_restored() if name not in self._reported]
+        changed = [name for name in self.state.not_restored() if name not in self.reported]
         if changed:
-            self._reported.update(changed)
-            self._object(
+            self.reported.update(changed)
+            self._warn_or_raise(
                 f"measuring has changed what it cannot put back: {', '.join(changed)}. What step changes should be "
                 "tensors, random generators, lists, dicts, or attributes of objects of one's own."
             )
 
-    def _object(self, problem: str) -> None:
-        if self._strict:
+    def _warn_or_raise(self, problem: str) -> None:
+        if self.strict:
             raise ValueError(problem)
         warnings.warn(problem, stacklevel=6)
 
@@ -476,91 +466,91 @@ class Runner:
     ) -> _StepResult:
         """One step; a complete one goes on after the backward pass."""
         self.put_back()
-        self._state.clear_gradients()
-        self._compression.strategy = strategy
-        seed = seed_of(self._seed, self._number)
+        self.state.clear_gradients()
+        self.compression.strategy = strategy
+        seed = seed_of(self.seed, self.number)
         RandomStates.seed(seed)
-        self._state.seed(seed)
+        self.state.seed(seed)
         for embed in self._embeds:
-            embed.tally.clear()
-        where = f"step on batch {self._number} under {strategy!s}"
-        clock = Clock(self._parameters[0].device)
-        with torch.enable_grad(), clock, _Arrivals(self._parameters) as arrivals:
-            loss = self._step(batch)
-            if arrivals:
+            embed.forward_counts.clear()
+        where = f"step on batch {self.number} under {strategy!s}"
+        clock = Clock(self.parameters[0].device)
+        with torch.enable_grad(), clock, _GradientWatch(self.parameters) as watch:
+            loss = self.step(batch)
+            if watch.parameters:
                 raise ValueError(f"{where} must leave the backward pass to the analysis, got one that calls backward")
             _check_loss(loss, where)
             loss.backward()
         value = float(loss.detach())
         del loss
-        if self._must_be_finite and not math.isfinite(value):
+        if self.must_be_finite and not math.isfinite(value):
             raise ValueError(f"{where} must return a finite loss, got {value}")
-        if not any(forward.graph for embed in self._embeds for forward in embed.tally):
+        if not any(forward.graph for embed in self._embeds for forward in embed.forward_counts):
             raise ValueError(f"{where} must run the encoder in train mode, got a loss that did not pass through it")
-        views = self._compression.views
-        for size in {(forward.view[2], forward.view[3]) for embed in self._embeds for forward in embed.tally}:
+        views = self.compression.views
+        for size in {(forward.view[2], forward.view[3]) for embed in self._embeds for forward in embed.forward_counts}:
             if views is not None and views.full_size(size) != size:
                 raise ValueError(
                     f"{where} must get full views, got some of {size[0]} x {size[1]} px that scale_views made smaller: "
                     f"no gradient without compression can be had from them"
                 )
-        self._check_gradients(arrivals, where)
+        self._check_gradients(watch, where)
         gradient = self._gradient(where)  # whatever the loss: all ranks of a sharded model gather it
         consume(gradient if math.isfinite(value) else self._no_gradient())
-        flops = self._flops(embed.tally for embed in self._embeds)
-        if complete and self._after_backward is not None:
+        flops = self._flops(embed.forward_counts for embed in self._embeds)
+        if complete and self.after_backward is not None:
             with clock:
-                self._after_backward()
+                self.after_backward()
         return _StepResult(value, clock.seconds, flops)
 
     def _gradient(self, where: str) -> list[Tensor]:
         gradient = [
-            torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for parameter in self._parameters
+            torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for parameter in self.parameters
         ]
         gradient = [part.to_dense() if part.is_sparse else whole(part) for part in gradient]
-        if self._must_be_finite and not bool(torch.stack([part.isfinite().all() for part in gradient]).all()):
+        if self.must_be_finite and not bool(torch.stack([part.isfinite().all() for part in gradient]).all()):
             raise ValueError(f"{where} must give a finite gradient, got infinite values or NaN")
         return gradient
 
     def _no_gradient(self) -> list[Tensor]:
         """Of a loss that is not finite."""
-        return [parameter.new_full(parameter.shape, math.nan) for parameter in map(whole, self._parameters)]
+        return [parameter.new_full(parameter.shape, math.nan) for parameter in map(whole, self.parameters)]
 
-    def _check_gradients(self, arrivals: _Arrivals, where: str) -> None:
+    def _check_gradients(self, watch: _GradientWatch, where: str) -> None:
         """Raise ValueError unless the gradients are there that the backward pass has made."""
-        gone = sum(parameter.grad is None for parameter in arrivals)
+        made = watch.parameters
+        gone = sum(parameter.grad is None for parameter in made)
         if gone:
             raise ValueError(
-                f"{where} must leave its gradients in .grad, got {gone} of {len(arrivals)} that were gone after the "
+                f"{where} must leave its gradients in .grad, got {gone} of {len(made)} that were gone after the "
                 "backward pass: something takes them there, such as an optimizer that steps in a parameter's hook"
             )
-        if all(parameter.grad is None for parameter in self._parameters):
+        if all(parameter.grad is None for parameter in self.parameters):
             raise ValueError(f"{where} must give model a gradient, got none on any of its parameters that require grad")
 
 
-class _Arrivals:
-    """The parameters that got a gradient while a ``with`` block ran, whether it is still there or not."""
+class _GradientWatch:
+    """Notes which parameters get a gradient while a ``with`` block runs, whether it is still there or not."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        self._parameters = parameters
-        self._arrived: dict[int, nn.Parameter] = {}
+    def __init__(self, watched: Iterable[nn.Parameter]) -> None:
+        self._watched = watched
+        self._by_id: dict[int, nn.Parameter] = {}
 
-    def __enter__(self) -> _Arrivals:
-        self._hooks = [each.register_post_accumulate_grad_hook(self._arrive) for each in self._parameters]
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Those that got one."""
+        return list(self._by_id.values())
+
+    def __enter__(self) -> _GradientWatch:
+        self._hooks = [each.register_post_accumulate_grad_hook(self._note) for each in self._watched]
         return self
 
     def __exit__(self, *raised: object) -> None:
         for hook in self._hooks:
             hook.remove()
 
-    def __len__(self) -> int:
-        return len(self._arrived)
-
-    def __iter__(self) -> Iterator[nn.Parameter]:
-        return iter(self._arrived.values())
-
-    def _arrive(self, parameter: Tensor) -> None:
-        self._arrived[id(parameter)] = parameter  # type: ignore[assignment]
+    def _note(self, parameter: Tensor) -> None:
+        self._by_id[id(parameter)] = parameter  # type: ignore[assignment]
 
 
 class Clock:

@@ -47,7 +47,7 @@ from seqcompress.gradients.measurement import (
 from seqcompress.gradients.report import GradientErrorReport, canonical
 from seqcompress.gradients.statistics import Estimate, Sketch, interquartile_mean, jackknife, norm2_of_mean, variance
 from seqcompress.json_files import json_text
-from seqcompress.messages import by_script, described
+from seqcompress.messages import described, resume_notice
 from seqcompress.schedules import Constant, Online, Schedule, Stepwise
 from seqcompress.strategy import Strategy
 from seqcompress.training.cost import Flops
@@ -282,7 +282,7 @@ class OnlineScheduler:
         self._trained += self._price(done)
         if not self.is_measuring:
             return
-        verdict = self._ranks.agreed(self._verdict(done, accumulated))
+        verdict = self._ranks.of_rank_0(self._verdict(done, accumulated))
         if verdict in (_ANEW, _DROP):
             self._events = []
         if verdict in (_ANEW, _GO_ON):
@@ -403,7 +403,7 @@ class OnlineScheduler:
             changes["total_steps"] = (total, own)
             self._sequence.follow(_found(self._preset, decisions, own, gave_up))
         if changes:
-            warnings.warn(f"seqcompress: {by_script(changes, self.strategy)}", stacklevel=2)
+            warnings.warn(f"seqcompress: {resume_notice(changes, self.strategy)}", stacklevel=2)
         self._trained, self._measured = trained, measured
         self._decisions, self._events = decisions, events
         self._gave_up = gave_up
@@ -419,7 +419,7 @@ class OnlineScheduler:
         return compared(self._ladder, self.strategy)
 
     def _tallies(self) -> list[Counter[Forward]]:
-        return [embed.tally.copy() for embed in self._tallied]
+        return [embed.forward_counts.copy() for embed in self._tallied]
 
     def _price(self, done: Sequence[Counter[Forward]], strategy: Strategy | None = None) -> int:
         """FLOPs of a step's forwards, or of the same under another strategy: counted once of all steps alike."""
@@ -469,7 +469,7 @@ class OnlineScheduler:
             costs = {each: self._price(done, each) for each in compared(self._ladder, strategy)}
             needed = (_BATCHES * sum(costs.values()) + self._extra(costs)) / accumulated
             steps = min(steps, needed / (self._compute_share * trained))
-        if steps > self.total_steps and self._ranks.own == 0:
+        if steps > self.total_steps and self._ranks.rank == 0:
             kept = self._preset if len(stages) > 1 else stages[0][1]
             self.tell(
                 f"{self.total_steps} steps are too few for a decision, and the run keeps to {kept!s}: "
@@ -483,7 +483,7 @@ class OnlineScheduler:
 
     def _measure(self, batch: Any) -> None:
         if any(measured.encoder.is_flattened for measured in self._encoders):  # since this was made
-            if not self._is_blind and self._ranks.own == 0:
+            if not self._is_blind and self._ranks.rank == 0:
                 _logger.warning(
                     "nothing is measured, and %s stays: FullyShardedDataParallel leaves no process a whole gradient; "
                     "shard with fully_shard instead",
@@ -511,7 +511,7 @@ class OnlineScheduler:
                     self._loss,
                     None,
                     self._roots,
-                    seed=seed_of(self._sequence.state_dict()["seed"], self._ranks.own),
+                    seed=seed_of(self._sequence.state_dict()["seed"], self._ranks.rank),
                     first=self.last_step,
                     warm_up=not self._measured,
                     must_be_finite=False,  # a bad batch on one rank must not leave the others waiting
@@ -536,7 +536,7 @@ class OnlineScheduler:
         sketches = {strategy: self._ranks.mean(sketch) for strategy, sketch in sketches.items()}
         bad = [strategy for strategy, sketch in sketches.items() if not bool(sketch.isfinite().all())]
         if bad:  # known to all ranks, as sketches are means over them
-            if self._ranks.own == 0:
+            if self._ranks.rank == 0:
                 what = f"its loss or gradient is not finite under {' / '.join(map(str, bad))}"
                 self.tell(f"step {self.last_step}: this measurement is dropped: {what}", is_problem=True)
             return
@@ -545,7 +545,7 @@ class OnlineScheduler:
     def _give_up(self, problem: str) -> None:
         self._gave_up, self._events = self.last_step, []
         self._follow_what_was_found()
-        if self._ranks.own == 0:
+        if self._ranks.rank == 0:
             self.tell(f"cannot be measured, and goes on with its preset: {problem}", is_problem=True)
 
     def _follow_what_was_found(self) -> None:
@@ -563,12 +563,12 @@ class OnlineScheduler:
         others = [strategy for strategy in self._compared() if strategy != before]
         better = [strategy for strategy in others if decision.chance(strategy) >= _CONFIDENCE]
         after = min(better or [before], key=lambda strategy: decision.report[strategy].ca_mse)
-        after = self._ladder[self._ranks.agreed(self._ladder.index(after))]
+        after = self._ladder[self._ranks.of_rank_0(self._ladder.index(after))]
         decision = OnlineDecision(self.last_step, before, after, decision.report, decision.share)
         self._decisions.append(decision)
         self._events = []
         self._follow_what_was_found()
-        if self._ranks.own == 0:
+        if self._ranks.rank == 0:
             self.tell(str(decision))
 
     def _report(self, accumulated: int) -> GradientErrorReport:

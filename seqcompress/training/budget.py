@@ -103,7 +103,7 @@ class Budget:
             (
                 calls * self._price(number, forward)
                 for number, embed in enumerate(self._embeds)
-                for forward, calls in embed.tally.items()
+                for forward, calls in embed.forward_counts.items()
             ),
             start=0.0,
         )

@@ -106,7 +106,7 @@ def batch_factor(embed: CompressedPatchEmbed, strategy: Strategy) -> int:
     together of more, queues of keys stay multiples of a batch, and there are few shapes.
     """
     encoder = embed.encoder
-    times = sequence_length(encoder, Strategy()) // sequence_length(encoder, embed.of_large_views(strategy))
+    times = sequence_length(encoder, Strategy()) // sequence_length(encoder, embed.strategy_for_full_views(strategy))
     return 1 << (times.bit_length() - 1)
 
 

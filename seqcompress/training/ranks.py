@@ -30,43 +30,43 @@ class Ranks:
         self._group: Any = None
 
     @property
-    def are_several(self) -> bool:
+    def is_distributed(self) -> bool:
         """Whether there is anybody to agree with."""
         return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
     @property
-    def own(self) -> int:
+    def rank(self) -> int:
         """The number of this process."""
-        return dist.get_rank() if self.are_several else 0
+        return dist.get_rank() if self.is_distributed else 0
 
-    def agreed(self, number: int) -> int:
+    def of_rank_0(self, number: int) -> int:
         """Rank 0's number. Collective.
 
         Raises:
             RuntimeError: the others did not come, as for ``mean``.
         """
-        if not self.are_several:
+        if not self.is_distributed:
             return number
         agreed = Ranks._number.fill_(number)
-        self._together(lambda group: dist.broadcast(agreed, src=0, group=group))
+        self._run_collective(lambda group: dist.broadcast(agreed, src=0, group=group))
         return int(agreed.item())
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean of all ranks' tensors, which are on the CPU and may be overwritten. Collective."""
-        if not self.are_several:
+        if not self.is_distributed:
             return values
         Ranks._sent = values
-        self._together(lambda group: dist.all_reduce(values, group=group))
+        self._run_collective(lambda group: dist.all_reduce(values, group=group))
         return values / dist.get_world_size()
 
-    def _together(self, do: Callable[[Any], object]) -> None:
+    def _run_collective(self, do: Callable[[Any], object]) -> None:
         if self._world is not dist.group.WORLD:  # none yet, or that one was destroyed since
             self._world, self._group = dist.group.WORLD, _group_on_the_cpu()
         try:
             do(self._group)
         except RuntimeError as error:
             raise RuntimeError(
-                f"rank {self.own} waited in vain for the others to agree on the next step: every rank must make the "
+                f"rank {self.rank} waited in vain for the others to agree on the next step: every rank must make the "
                 "scheduler and call its step() as often (or pass it the number of the step, which waits for nobody), "
                 "and where one is busy alone for long, all must be told to wait as long: "
                 f"init_process_group('cpu:gloo,cuda:nccl', timeout=...). torch says: {error}"

@@ -85,16 +85,16 @@ def rehearse(scheduler: SequenceScheduler, step: Callable[[], object]) -> Rehear
                 raise
             # Its traceback holds the frames of the step, and these its activations.
             raise MemoryError(shortage(longest, encoder, device, error)) from error.with_traceback(None)
-        return measured(longest, device)
+        return memory_needed(longest, device)
 
 
 def forget_peak(device: torch.device) -> None:
-    """Have ``measured`` say what is needed from now on."""
+    """Have ``memory_needed`` say what is needed from now on."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def measured(strategy: Strategy, device: torch.device) -> Rehearsal:
+def memory_needed(strategy: Strategy, device: torch.device) -> Rehearsal:
     """What was needed since then, by torch's own books: what other processes take is not in them."""
     if device.type != "cuda":
         return Rehearsal(strategy, None, None)
@@ -112,8 +112,8 @@ def shortage(strategy: Strategy, encoder: Encoder, device: torch.device, error: 
         error: what torch has said.
     """
     tokens, ranks = sequence_length(encoder, strategy), Ranks()
-    who = f"rank {ranks.own}: " if ranks.are_several else ""
-    need = measured(strategy, device)
+    who = f"rank {ranks.rank}: " if ranks.is_distributed else ""
+    need = memory_needed(strategy, device)
     reached = ""
     if need.peak_bytes is not None and need.total_bytes is not None:
         reached = f": torch ran out at {_size(need.peak_bytes)} of {_size(need.total_bytes)}"
@@ -136,7 +136,7 @@ def _all_else_as_before(scheduler: SequenceScheduler) -> Iterator[None]:
     """Put back strategy, random states and tallies."""
     before = scheduler.embeds[0].compression.strategy
     embeds = with_partners(scheduler.embeds)
-    tallies = [embed.tally.copy() for embed in embeds]
+    tallies = [embed.forward_counts.copy() for embed in embeds]
     random_states = RandomStates()
     streams = {embed.compression: copy.deepcopy(embed.compression.stream) for embed in scheduler.embeds}
     try:
@@ -147,7 +147,7 @@ def _all_else_as_before(scheduler: SequenceScheduler) -> Iterator[None]:
         for compression, stream in streams.items():
             compression.stream = stream
         for embed, tally in zip(embeds, tallies, strict=True):
-            embed.tally = tally
+            embed.forward_counts = tally
 
 
 def _size(size: float) -> str:

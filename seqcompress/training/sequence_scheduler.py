@@ -22,7 +22,7 @@ from seqcompress.compression import (
 )
 from seqcompress.encoders import CompressedPatchEmbed, Compression, is_frozen
 from seqcompress.json_files import json_text
-from seqcompress.messages import by_script, described
+from seqcompress.messages import described, resume_notice
 from seqcompress.schedules import Constant, Online, Schedule
 from seqcompress.strategy import Strategy
 from seqcompress.training.cost import StepCosts, batch_factor, sequence_length
@@ -109,7 +109,7 @@ class SequenceScheduler:
         self._spent_of: object = None
         self._spent_after: tuple[list[int], list[float]] = ([], [])
         self._ranks = Ranks()
-        self._seed = self._ranks.agreed(torch.initial_seed() % 2**63)
+        self._seed = self._ranks.of_rank_0(torch.initial_seed() % 2**63)
         self._plan = plan
         self._apply(plan, total_steps, last_step=0)
 
@@ -175,7 +175,7 @@ class SequenceScheduler:
         Args:
             step: number of steps done. Whoever gives it makes sure that it is the same on every rank.
         """
-        step = self._ranks.agreed(self._last_step + 1) if step is None else checked_count(step, "step", at_least=0)
+        step = self._ranks.of_rank_0(self._last_step + 1) if step is None else checked_count(step, "step", at_least=0)
         self._apply(self._schedule, self._total_steps, step)
         for compression in self._compressions:
             compression.count_step()
@@ -242,7 +242,9 @@ class SequenceScheduler:
         embed = self._embeds[0]
 
         def tokens(strategy: Strategy) -> tuple[int, ...]:
-            return tuple(sequence_length(embed.encoder, each) for each in (embed.of_large_views(strategy), strategy))
+            return tuple(
+                sequence_length(embed.encoder, each) for each in (embed.strategy_for_full_views(strategy), strategy)
+            )
 
         return max(self._schedule.strategies(), key=tokens)
 
@@ -306,7 +308,7 @@ class SequenceScheduler:
         self._apply(schedule, min(last_step, self._total_steps) if ended else self._total_steps, last_step, forwards)
         if changes:
             left = " of a schedule that was run to its end: for another run of it, compress(model, plan) anew"
-            warnings.warn(f"seqcompress: {by_script(changes, self.strategy)}{left if ended else ''}", stacklevel=2)
+            warnings.warn(f"seqcompress: {resume_notice(changes, self.strategy)}{left if ended else ''}", stacklevel=2)
 
     def _apply(self, schedule: Schedule, total_steps: int, last_step: int, forwards: Sequence[int] = ()) -> None:
         self._put_in_force(schedule.at_step(last_step, total_steps))

@@ -300,7 +300,7 @@ def test_a_rehearsal_is_run_where_most_tokens_come_together(
     pl: Any, make_regressor: Build, make_trainer: Build
 ) -> None:
     class OnADevice(SequenceCompression, pl.Callback):
-        plain = pl.strategies.Strategy
+        whole_gradient_strategies = pl.strategies.Strategy
 
         def _has_own_memory(self, device: Any) -> bool:
             return True

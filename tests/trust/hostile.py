@@ -112,7 +112,7 @@ RATE = PolynomialDecayLR(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], l
 CALLBACK = SequenceCompression()
 
 
-def _object(text: str) -> str:
+def _warn_or_raise(text: str) -> str:
     """Text of an object, and not a path."""
     return text if text.lstrip().startswith("{") else "{" + text
 
@@ -126,14 +126,14 @@ def _value(text: str) -> Any:
 
 
 def _schedule(text: str) -> None:
-    schedule = Schedule.from_json(_object(text))
+    schedule = Schedule.from_json(_warn_or_raise(text))
     assert Schedule.from_json(schedule.to_json()) == schedule
     for step in (0, 5, 9):
         schedule.at_step(step, 10)
 
 
 def _report(text: str) -> None:
-    report = GradientErrorReport.from_json(_object(text))
+    report = GradientErrorReport.from_json(_warn_or_raise(text))
     assert repr(GradientErrorReport.from_json(report.to_json())) == repr(report)
     assert len(str(report)) > 10
     report.best()

@@ -115,7 +115,7 @@ def test_memory_hooks_handles_and_threads_are_flat_over_a_plain_loop(steps: int)
             if scheduler.last_step == steps:
                 break
     _is_flat(marks, sizes)
-    assert all(len(embed.tally) < 30 for embed in compressed_embeds(student, teacher))
+    assert all(len(embed.forward_counts) < 30 for embed in compressed_embeds(student, teacher))
 
 
 @linux
