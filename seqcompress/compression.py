@@ -69,15 +69,15 @@ def compress(
             Until then the model runs uncompressed, and says so. Without plan and keywords: "default".
         teacher: the momentum encoder, of the same image size, patch size and width. Patch scaling then goes to both
             encoders and token dropout to ``model`` only: asymmetric dropout and symmetric scaling, as in the paper.
-            Where a host reads the grid off one of them to draw masks for both (Lightly's iBOT and DINOv2), it goes by
-            ``model``'s mode from then on.
+            Where a host draws masks on the teacher's grid (Lightly's iBOT and DINOv2), the teacher follows the
+            student's train or eval mode from then on.
         when: "grad" compresses only forwards in train mode that build a graph, "train" every forward in train
             mode. A ``teacher``, which builds none, is always treated as "train".
         token_dropout: short form of ``plan=Strategy(token_dropout, patch_size)``.
         patch_size: likewise.
-        batch: "merge" has Lightning and solo-learn run several of the batches that they accumulate for an update at
-            once while sequences are short, as far as the tokens stay as many. Updates stay what they are. In a loop of
-            your own, see [SequenceScheduler.batch_factor][seqcompress.SequenceScheduler.batch_factor].
+        batch: "merge" lets Lightning and solo-learn run several accumulated batches in one forward while sequences are
+            short, never with more tokens than one plain batch has. Each update still averages the same batches. In a
+            loop of your own, see [SequenceScheduler.batch_factor][seqcompress.SequenceScheduler.batch_factor].
 
     Returns:
         ``model``, the same object.

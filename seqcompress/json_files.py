@@ -59,8 +59,8 @@ def write_text(text: str, path: str | os.PathLike[str]) -> None:
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A file beside ``path`` to be written, which takes its place when it is complete and on the disk.
 
-    Whoever is killed on the way, or finds the disk full, leaves what was there before. After a kill, a hidden file
-    ending in ``.unfinished`` and the suffix may be left. What is no ordinary file, such as a pipe, is written directly.
+    If writing is interrupted or the disk is full, the old file stays. After a kill, a hidden file ending in
+    ``.unfinished`` and the suffix may be left. What is no ordinary file, such as a pipe, is written directly.
 
     Raises:
         OSError: it cannot be written; the message is the system's.

@@ -309,8 +309,8 @@ class Stepwise(Schedule):
 class Online(Schedule):
     """Finds itself while the run goes on, for a share of it; follows a preset until it has found something better.
 
-    Who drives has to measure: an [OnlineScheduler][seqcompress.OnlineScheduler], or the Lightning callback. Whoever
-    cannot follows the preset, and says so. See ``docs/online-schedule.md``.
+    It is found under a driver that measures: an [OnlineScheduler][seqcompress.OnlineScheduler] or the Lightning
+    callback. Any other driver follows the preset, and says so. See ``docs/online-schedule.md``.
 
     Args:
         preset: what holds until the first move; its last stage holds in the end in any case, if it has several.

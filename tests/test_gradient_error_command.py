@@ -105,8 +105,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def undrawn(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The same, where pictures stay empty: they take most of the time."""
-    monkeypatch.setattr(plots, "plot_report", lambda report, path: Path(path).touch())
-    monkeypatch.setattr(plots, "plot_stages", lambda reports, chosen, path: Path(path).touch())
+    monkeypatch.setattr(plots, "draw_report", lambda report: None)
+    monkeypatch.setattr(plots, "draw_stages", lambda reports, chosen: None)
+    monkeypatch.setattr(plots, "save", lambda figure, path: Path(path).touch())
     return folder
 
 

@@ -295,7 +295,10 @@ def test_what_is_not_installed_is_named(monkeypatch: Any, tmp_path: Path, tiny_v
 
 
 def test_pictures_are_drawn(measured: GradientErrorReport, tmp_path: Path) -> None:
-    measured.plot(tmp_path / "report.png")
+    errors, costs = measured.plot(tmp_path / "report.png").axes
+    assert costs.get_xlabel() == "patch size"
+    assert len(errors.get_xticklabels()) == len(measured.entries)
+    assert len(plot_gradient_error({0.0: measured, 1.0: measured}).axes) == 3  # shown, and not written
     plot_gradient_error({0.0: measured, 1.0: measured}, tmp_path / "schedule.svg")
     assert (tmp_path / "report.png").read_bytes()[1:4] == b"PNG"
     assert "schedule" in (tmp_path / "schedule.svg").read_text()

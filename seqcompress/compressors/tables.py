@@ -19,7 +19,7 @@ class Table(Generic[_Arguments]):
 
     Under ``FakeTensorMode``, a tensor that was kept would be refused and one that is made has no values; under a
     function transform (``torch.func.grad``), one that is made belongs to that transform. Neither is kept. Nor is one
-    that is kept ever an inference tensor, whoever asks first.
+    that is kept ever an inference tensor, even if inference mode asks first.
     """
 
     def __init__(self, function: Callable[_Arguments, Tensor]) -> None:

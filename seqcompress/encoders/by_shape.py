@@ -59,7 +59,7 @@ class _LookAtCall(Hook):
     """Forward pre-hook of the whole model: what the user's call asks for, beside features of views.
 
     Tokens that are masked would be masked among blank ones. Hugging Face's models take views of another size where they
-    are asked to; who takes one size only is given blank views of it where a loader has made them smaller.
+    are asked to; a model of one size is given blank views of that size where a loader has made them smaller.
     """
 
     def __call__(
@@ -256,8 +256,8 @@ class AnyVisionTransformer(Encoder):
         folds = hasattr(self.model, "out_features") and getattr(config, "reshape_hidden_states", False)
         if folds and any(strategy not in (Strategy(), Strategy(0.0, min(self.patch_size))) for strategy in strategies):
             raise ValueError(
-                f"reshape_hidden_states must be False in the config of a {type(self.model).__name__}, which folds its "
-                "features to maps else: patches that are dropped or larger make none"
+                f"reshape_hidden_states must be False in the config of a {type(self.model).__name__}, which otherwise "
+                "folds its features to maps: patches that are dropped or larger make none"
             )
 
     @property

@@ -20,7 +20,7 @@ _FEW_UPDATES = 2  # one is what a checkpoint that is loaded, or SAM's step up, l
 
 
 class SmallerViews(Protocol):
-    """Who makes smaller views for encoders where their patches are larger."""
+    """What makes smaller views for encoders where their patches are larger."""
 
     def ask_for(self, strategy: Strategy, /) -> None:
         """Have views made for this strategy from now on."""
@@ -39,7 +39,7 @@ class Compression:
     """What the encoders that were compressed together share: one plan, one strategy, one random stream, one driver.
 
     A constant plan is in force at once. A schedule is in force while somebody drives it: an object that has claimed it
-    and is alive, or whoever calls ``set_strategy`` by hand. Else the base strategy is, so that a schedule nobody
+    and is alive, or code that calls ``set_strategy`` by hand. Otherwise the base strategy is, so that a schedule nobody
     advances costs speed and never accuracy. A copy, pickled or deep, has no driver.
 
     Args:
@@ -47,13 +47,14 @@ class Compression:
         strategy: the one to begin with; by default, the plan's first.
         stream: the seeds of random subsets.
         views: there if loaders make smaller views for the encoders.
+        batch: as in [compress][seqcompress.compress].
 
     Attributes:
         members: the patch embeddings of these encoders, those of copies in other processes or files excluded.
         masks_are_drawn: whether the host has read the grid in force off one of the encoders, to draw masks for all.
         batch: "merge" if a host is to run several batches at once while sequences are short, else None.
-        finished: whether the plan has been run to its end, as its driver says. Who drives by itself, without being
-            asked to, drives no such encoders: they stay plain.
+        finished: whether the plan has been run to its end, as its driver says. A driver that comes by itself, as the
+            Lightning callback does, leaves such encoders alone: they stay plain.
         warns_when_finished: whether an encoder that is trained on says that its schedule has ended.
         steps_left: of the driver's run, as it says; None where it does not.
     """
@@ -137,7 +138,7 @@ class Compression:
         """Drive the encoders from now on, as the only one. Nothing but a weak reference is kept.
 
         Args:
-            driver: whoever advances the plan.
+            driver: what advances the plan.
             name: how a message is to name it, such as "a SequenceScheduler".
 
         Raises:
@@ -217,7 +218,7 @@ class Compression:
 
     def __getstate__(self) -> dict[str, Any]:
         # The driver drives the original; a weak reference cannot be pickled anyway.
-        # Who is copied along joins the copy.
+        # Members that are copied along join the copy.
         return {**vars(self), "_driver": None, "_driver_name": None, "members": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

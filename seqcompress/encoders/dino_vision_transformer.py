@@ -24,7 +24,7 @@ _PREPARES, _LAYERS = "prepare_tokens_with_masks", "get_intermediate_layers"
 
 @register
 class DinoVisionTransformer(AnyVisionTransformer):
-    """By the names of its methods, whoever has copied it."""
+    """By the names of its methods, so that copies are recognised, too."""
 
     general = False
     positions_in_blocks = True

@@ -58,7 +58,7 @@ class Encoder(ABC):
 
     @property
     def has_known_blocks(self) -> bool:
-        """Whether its blocks are known not to tell where a patch was: what they make of tokens is proven else."""
+        """Whether its blocks are known not to look at where a patch was; if not, a probe has to prove it."""
         return not (self.general or self.positions_in_blocks)
 
     # What it is like:

@@ -1,8 +1,8 @@
 """Tokens that a host masks: replaced behind the patch embedding by a token of its own, for the encoder to predict.
 
-Whoever masks is known by the method that does so: it is given two blank views, one without a mask and one that is
-masked all over. Then what it puts in a token's place is known like the positions, for whatever grid. That a forward is
-masked is known before anything is dropped in it: where something is predicted, nothing is.
+A host is recognised by its method that masks. In a compressed forward that method gets two blank views, one without a
+mask and one that is masked all over, which show what it puts in a token's place, for any grid, as they show the
+positions. Whether a forward is masked is known before any token is dropped: where tokens are predicted, none is.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def refuse_tokens_named(name: str, tokens: Tensor) -> NoReturn:
 
 
 def follow_masks(module: nn.Module) -> None:
-    """Have whoever masks tokens of the compressed encoders in a module do so on the grid that is in force."""
+    """Have hosts mask tokens of the compressed encoders in a module on the grid that is in force."""
     for host in module.modules():
         vit = lightly_masked(host)
         for embed in [] if vit is None else vit.modules():
@@ -106,7 +106,7 @@ def follow_masks(module: nn.Module) -> None:
 
 
 def forget_masks(embed: CompressedPatchEmbed) -> None:
-    """Give the method back to whoever masks tokens of an encoder that is compressed no more."""
+    """Give a host that masks tokens its own method back: the encoder is not compressed any more."""
     if embed.host is not None:
         vars(embed.host).pop(_PREPARES, None)
         embed.host = None

@@ -254,8 +254,8 @@ class CompressedPatchEmbed(StandIn):
         if self.blank_per_view:
             return max(2, views) if is_masked else views
         # One view's positions are all there is to know, beside what masked tokens are replaced by. Under
-        # DistributedDataParallel it is two views: what the model expands for each of them (its class token) then has a
-        # gradient that is summed, and so lies in memory as the parameter does, about which it warns else.
+        # DistributedDataParallel it takes two: the gradient of what the model expands for each view (its class token)
+        # is then a sum, laid out in memory as the parameter is; otherwise DistributedDataParallel warns.
         is_distributed = views > 1 and distributed.is_available() and distributed.is_initialized()
         return 2 if is_masked or is_distributed else 1
 
@@ -267,7 +267,7 @@ class CompressedPatchEmbed(StandIn):
         return None if cut.is_plain else cut.grid
 
     def _own_or_scaled(self, name: str) -> Any:
-        """The grid of the views that the encoder was built for, or its patches: for whoever draws masks for it.
+        """The grid of the views that the encoder was built for, or its patches: for a host that draws masks on it.
 
         The model's own code asks while it runs, and means the grid that its positions are for.
         """
@@ -372,7 +372,7 @@ class CompressedPatchEmbed(StandIn):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _notice_plain_blocks(self) -> None:
-        """Whoever holds the plain patch embedding, and the blocks, trains without the compressors."""
+        """Code that holds the plain patch embedding, and the blocks, trains without the compressors."""
         is_of_training = not self.is_probed and torch.is_grad_enabled() and not in_backward()
         if is_of_training and self.drops_tokens and self.strategy != Strategy():
             self._warn(

@@ -68,7 +68,7 @@ def is_wrapped(model: nn.Module) -> bool:
 def is_tensor_parallel(model: nn.Module) -> bool:
     """Whether processes compute parts of one sample's features: weights are split otherwise than by ``fully_shard``."""
     distributed, fsdp = sys.modules.get("torch.distributed.tensor"), sys.modules.get("torch.distributed.fsdp")
-    if distributed is None:  # never imported, as whoever splits weights has done
+    if distributed is None:  # never imported, so no weights are split
         return False
     sharding = () if fsdp is None else getattr(fsdp, "FSDPModule", ())
     sharded = {
@@ -82,13 +82,13 @@ def is_tensor_parallel(model: nn.Module) -> bool:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor of which each process may hold a part, as under ``fully_shard``; collective for such a one."""
+    """The whole of a tensor of which each process may hold a part, as under ``fully_shard``; then it is collective."""
     gathered: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return gathered
 
 
 def _wrapper() -> Any:
-    """The class that wraps, as isinstance takes it: none where it was never imported, as whoever wraps has done."""
+    """The class that wraps, as isinstance takes it: none where it was never imported, so that nothing is wrapped."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return () if fsdp is None else fsdp.FullyShardedDataParallel
 

@@ -69,14 +69,19 @@ def gradient_error(
     strategy is always measured. Gradients are those of the whole loss with respect to the parameters of ``model`` that
     require grad; a parameter that gets none counts as zero.
 
-    Nothing is changed: before every run and at the end, also after an error or an interrupt, everything is put back
-    that ``step`` may change. That is: ``model`` and ``teacher``; and what ``step`` and ``after_backward`` can get at by
-    what they are bound to, their closures, arguments and global names, and those of functions that they call. Of these:
-    names bound anew; tensors and their gradients, arrays; lists, dicts, sets; modules, optimizers, their schedulers,
-    random generators; attributes of objects of one's own, eight deep, and of their classes. Besides: a batch changed in
-    place, the random generators that ``batches`` holds, and the global random states of torch, numpy and Python. What
-    was seen to change and cannot be put back, such as an iterator, is named in a warning. Memory holds a copy of all
-    that meanwhile, one gradient-sized sum a strategy, the gradients of two runs, and 32,768 numbers a batch and
+    Nothing is changed: before every run and at the end, also after an error or an interrupt, everything that ``step``
+    may change is put back:
+
+    - ``model`` and ``teacher``;
+    - what ``step`` and ``after_backward`` can reach through what they are bound to, their closures, arguments and
+      global names, and through the functions that they call: names bound anew; tensors and their gradients, arrays;
+      lists, dicts, sets; modules, optimizers, their schedulers, random generators; attributes of objects of one's own,
+      eight deep, and of their classes;
+    - a batch changed in place, the random generators that ``batches`` holds, and the global random states of torch,
+      NumPy and Python.
+
+    What was seen to change and cannot be put back, such as an iterator, is named in a warning. Meanwhile memory holds a
+    copy of all that, one gradient-sized sum a strategy, the gradients of two runs, and 32,768 numbers a batch and
     strategy.
 
     Args:

@@ -12,6 +12,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from enum import IntEnum
 from functools import partial
 from typing import Any
 
@@ -62,7 +63,16 @@ _CONFIDENCE = 0.8
 _MOST_COMPARED = 4  # the base, the strategy in force, and a neighbour on either side
 _SHARE = 0.03
 _MOST_PRICES = 1_000  # where no step is like another
-_WAIT, _ANEW, _GO_ON, _DROP = range(4)  # what to do after a step: all ranks the same
+
+
+class _Action(IntEnum):
+    """What to do after a step, the same on all ranks."""
+
+    WAIT = 0
+    START = 1
+    CONTINUE = 2
+    DISCARD = 3
+
 
 _logger = logging.getLogger(__name__)
 
@@ -77,11 +87,11 @@ class OnlineScheduler:
     of at least 80 %, one-sided, from the jackknife of the paired difference; to the best, if several are. Otherwise it
     stays. Every decision begins anew. (The base is measured anyway, and a worse rung may lie before it.)
 
-    Why so: the 4 batches follow each other, as gradients from earlier weights would make the bias look small and the
-    variance large. One decision asks for little evidence, for more come. A move between near equals, which happens in
-    up to 20 % of the decisions at a tie with one neighbour, costs little, and the next decision may undo it. A better
-    neighbour that was missed is found later: in simulations with normally distributed gradients, two decisions from 4
-    batches each were about as likely to find it as one from 8.
+    Why 4 consecutive batches: gradients from older weights would make the bias look small and the variance large. One
+    decision needs little evidence, because more decisions follow. Between two neighbours that are equal, up to 20 % of
+    the decisions move, which costs little and can be undone. A better neighbour that was missed is found later: in
+    simulations with normally distributed gradients, two decisions from 4 batches each found it about as often as one
+    from 8.
 
     Measuring leaves no trace in the run: everything is put back as gradient_error does it, and the run draws the
     random subsets that it would have drawn. Random states of measuring come from the seed of the run, the step and the
@@ -282,10 +292,10 @@ class OnlineScheduler:
         self._trained += self._price(done)
         if not self.is_measuring:
             return
-        verdict = self._ranks.of_rank_0(self._verdict(done, accumulated))
-        if verdict in (_ANEW, _DROP):
+        action = self._ranks.of_rank_0(self._next_action(done, accumulated))
+        if action in (_Action.START, _Action.DISCARD):
             self._events = []
-        if verdict in (_ANEW, _GO_ON):
+        if action in (_Action.START, _Action.CONTINUE):
             self._measure(batch)
             if len(self._events) == _BATCHES:
                 self._decide(accumulated)
@@ -432,18 +442,18 @@ class OnlineScheduler:
             )
         return self._prices[key]
 
-    def _verdict(self, done: Sequence[Counter[Forward]], accumulated: int) -> int:
+    def _next_action(self, done: Sequence[Counter[Forward]], accumulated: int) -> _Action:
         """Whether the shares allow to measure a step like this one; at first, as many as a decision needs."""
         is_over = self.last_step >= self.total_steps or self.progress >= _end_of(self._preset)
         if is_over or not any(forward.graph for tally in done for forward in tally):
-            return _WAIT
+            return _Action.WAIT
         costs = {strategy: self._price(done, strategy) for strategy in self._compared()}
         is_open = bool(self._events) and set(self._events[0].sketches) == set(costs)  # else, the preset has moved on
         one, extra = sum(costs.values()) / accumulated, self._extra(costs) / accumulated
         needed = one * (1 if is_open else _BATCHES) + extra
         if self._measured + needed > self._compute_share * self._trained:
             self._say_if_too_short(done, accumulated)
-            return _WAIT
+            return _Action.WAIT
         if self._plan is not None and self._plan.time_share is not None:
             seconds = self._seconds_trained
             pace = self._seconds_measured / self._measured if self._measured else seconds / self._trained
@@ -451,8 +461,8 @@ class OnlineScheduler:
             # What is begun is ended if the whole run can afford it: its first batch tells what the others will take.
             until_then = seconds / self.progress if is_open else seconds
             if self._seconds_measured + expected > self._plan.time_share * until_then:
-                return _DROP if is_open else _WAIT
-        return _GO_ON if is_open else _ANEW
+                return _Action.DISCARD if is_open else _Action.WAIT
+        return _Action.CONTINUE if is_open else _Action.START
 
     def _say_if_too_short(self, done: Sequence[Counter[Forward]], accumulated: int) -> None:
         """At the first step, of which all others are taken to be: once, if no decision will be affordable."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +12,12 @@ from seqcompress.training.pictures import Figure, colormaps, save
 if TYPE_CHECKING:
     from seqcompress.gradients.report import GradientErrorReport
 
-__all__ = ["plot_report", "plot_stages"]
+__all__ = ["draw_report", "draw_stages", "save"]
 
 _NAMES = {"ca_mse": "CA-MSE", "bias2": "bias²", "variance": "variance"}
 
 
-def plot_report(report: GradientErrorReport, path: str | os.PathLike[str]) -> None:
+def draw_report(report: GradientErrorReport) -> Figure:
     """Errors of all strategies by rising cost, with 95 % intervals, and cost over dropout and patch size."""
     figure = Figure(figsize=(4 + 0.5 * len(report.entries) + 4, 4.8), layout="constrained")
     errors, costs = figure.subplots(1, 2)
@@ -37,12 +36,10 @@ def plot_report(report: GradientErrorReport, path: str | os.PathLike[str]) -> No
     errors.set(ylabel=scale, title=f"{report.num_batches} batches   * best" + "   = tied" * (len(tied) > 1))
     errors.legend(loc="lower left", bbox_to_anchor=(0, 1.07), ncols=3, frameon=False)  # above: no point is under it
     _draw_costs(costs, report)
-    save(figure, path)
+    return figure
 
 
-def plot_stages(
-    reports: Mapping[float, GradientErrorReport], chosen: Mapping[float, Strategy], path: str | os.PathLike[str]
-) -> None:
+def draw_stages(reports: Mapping[float, GradientErrorReport], chosen: Mapping[float, Strategy]) -> Figure:
     """Errors of every strategy over progress, and what was chosen at each stage."""
     figure = Figure(figsize=(13, 4.8), layout="constrained")
     prefix, scale = _scale(list(reports.values()))
@@ -66,7 +63,7 @@ def plot_stages(
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
     stages = " → ".join(dict.fromkeys(f"{strategy!s}" for strategy in chosen.values()))
     figure.suptitle(f"schedule: {stages}")
-    save(figure, path)
+    return figure
 
 
 def _colors(strategies: list[Strategy]) -> dict[Strategy, Any]:

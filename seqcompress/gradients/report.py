@@ -16,6 +16,7 @@ from seqcompress.strategy import Strategy
 
 if TYPE_CHECKING:
     import pandas
+    from matplotlib.figure import Figure
 
 __all__ = ["CostKind", "GradientErrorReport", "StrategyError"]
 
@@ -238,15 +239,24 @@ class GradientErrorReport:
             raise ImportError("to_frame needs pandas: pip install pandas") from None
         return pandas.DataFrame(self._rows()).set_index("strategy")
 
-    def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw CA-MSE, bias2, variance and cost of all strategies into a picture file.
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
+        """Draw CA-MSE, bias2, variance and cost of all strategies.
+
+        Args:
+            path: a picture file to be written; its ending names the format.
+
+        Returns:
+            matplotlib's figure.
 
         Raises:
             ImportError: matplotlib is not installed.
         """
-        from seqcompress.gradients.plots import plot_report
+        from seqcompress.gradients.plots import draw_report, save
 
-        plot_report(self, path)
+        figure = draw_report(self)
+        if path is not None:
+            save(figure, path)
+        return figure
 
     def __str__(self) -> str:
         tied = self.tied()

@@ -8,12 +8,16 @@ import os
 from collections.abc import Mapping
 from itertools import pairwise
 from statistics import fmean
+from typing import TYPE_CHECKING
 
 from seqcompress.checks import checked_progress
 from seqcompress.gradients.report import GradientErrorReport, StrategyError
 from seqcompress.messages import described
 from seqcompress.schedules import Stepwise
 from seqcompress.strategy import Strategy
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["best_schedule", "explain_schedule", "plot_gradient_error"]
 
@@ -55,7 +59,13 @@ def best_schedule(reports: Reports, monotone: bool = True) -> Stepwise:
 def explain_schedule(reports: Reports, monotone: bool = True) -> str:
     """Why [best_schedule][seqcompress.best_schedule] takes what it takes, stage by stage, and what is undecided.
 
-    Args and errors are those of best_schedule.
+    Args:
+        reports: gradient errors, by progress in [0, 1].
+        monotone: whether sequences must not become cheaper over training.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: there is no report, or those there are cannot be compared.
     """
     lines = []
     for progress, strategy in _chosen(reports, monotone).items():
@@ -73,18 +83,29 @@ def explain_schedule(reports: Reports, monotone: bool = True) -> str:
     return "\n".join(lines)
 
 
-def plot_gradient_error(reports: Reports, path: str | os.PathLike[str], monotone: bool = True) -> None:
-    """Draw CA-MSE, bias2 and variance of every strategy over progress, and the schedule found, into a picture file.
+def plot_gradient_error(reports: Reports, path: str | os.PathLike[str] | None = None, monotone: bool = True) -> Figure:
+    """Draw CA-MSE, bias2 and variance of every strategy over progress, and the schedule found.
 
-    Args and errors are those of [best_schedule][seqcompress.best_schedule].
+    Args:
+        reports: gradient errors, by progress in [0, 1].
+        path: a picture file to be written; its ending names the format.
+        monotone: whether sequences must not become cheaper over training.
+
+    Returns:
+        matplotlib's figure.
 
     Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: there is no report, or those there are cannot be compared.
         ImportError: matplotlib is not installed.
     """
-    from seqcompress.gradients.plots import plot_stages
+    from seqcompress.gradients.plots import draw_stages, save
 
     chosen = _chosen(reports, monotone)
-    plot_stages({progress: reports[progress] for progress in chosen}, chosen, path)
+    figure = draw_stages({progress: reports[progress] for progress in chosen}, chosen)
+    if path is not None:
+        save(figure, path)
+    return figure
 
 
 def _chosen(reports: Reports, monotone: bool) -> dict[float, Strategy]:

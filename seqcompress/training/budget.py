@@ -21,11 +21,11 @@ MOST_UNITS = 1e40  # what is read of a state: more than all machines will ever d
 class Budget:
     """Counts what was really spent on the encoders, in units.
 
-    One unit is one forward pass of the uncompressed encoder on one view of the size it was built for as the budget is
-    made, or as the budget was made whose state is loaded. A view that passes forward only (a teacher's) costs its
-    relative cost, one that passes forward and backward three times that. Each forward in train mode counts with the
-    tokens it really had, and so does a teacher's in eval mode while its student is in train mode. Evaluation does not
-    count, and neither do the re-runs of gradient checkpointing.
+    One unit is one forward pass of the uncompressed encoder on one view of its image size. That size is fixed when the
+    budget is made; a loaded state brings its own. A view that passes forward only (a teacher's) costs its relative
+    cost, one that passes forward and backward three times that. Each forward in train mode counts with the tokens it
+    really had, and so does a teacher's in eval mode while its student is in train mode. Evaluation does not count, and
+    neither do the re-runs of gradient checkpointing.
 
     Args:
         model_or_models: compressed encoders, or modules that contain them; a student's teacher counts too, and the

@@ -69,7 +69,14 @@ def grid_size(model: nn.Module, strategy: Strategy, image_size: int | tuple[int,
 
     Token dropout changes nothing in it: a forward with a mask drops no tokens.
 
-    Args and errors are those of [num_tokens][seqcompress.num_tokens].
+    Args:
+        model: a supported ViT, compressed or not. Nothing is done to it.
+        strategy: how it is compressed.
+        image_size: side of the view in pixels, or height and width.
+
+    Raises:
+        TypeError: an argument has the wrong type, or the model is not supported.
+        ValueError: the view or the patch size is out of range, or does not suit the model.
 
     Examples:
         >>> import timm
@@ -113,7 +120,14 @@ def batch_factor(embed: CompressedPatchEmbed, strategy: Strategy) -> int:
 def relative_cost(model: nn.Module, strategy: Strategy, image_size: int | tuple[int, int]) -> float:
     """FLOPs of the encoder's forward under a strategy, relative to the same view uncompressed.
 
-    Args and errors are those of [num_tokens][seqcompress.num_tokens].
+    Args:
+        model: a supported ViT, compressed or not. Nothing is done to it.
+        strategy: how it is compressed.
+        image_size: side of the view in pixels, or height and width.
+
+    Raises:
+        TypeError: an argument has the wrong type, or the model is not supported.
+        ValueError: the view or the patch size is out of range, or does not suit the model.
 
     Examples:
         >>> import timm

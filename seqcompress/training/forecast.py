@@ -54,7 +54,7 @@ class Forecast:
     Attributes:
         name: of the plan.
         stages: from the first step to the last.
-        full: the first stage's twin in the plain run.
+        full: the plain run, as one stage of as many steps.
         view: height and width of the view, in pixels.
     """
 

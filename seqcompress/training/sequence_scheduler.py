@@ -147,11 +147,11 @@ class SequenceScheduler:
     def batch_factor(self) -> int:
         """How many batches the next update can take at once, with no more tokens than one of uncompressed views has.
 
-        A power of two, 1 under the base strategy, and the same on every rank. To make use of it, train on as many
-        batches in one forward, and count them all: ``scheduler.step(scheduler.last_step + factor)``. Steps are then
-        what they are without: the run sees as many views, costs as much and ends as exactly, in fewer updates. So the
-        factor is never larger than the steps before the next change of lengths, or the end. It goes by the student's
-        tokens, whose activations are what a backward pass keeps; what heads and losses keep grows with the views.
+        A power of two, 1 under the base strategy, and the same on every rank. To make use of it, train on that many
+        batches in one forward, and count them all: ``scheduler.step(scheduler.last_step + factor)``. A step stays one
+        batch, so the run sees the same views, costs the same and ends at the same step, in fewer updates. The factor
+        never reaches past the next change of lengths, or past the end. It goes by the student's tokens, whose
+        activations the backward pass keeps; what heads and losses keep grows with the number of views.
         """
         step, in_force = self._last_step, self._compressions[0].strategy
         if in_force != self.strategy:  # rehearsed, or set by hand
@@ -173,7 +173,13 @@ class SequenceScheduler:
         """Go on to the next step, or to a given one.
 
         Args:
-            step: number of steps done. Whoever gives it makes sure that it is the same on every rank.
+            step: number of steps done, at least 0, the same on every rank; by default, one more than before, as rank 0
+                counts.
+
+        Raises:
+            TypeError: ``step`` is not a whole number.
+            ValueError: ``step`` is out of range.
+            RuntimeError: the encoders have been restored or compressed anew, or other ranks did not call ``step()``.
         """
         step = self._ranks.of_rank_0(self._last_step + 1) if step is None else checked_count(step, "step", at_least=0)
         self._apply(self._schedule, self._total_steps, step)
