@@ -13,7 +13,7 @@ __all__ = ["DEFAULT", "PRESETS", "double_patch"]
 def double_patch(patch: int, side: int) -> int:
     """A patch size near twice the model's own, and no larger than the view: one that divides the view, if one does.
 
-    It is between 1.7 and 2.3 times as large wherever the view is.
+    Between 1.7 and 2.3 times the model's own, unless the view is smaller than that.
 
     Args:
         patch: the model's patch size, in pixels.
@@ -28,7 +28,7 @@ def double_patch(patch: int, side: int) -> int:
 
 
 def _default(large: int) -> Stepwise:
-    return Stepwise({0.0: Strategy(0.5, large), 0.95: Strategy()})
+    return Stepwise({0.0: Strategy(0.5, large), 0.98: Strategy()})
 
 
 def _gentle(large: int) -> Schedule:

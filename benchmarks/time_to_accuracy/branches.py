@@ -114,7 +114,7 @@ def training_from(state: Mapping[str, Any], settings: Settings, train: Images, d
 
 
 @dataclass(frozen=True)
-class Point:
+class BranchPoint:
     """Where branches begin.
 
     Attributes:
@@ -128,7 +128,7 @@ class Point:
     progress: float
 
     @classmethod
-    def of(cls, state: Mapping[str, Any], train: Images) -> Point:
+    def of(cls, state: Mapping[str, Any], train: Images) -> BranchPoint:
         """The moment at which a checkpoint was made."""
         settings = Settings(**state["settings"])
         total = Training(settings, train, torch.device("cpu")).total_steps
@@ -194,7 +194,7 @@ def at(checkpoint: Path) -> TrainingStep:
     """
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     train, _, _ = _data(Settings(**state["settings"]), Path(os.environ["DATA"]), checkpoint.parent)
-    point = Point.of(state, train)
+    point = BranchPoint.of(state, train)
     training = training_from(state, replace(point.settings, plan="none", seed=500), train, torch.device("cpu"))
     training.now["progress"] = point.progress
     seqcompress.restore(training.method)  # out of the scheduler's hands
@@ -293,7 +293,7 @@ def branches(options: argparse.Namespace) -> Path:
     state = torch.load(options.checkpoint, map_location="cpu", weights_only=True)
     held_out = replace(Settings(**state["settings"]), judged_on="held-out", judged_images=options.judged_images)
     train, _, judged = _data(held_out, options.data, options.checkpoints)
-    point = Point.of(state, train)
+    point = BranchPoint.of(state, train)
     names = options.strategies or strategies_for(point.settings.patch_size)
     strategies = {name: Strategy.parse(name) for name in names}
     asked: dict[str, Any] = {
@@ -337,7 +337,7 @@ def branches(options: argparse.Namespace) -> Path:
     return path
 
 
-def _compare(found: dict[str, Any], point: Point, train: Images) -> None:
+def _compare(found: dict[str, Any], point: BranchPoint, train: Images) -> None:
     """Hold criteria against branches, with the strategies of earlier commands at the same checkpoint, too."""
     plain = Training(replace(point.settings, plan="none"), train, torch.device("cpu"))
 

@@ -47,7 +47,6 @@ class Method(nn.Module):
     Attributes:
         backbone: the encoder that is trained.
         backbone_momentum: its teacher, or None.
-        student_views: how many views of an image the student sees, by the view's number of pixels a side.
         teacher_views: how many full views the teacher sees.
     """
 

@@ -19,7 +19,7 @@ import math
 import random
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,10 @@ from seqcompress.json_files import write_text
 from seqcompress.presets import DEFAULT, PRESETS, double_patch
 
 RESULTS = Path(__file__).parent.parent / "results" / "time_to_accuracy"
-PAGE = Path(__file__).parent.parent.parent / "docs" / "evidence.md"
+DOCS = Path(__file__).parent.parent.parent / "docs"
+PAGES = (DOCS / "evidence.md", DOCS / "evidence-runs.md")
 METRICS = {"knn": "k-NN", "linear": "linear probe"}
 METHODS = {"mocov3": "MoCo-v3", "simclr": "SimCLR", "dino": "DINO"}
-METHODS["moco"] = "MoCo, NT-Xent"  # of earlier runs, which can be shown but not made any more
 PAPER = {"mocov3": "4x", "simclr": "3.3x", "dino": "2.5x"}  # ImageNet-1k, as the abstract says
 
 _JUDGED_BY = (*METRICS, "loss")  # by what branches are judged
@@ -98,7 +98,7 @@ def load(folder: Path) -> list[dict[str, Any]]:
     """All runs in a folder, those with the smallest budget first."""
     runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*_seed*.json"))]
     for run in runs:
-        run["settings"] = {**run["settings"], **_SINCE, **run["settings"]}
+        run["settings"] = {**_SINCE, **run["settings"]}
     return sorted(runs, key=lambda run: run["settings"]["budget"])
 
 
@@ -214,19 +214,20 @@ def compared(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         for pair in groups(curves.get("none", {}), curves[plan])
         if (row := _row(key, plan, metric, *pair))
     ]
-    return sorted(rows, key=_place_of_row)
+    return sorted(rows, key=_row_order)
 
 
 def by_length(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows that read as if the plain method's longest run were each of its lengths but the shortest, in turn.
 
-    Each holds that length, in millions of units, as ``plain``, and the seeds of that length are read together.
+    Each holds that length, in millions of units, as ``plain``, and the seeds of that length are read together. Where
+    there is but one such length, it says no more than ``compared``, and is left out.
     """
     rows = []
     for key, curves in comparisons(runs).items():
         plain = curves.get("none", {})
-        lengths = sorted({point.length for curve in plain.values() for point in curve})
-        for plan, length, metric in itertools.product(curves, lengths[1:], METRICS):
+        lengths = sorted({point.length for curve in plain.values() for point in curve})[1:]
+        for plan, length, metric in itertools.product(curves, lengths if len(lengths) > 1 else (), METRICS):
             if plan == "none":
                 continue
             until = {seed: [point for point in curve if point.length <= length] for seed, curve in plain.items()}
@@ -234,10 +235,10 @@ def by_length(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
             for pair in groups(until, curves[plan])[:1]:
                 if row := _row(key, plan, metric, *pair):
                     rows.append({**row, "plain": length})
-    return sorted(rows, key=_place_of_row)
+    return sorted(rows, key=_row_order)
 
 
-def _place_of_row(row: Mapping[str, Any]) -> tuple[str, int]:
+def _row_order(row: Mapping[str, Any]) -> tuple[str, int]:
     return row["dataset"], list(METHODS).index(row["method"])
 
 
@@ -260,8 +261,8 @@ def _row(key: Key, plan: str, metric: str, plain: Curves, accelerated: Curves) -
         "accuracy": round(_mean([pair.accuracy for pair in read.values()]), 4),
         "speedup_units": round(_mean([pair.units for pair in read.values()]), 4),
         "speedup_wall": round(_mean([pair.seconds for pair in read.values()]), 4),
-        "units": [round(_mean(of)) for of in zip(*(pair.budgets for pair in read.values()), strict=True)],
-        "seconds": [round(_mean(of), 1) for of in zip(*(pair.times for pair in read.values()), strict=True)],
+        "units": [round(_mean(group)) for group in zip(*(pair.budgets for pair in read.values()), strict=True)],
+        "seconds": [round(_mean(group), 1) for group in zip(*(pair.times for pair in read.values()), strict=True)],
         "interval": interval and interval[0],
         "interval_wall": interval and interval[1],
     }
@@ -275,7 +276,7 @@ def summary(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 def unread(runs: Sequence[dict[str, Any]], rows: Iterable[dict[str, Any]]) -> list[str]:
     """Where no ratio can be read, although there are curves of two points: one lies above the other, or may do so."""
     lines = [
-        f"- {_place_of(row)}, seeds {', '.join(map(str, row['seeds']))}: no ratio, since in more than 5 % of the "
+        f"- {_label(row)}, seeds {', '.join(map(str, row['seeds']))}: no ratio, since in more than 5 % of the "
         "bootstrap's draws curves do not overlap (these runs alone would say "
         f"{row['speedup_units']:.2f}x)."
         for row in rows
@@ -289,7 +290,7 @@ def unread(runs: Sequence[dict[str, Any]], rows: Iterable[dict[str, Any]]) -> li
                 if plan == "none" or min(map(len, pair)) < 2 or speedup(*pair, metric):
                     continue
                 reach = [sorted(100 * point.accuracy[metric] for point in curve) for curve in pair]
-                where = _place_of({**settings, "plan": plan, "metric": metric})
+                where = _label({**settings, "plan": plan, "metric": metric})
                 (low, *_, high), (lowest, *_, highest) = reach
                 lines.append(
                     f"- {where}, seed {seed}: no ratio, since the curves do not overlap "
@@ -298,7 +299,7 @@ def unread(runs: Sequence[dict[str, Any]], rows: Iterable[dict[str, Any]]) -> li
     return lines
 
 
-def _place_of(row: Mapping[str, Any]) -> str:
+def _label(row: Mapping[str, Any]) -> str:
     return f"{row['dataset']}, {METHODS[row['method']]}, {row['plan']}, {METRICS[row['metric']]}"
 
 
@@ -315,20 +316,22 @@ def runs_table(runs: Sequence[dict[str, Any]]) -> str:
     for run in runs:
         settings = sorted((name, value) for name, value in run["settings"].items() if name != "seed")
         same.setdefault((run["hardware"], *settings), []).append(run)
-    order = sorted(same.values(), key=lambda of: (*_place(of[0]), of[0]["settings"]["plan"], of[0]["units"]))
-    for of in order:
-        settings = of[0]["settings"]
+    order = sorted(
+        same.values(), key=lambda group: (*_run_order(group[0]), group[0]["settings"]["plan"], group[0]["units"])
+    )
+    for group in order:
+        settings = group[0]["settings"]
         cells = [
             settings["dataset"],
             encoder(settings),
             METHODS[settings["method"]],
             _plan(_plan_of(settings)),
-            f"{of[0]['units'] / 1e6:.3g} M",
-            f"{of[0]['epochs']:.3g}",
-            str(of[0]["steps"]),
-            f"{_mean([_seconds(run) for run in of]):.0f}",
-            *(_spread([100 * run["accuracy"][metric] for run in of]) for metric in METRICS),
-            _seeds(of),
+            f"{group[0]['units'] / 1e6:.3g} M",
+            f"{group[0]['epochs']:.3g}",
+            str(group[0]["steps"]),
+            f"{_mean([_seconds(run) for run in group]):.0f}",
+            *(_spread([100 * run["accuracy"][metric] for run in group]) for metric in METRICS),
+            _seeds(group),
         ]
         rows.append(cells)
     headings = ("data", "encoder", "method", "plan", "budget", "epochs", "steps", "seconds", *METRICS.values(), "seeds")
@@ -338,7 +341,7 @@ def runs_table(runs: Sequence[dict[str, Any]]) -> str:
 def plans_table(runs: Sequence[dict[str, Any]], least: int = 4) -> str:
     """Plans at an equal budget, for each comparison at the budget that most have been run for, if so many have.
 
-    Of each plan, those seeds that all of them have.
+    Each is shown at the seeds that all of them have; those that have more are shown again, at theirs.
     """
     headings = ("data", "method", "budget", "plan", "steps", "at full length: of the steps, of the budget")
     lines: list[list[str]] = []
@@ -349,21 +352,35 @@ def plans_table(runs: Sequence[dict[str, Any]], least: int = 4) -> str:
         plans.setdefault(_plan_of(settings), {})[settings["seed"]] = run
     for budgets in found.values():
         budget, plans = max(budgets.items(), key=lambda item: (len(item[1]), item[0]))
-        seeds = sorted(set.intersection(*(set(of) for of in plans.values())))
-        if len(plans) < least or "none" not in plans or not seeds:
+        if len(plans) < least or "none" not in plans:
             continue
-        plain = plans["none"][seeds[0]]
-        rows = []
-        for plan, by_seed in plans.items():
-            of = [by_seed[seed] for seed in seeds]
-            full = _full_length(of[0])
-            shares = f"{full / of[0]['steps']:.0%}, {full * plain['units'] / plain['steps'] / of[0]['units']:.0%}"
-            accuracies = [[100 * run["accuracy"][metric] for run in of] for metric in METRICS]
-            cells = [_plan(plan), str(of[0]["steps"]), shares, *map(_spread, accuracies), _seeds(of)]
-            rows.append((sum(map(_mean, accuracies)), cells))
-        where = [plain["settings"]["dataset"], METHODS[plain["settings"]["method"]], f"{budget:g} M"]
-        lines += [[*where, *cells] for _, cells in sorted(rows, reverse=True)]
+        for together, seeds in _at_common_seeds(plans):
+            plain = together["none"][seeds[0]]
+            rows = []
+            for plan, by_seed in together.items():
+                group = [by_seed[seed] for seed in seeds]
+                full = _full_length(group[0])
+                of_budget = full * plain["units"] / plain["steps"] / group[0]["units"]
+                accuracies = [[100 * run["accuracy"][metric] for run in group] for metric in METRICS]
+                cells = [_plan(plan), str(group[0]["steps"]), f"{full / group[0]['steps']:.0%}, {of_budget:.0%}"]
+                rows.append((sum(map(_mean, accuracies)), [*cells, *map(_spread, accuracies), _seeds(group)]))
+            where = [plain["settings"]["dataset"], METHODS[plain["settings"]["method"]], f"{budget:g} M"]
+            lines += [[*where, *cells] for _, cells in sorted(rows, reverse=True)]
     return _table((*headings, *METRICS.values(), "seeds"), lines)
+
+
+def _at_common_seeds(
+    plans: Mapping[str, Mapping[int, dict[str, Any]]],
+) -> Iterator[tuple[Mapping[str, Mapping[int, dict[str, Any]]], list[int]]]:
+    """Plans with the seeds that all of them have; then those that have more, while the plain run is among them."""
+    while len(plans) > 1 and "none" in plans:
+        common = set.intersection(*map(set, plans.values()))
+        if common:
+            yield plans, sorted(common)
+        more = {plan: by_seed for plan, by_seed in plans.items() if by_seed.keys() > common}
+        if len(more) == len(plans):
+            return
+        plans = more
 
 
 def _full_length(run: Mapping[str, Any]) -> int:
@@ -420,7 +437,7 @@ def tuning_table(runs: Sequence[dict[str, Any]]) -> str:
     order = sorted(
         runs,
         key=lambda run: (
-            *_place(run),
+            *_run_order(run),
             *(run["settings"][name] for name in ("plan", "budget", *varied, *of_dino, "seed")),
             run["judged_images"],
         ),
@@ -445,10 +462,11 @@ def tuning_table(runs: Sequence[dict[str, Any]]) -> str:
 
 def branches_table(found: Mapping[str, Any]) -> str:
     """Of branches from one checkpoint: what each strategy reached, and how well criteria had told their order."""
-    of = found["checkpoint_of"]
+    settings = found["checkpoint_of"]
     seeds = max(len(branches) for branches in found["branches"].values())
     intro = (
-        f"From {found['progress']:.0%} of a run of {METHODS[of['method']]}, {_plan(_plan_of(of))}, {of['budget']:g} M, "
+        f"From {found['progress']:.0%} of a run of {METHODS[settings['method']]}, "
+        f"{_plan(_plan_of(settings))}, {settings['budget']:g} M, "
         f"on for {found['budget']:g} M; {seeds} branch{'es' if seeds > 1 else ''} for each strategy, judged on "
         f"{found['judged_images']:,} held-out images."
     )
@@ -471,8 +489,8 @@ def predictions_table(branches: Sequence[Mapping[str, Any]]) -> str:
     """How well each criterion tells what helps: rank correlations, mean over checkpoints with their spread."""
     rows = []
     for name in branches[0]["correlation"]:
-        of = [found["correlation"][name] for found in branches if name in found["correlation"]]
-        rows.append([name, *(_spread([row[what][0] for row in of], 2) for what in _JUDGED_BY)])
+        group = [found["correlation"][name] for found in branches if name in found["correlation"]]
+        rows.append([name, *(_spread([row[what][0] for row in group], 2) for what in _JUDGED_BY)])
     return _table(_CRITERIA, rows)
 
 
@@ -502,9 +520,9 @@ def choices_table(measured: Sequence[Mapping[str, Any]]) -> str:
     names = dict.fromkeys(name for found in measured for name in found["criteria"] if name != "cost")
     lines = []
     for found in sorted(measured, key=lambda found: (_plan_of(found["checkpoint_of"]), found["progress"])):
-        of = found["checkpoint_of"]
+        settings = found["checkpoint_of"]
         values = [found["criteria"].get(name, {"": 0.0}) for name in names]
-        cells = [METHODS[of["method"]], _plan(_plan_of(of)), f"{found['progress']:.0%}"]
+        cells = [METHODS[settings["method"]], _plan(_plan_of(settings)), f"{found['progress']:.0%}"]
         lines.append([*cells, *(max(of_one, key=of_one.__getitem__) for of_one in values)])
     return _table(("method", "plan", "at", *names), lines)
 
@@ -524,8 +542,6 @@ def tables(folder: Path, runs: Sequence[dict[str, Any]], rows: Sequence[dict[str
         rows: what ``compared`` has found in them.
     """
     branches, measured = load_branches(folder / "branches"), load_branches(folder / "criteria")
-    told = [f"Over all {len(branches)} checkpoints below:", predictions_table(branches)] if len(branches) > 1 else []
-    told += map(branches_table, branches)
     speedups = "\n\n".join(part for part in (speedups_table(summary(rows)), "\n".join(unread(runs, rows))) if part)
     return {
         "speed-ups": speedups,
@@ -535,21 +551,23 @@ def tables(folder: Path, runs: Sequence[dict[str, Any]], rows: Sequence[dict[str
         "tuning": tuning_table(load(folder / "tuning")),
         "gradients": gradients_table(folder / "gradients"),
         "choices": choices_table(measured) if measured else "Nothing has been measured yet.",
-        "branches": "\n\n".join(told) or "No branches have been run yet.",
+        "predictions": predictions_table(branches) if branches else "No branches have been run yet.",
+        "branches": "\n\n".join(map(branches_table, branches)) or "No branches have been run yet.",
     }
 
 
 def figures(runs: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
-    """Accuracy over budget and over time, one figure for each comparison in which there is a curve."""
+    """Accuracy over budget and over time, one figure for each comparison, of the plans that have a curve."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot, ticker
 
     written: list[Path] = []
-    for key, curves in comparisons(runs).items():
+    for key, plans in comparisons(runs).items():
         settings = dict(key)
-        if all(len(curve) < 2 for seeds in curves.values() for curve in seeds.values()):
+        curves = {plan: seeds for plan, seeds in plans.items() if any(len(curve) > 1 for curve in seeds.values())}
+        if not curves:
             continue
         figure, grid = pyplot.subplots(2, 2, figsize=(9, 6.5), sharey="row", layout="constrained")
         for row, (metric, name) in zip(grid, METRICS.items(), strict=True):
@@ -562,11 +580,11 @@ def figures(runs: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
                 axis.xaxis.set_minor_locator(ticker.NullLocator())
                 axis.grid(alpha=0.3)
             row[0].set_ylabel(f"{name}, %")
-        figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
         figure.suptitle(f"{METHODS[settings['method']]}, {settings['dataset']}, {encoder(settings)}")
         stem = f"evidence-{settings['dataset']}-{settings['method']}"
-        same = sum(path.stem.startswith(stem) for path in written)
-        path = folder / f"{stem}{f'-{same + 1}' if same else ''}.png"
+        earlier = [path.stem.startswith(f"{stem}-") or path.stem == stem for path in written]
+        path = folder / f"{stem}{f'-{sum(earlier) + 1}' if any(earlier) else ''}.png"
         figure.savefig(path, dpi=110)
         pyplot.close(figure)
         written.append(path)
@@ -580,13 +598,13 @@ def _draw(axis: Any, seeds: Iterable[Sequence[Point]], what: str, metric: str, p
         for point in curve:
             at.setdefault(float(f"{point.units:.3g}"), []).append(point)
     points = [at[units] for units in sorted(at)]
-    across = [_mean([getattr(point, what) for point in of]) / (1e6 if what == "units" else 1) for of in points]
-    values = [[100 * point.accuracy[metric] for point in of] for of in points]
-    middle = [_mean(of) for of in values]
+    across = [_mean([getattr(point, what) for point in group]) / (1e6 if what == "units" else 1) for group in points]
+    values = [[100 * point.accuracy[metric] for point in group] for group in points]
+    middle = [_mean(group) for group in values]
     low, high = [], []
-    for mean, of, (first, *_) in zip(middle, values, points, strict=True):
-        low.append(max(mean - min(of), 100 * first.error(metric)))
-        high.append(max(max(of) - mean, 100 * first.error(metric)))
+    for mean, group, (first, *_) in zip(middle, values, points, strict=True):
+        low.append(max(mean - min(group), 100 * first.error(metric)))
+        high.append(max(max(group) - mean, 100 * first.error(metric)))
     axis.errorbar(across, middle, yerr=[low, high], marker="o", capsize=3, label=_plan(plan))
 
 
@@ -594,7 +612,7 @@ def _seconds(run: dict[str, Any]) -> float:
     return run["seconds"]["cpu" if run["device"] == "cpu" and run["threads"] == 1 else "wall"]
 
 
-def _place(run: dict[str, Any]) -> tuple[str, int, str]:
+def _run_order(run: dict[str, Any]) -> tuple[str, int, str]:
     settings = run["settings"]
     return settings["dataset"], list(METHODS).index(settings["method"]), encoder(settings)
 
@@ -644,7 +662,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
-    parser.add_argument("--page", type=Path, default=PAGE, help="page to put the tables into")
+    parser.add_argument("--pages", type=Path, nargs="+", default=PAGES, help="pages to put the tables into")
     options = parser.parse_args(arguments)
     runs = load(options.results)
     if not runs:
@@ -652,10 +670,12 @@ def main(arguments: list[str] | None = None) -> int:
     rows = compared(runs)
     written = tables(options.results, runs, rows)
     write_text(json.dumps(summary(rows), indent=1) + "\n", options.results / "summary.json")
-    if options.page.is_file():
-        fill(options.page, written)
-        (options.page.parent / "images").mkdir(exist_ok=True)
-        figures(runs, options.page.parent / "images")
+    for page in filter(Path.is_file, options.pages):
+        fill(page, written)
+    images = options.pages[0].parent / "images"
+    if options.pages[0].is_file():
+        images.mkdir(exist_ok=True)
+        figures(runs, images)
     print("\n\n".join(written.values()))
     return 0
 

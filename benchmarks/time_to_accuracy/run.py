@@ -274,9 +274,8 @@ class Training:
         return loss
 
     def _steps_for_budget(self) -> int:
-        planned = copy.deepcopy(
-            self.method.backbone
-        )  # an encoder is driven by one scheduler, whose length is not known
+        # An encoder is driven by one scheduler, whose length is not known yet.
+        planned = copy.deepcopy(self.method.backbone)
         known = DEFAULT if self.settings.plan == ONLINE else None  # what will be found is not
         schedule = SequenceScheduler(planned, known, total_steps=1).schedule
         units_per_step = self.computed_units(schedule, 1000) / 1000

@@ -56,10 +56,11 @@ PHOTOGRAPHS = {"dataset": "imagenette", "images": 9469, "image_size": 96, "patch
 SMALL_PHOTOGRAPHS = replace(CIFAR, **PHOTOGRAPHS)
 
 NONE = "none"
-DEFAULT = "0: drop 0.5, patch {0}; 0.95: base"  # spelled out, as a preset may change: short, and a full-length end
+DEFAULT = "0: drop 0.5, patch {0}; 0.98: base"  # spelled out, as a preset may change: short, and a full-length end
 SHORT = "drop 0.5, patch {0}"  # to the very end
 STAGED = "0: drop 0.5, patch {0}; 0.5: patch {0}; 0.75: drop 0.5; 0.95: base"  # longer and longer, as the paper has it
-ENDS = tuple(f"0: drop 0.5, patch {{0}}; {end}: base" for end in (0.98, 0.9, 0.8))  # DEFAULT has 0.95
+EARLIER = "0: drop 0.5, patch {0}; 0.95: base"  # the default plan before: a longer end
+ENDS = tuple(f"0: drop 0.5, patch {{0}}; {end}: base" for end in (0.9, 0.8))
 PEERS = ("0: patch {0}; 0.75: base", "0: patch {1}; 0.34: patch {0}; 0.67: base")  # FastDINOv2, progressive resizing
 FOUND = "0: drop 0.5, patch {0}; 0.5: patch {0}"  # by gradient error, at checkpoints of MoCo-v3 under DEFAULT
 OTHERS = (
@@ -83,21 +84,25 @@ def cpu() -> Iterator[Settings]:
         yield from _lengths(replace(CIFAR, seed=seed), (DEFAULT,), (0.1, 0.2, 0.4, 0.05))
         yield from _lengths(replace(CIFAR, seed=seed), (FOUND,), (0.1, 0.2, 0.4))
         yield from _lengths(replace(simclr, seed=seed), (NONE,), (0.4, 0.2))
-        yield from _lengths(replace(simclr, seed=seed), (DEFAULT,), (0.1, 0.2, 0.05))
+        yield from _lengths(replace(simclr, seed=seed), (DEFAULT,), (0.1, 0.2, 0.05, 0.025))
         yield from _lengths(replace(simclr, seed=seed), (FOUND,), (0.1, 0.2, 0.05, 0.025))
-    yield from _lengths(dino, (NONE,), (0.4, 0.2))
-    yield from _lengths(dino, (DEFAULT, FOUND), (0.1, 0.2, 0.05))
-    yield from _lengths(CIFAR, (NONE,), (1.6, 3.2))
-    yield from _lengths(CIFAR, (DEFAULT, FOUND), (0.8,))
+        yield from _lengths(replace(CIFAR, seed=seed), (EARLIER,), (0.1, 0.2, 0.4, 0.05))
+        yield from _lengths(replace(simclr, seed=seed), (EARLIER,), (0.1, 0.2, 0.05))
+    for seed in (0, 1, 2):
+        yield from _lengths(replace(dino, seed=seed), (NONE,), (0.4, 0.2))
+        yield from _lengths(replace(dino, seed=seed), (DEFAULT,), (0.1, 0.2, 0.05))
+    yield from _lengths(CIFAR, (NONE,), (1.6, 3.2, 6.4))
+    yield from _lengths(CIFAR, (DEFAULT, FOUND), (0.8, 1.6))
     yield from _lengths(CIFAR, (*PEERS, *ENDS, STAGED, SHORT, *OTHERS, ONLINE), (0.4,))
+    yield from _lengths(dino, (EARLIER, FOUND), (0.1, 0.2, 0.05))
+    yield from _lengths(CIFAR, (EARLIER,), (0.8,))
     for seed in (1, 2):
         yield from _lengths(replace(CIFAR, seed=seed), ("patch {0}", SHORT), (0.4,))
         yield from _lengths(replace(CIFAR, seed=seed), (NONE,), (1.6,))
         yield from _lengths(replace(CIFAR, seed=seed), (DEFAULT, FOUND), (0.8,))
-        yield from _lengths(replace(dino, seed=seed), (NONE,), (0.4, 0.2))
-        yield from _lengths(replace(dino, seed=seed), (DEFAULT, FOUND), (0.1, 0.2, 0.05))
-    yield from _lengths(CIFAR, (DEFAULT, FOUND, SHORT), (1.6,))
-    yield from _lengths(simclr, (SHORT, STAGED, ENDS[0]), (0.2,))
+        yield from _lengths(replace(dino, seed=seed), (EARLIER, FOUND), (0.1, 0.2, 0.05))
+    yield from _lengths(CIFAR, (SHORT,), (1.6,))
+    yield from _lengths(simclr, (SHORT, STAGED), (0.2,))
     yield from _lengths(simclr, (DEFAULT, FOUND, ONLINE), (0.4,))
     yield from _lengths(replace(CIFAR, views="scaled"), (DEFAULT,), (0.2,))
     for method in (simclr, dino):
@@ -115,7 +120,10 @@ def photographs() -> Iterator[Settings]:
         yield from _lengths(first, (NONE,), (0.4, 0.2))
         yield from _lengths(first, (DEFAULT,), (0.05, 0.025))
         yield from _lengths(first, (FOUND,), (0.1, 0.05, 0.025))
-    yield from _lengths(SMALL_PHOTOGRAPHS, (SHORT, STAGED, FOUND, ONLINE, ENDS[0]), (0.2, 0.4))
+        yield from _lengths(first, (EARLIER,), (0.1, 0.2, 0.05, 0.025))
+    yield from _lengths(SMALL_PHOTOGRAPHS, (NONE,), (0.8,))
+    yield from _lengths(SMALL_PHOTOGRAPHS, (DEFAULT,), (0.4,))
+    yield from _lengths(SMALL_PHOTOGRAPHS, (SHORT, STAGED, FOUND, ONLINE), (0.2, 0.4))
     yield from _lengths(replace(SMALL_PHOTOGRAPHS, views="scaled"), (DEFAULT,), (0.1, 0.2))
     for seed in (0, 1, 2):
         yield from _lengths(replace(SMALL_PHOTOGRAPHS, seed=seed), (DEFAULT,), (0.4,))
