@@ -8,9 +8,14 @@ from typing import Any
 
 from seqcompress.messages import described
 
-__all__ = ["MANY", "checked_count", "checked_progress", "checked_share"]
+__all__ = ["MANY", "checked_count", "checked_progress", "checked_share", "is_bool"]
 
 MANY = 2**64  # more than anything counts; below it, numbers fit into files and random seeds
+
+
+def is_bool(value: Any) -> bool:
+    """Whether it is a truth value, of Python, NumPy or torch: no number, though it may be used as one."""
+    return isinstance(value, bool) or "bool" in str(getattr(value, "dtype", ""))
 
 
 def checked_count(value: Any, name: str, *, at_least: int) -> int:
@@ -21,7 +26,7 @@ def checked_count(value: Any, name: str, *, at_least: int) -> int:
         ValueError: it is less than ``at_least``, or 2**64 or more.
     """
     try:
-        if isinstance(value, bool):
+        if is_bool(value):
             raise TypeError
         count = operator.index(value)
     except TypeError:

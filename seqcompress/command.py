@@ -65,6 +65,7 @@ def _parser(prog: str) -> tuple[argparse.ArgumentParser, dict[str, argparse.Argu
         "plan",
         help="tokens, cost and expected saving of a plan",
         description="Say what a plan does to a model over a run: tokens of a view, cost of a step, what it saves.",
+        usage="%(prog)s MODEL [PLAN] [options]",  # before Python 3.12, PLAN cannot follow an option
     )
     plan.add_argument("model", metavar="MODEL", help=_MODEL)
     plan.add_argument(

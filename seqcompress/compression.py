@@ -36,7 +36,7 @@ __all__ = ["compress", "get_strategy", "is_compressed", "restore", "set_strategy
 
 Plan = Strategy | Schedule | str | os.PathLike[str]
 _BEGINS_SCHEDULE = re.compile(
-    "|".join((r"\s*base\s*$", r"\s*(drop|patch|linear|cosine)\s+\S", r"\s*[-+]?(\d|nan|inf)[\w.+-]*\s*:"))
+    "|".join((r"\s*base\s*$", r"\s*(drop|patch|linear|cosine)\s+\S", r"\s*[-+]?(\.?\d|nan|inf)[\w.+-]*\s*:"))
 )
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -121,7 +121,7 @@ def compress(
     compression = Compression(schedule, views=views, batch=batch)
     for partner in with_partners(compressed_embeds(*models)):
         if partner.encoder.model not in models:
-            if partner.is_live:
+            if teacher is None and partner.is_live:
                 warnings.warn(
                     f"seqcompress: the {'student' if partner.drops_tokens else 'teacher'} that model was compressed "
                     "with is plain from now on; to go on with both, compress(model, plan, teacher=teacher)",

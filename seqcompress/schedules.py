@@ -254,7 +254,7 @@ class Stepwise(Schedule):
             raise TypeError(f"stages must map progress to Strategy, got {described(stages)}")
         checked = {}
         for progress, strategy in stages.items():
-            _check_strategy(strategy, f"stages[{progress!r}]")
+            _check_strategy(strategy, f"stages[{described(progress)}]")
             checked[checked_progress(progress, "stages: progress")] = strategy
         if 0.0 not in checked:
             raise ValueError(f"stages must begin at progress 0, got {described(sorted(checked))}")

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from seqcompress.checks import is_bool
 from seqcompress.messages import described
 
 _PART = re.compile(r"drop (?P<token_dropout>[0-9.e+-]+)|patch (?P<patch_size>[0-9]+)")
@@ -112,7 +113,7 @@ def _checked_dropout(value: Any) -> float:
 
 def _checked_patch_size(value: Any) -> int:
     try:
-        if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):  # NumPy's and torch's, too
+        if is_bool(value):
             raise TypeError
         size = operator.index(value)
     except TypeError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -458,6 +459,10 @@ def test_a_teacher_that_is_not_given_again_is_plain_and_that_is_said(tiny_vit: A
         compress(student, STRATEGY)
     assert len(told) == 1
     assert not is_compressed(teacher)
+    compress(student, STRATEGY, teacher=teacher)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compress(student, STRATEGY, teacher=tiny_vit())  # another one was given
     compress(student, STRATEGY, teacher=teacher)
     with pytest.warns(UserWarning, match="the student that model was compressed with is plain from now on"):
         compress(teacher, STRATEGY)

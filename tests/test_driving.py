@@ -147,14 +147,51 @@ def test_that_a_schedule_is_run_again_is_said(tiny_vit: Any) -> None:
     scheduler.step()
     del scheduler
     gc.collect()
+    kept = SequenceScheduler(vit, total_steps=3)
+    state = kept.state_dict()
     with pytest.warns(UserWarning, match="has been run to its end before, and is run again, from its beginning"):
-        kept = SequenceScheduler(vit, total_steps=2)
+        kept.step()
     assert get_strategy(vit) == HALF
-    del kept
-    gc.collect()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        SequenceScheduler(vit, Stepwise({0.0: Strategy(0.25)}), total_steps=2)  # another one
+        for state_of_another_run in ({**state, "last_step": 1}, None):
+            kept.step(3)
+            del kept
+            gc.collect()
+            kept = SequenceScheduler(vit, total_steps=3)
+            if state_of_another_run is None:
+                kept.step(2)
+            else:
+                kept.load_state_dict(state_of_another_run)
+            kept.step()
+        kept.step(3)
+        del kept
+        gc.collect()
+        SequenceScheduler(vit, Stepwise({0.0: Strategy(0.25)}), total_steps=2).step()  # another one
+
+
+def test_what_was_said_of_one_model_is_said_of_the_next_under_pythons_own_filters(
+    tiny_vit: Any, first_tokens: Any
+) -> None:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("default")
+        for _ in range(2):
+            vit = compress(tiny_vit().train(), PLAN)
+            assert [_length(vit, first_tokens) for _ in range(2)] == [17] * 2
+    assert ["nobody drives" in str(each.message) for each in told] == [True] * 2
+
+
+def test_a_warning_that_is_an_error_leaves_no_driver_behind(tiny_vit: Any) -> None:
+    vit = compress(tiny_vit(), "online")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="measures nothing"):
+            SequenceScheduler(vit, total_steps=4)
+        assert _compression(vit).driver is None
+        scheduler = SequenceScheduler(compress(vit, PLAN), total_steps=4)
+        with pytest.raises(UserWarning, match="measures nothing"):
+            scheduler.follow("online")
+    assert scheduler.schedule == PLAN
 
 
 def test_after_its_end_an_encoder_is_plain_without_its_driver_too(tiny_vit: Any, first_tokens: Any) -> None:

@@ -153,6 +153,11 @@ def test_the_text_of_no_schedule_is_refused(text: str, words: str) -> None:
         Schedule.parse(text)
 
 
+def test_a_stage_out_of_all_bounds_is_named() -> None:
+    with pytest.raises(ValueError, match=r"progress must be in \[0, 1\], got a number of very many digits"):
+        Stepwise({0.0: Strategy(), 10**5000: Strategy()})
+
+
 def test_a_kind_refuses_the_text_of_another_and_what_is_no_text() -> None:
     with pytest.raises(ValueError, match=r"text must be of kind 'stepwise', got 'drop 0\.5', which is 'constant'"):
         Stepwise.parse("drop 0.5")

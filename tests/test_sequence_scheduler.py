@@ -277,6 +277,7 @@ def test_what_is_no_state_is_refused(state: Any, tiny_vit: Any) -> None:
 
 @pytest.mark.parametrize(
     ("value", "kind"), [(0, ValueError), (-1, ValueError), (True, TypeError), (1.5, TypeError), ("10", TypeError),
+                        (torch.tensor(True), TypeError),
                         (None, TypeError), (float("nan"), TypeError)]
 )  # fmt: skip
 def test_a_bad_number_of_steps_is_named_with_its_value(value: Any, kind: type[Exception], tiny_vit: Any) -> None:

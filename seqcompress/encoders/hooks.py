@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from seqcompress.encoders.patch_embed import CompressedPatchEmbed
 
@@ -15,10 +16,21 @@ __all__ = ["Hook", "Join", "add_forward_hook", "add_pre_hook", "join_at", "remov
 
 
 class Hook:
-    """A hook of ours. An object, not a closure: it can be copied along with the model."""
+    """A hook of ours. An object, not a closure: it can be copied along with the model.
+
+    Attributes:
+        embed: the patch embedding that it belongs to.
+        number: torch's, by which the hooked module has it.
+    """
 
     def __init__(self, embed: CompressedPatchEmbed) -> None:
         self.embed = embed
+        self.number = 0
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        # A process that has unpickled it may have numbered fewer hooks: the next one would take its number and place.
+        RemovableHandle.next_id = max(RemovableHandle.next_id, self.number + 1)
 
 
 class Join(Hook):
@@ -58,13 +70,13 @@ def join_at(embed: CompressedPatchEmbed, *places: nn.Module) -> None:
 
 def add_pre_hook(place: nn.Module, hook: Hook) -> None:
     """Hook in before all others, which then see what the model sees."""
-    place.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)  # type: ignore[arg-type]
+    hook.number = place.register_forward_pre_hook(hook, prepend=True, with_kwargs=True).id  # type: ignore[arg-type]
     hook.embed.hooked_modules = (*hook.embed.hooked_modules, place)
 
 
 def add_forward_hook(place: nn.Module, hook: Hook) -> None:
     """Hook in behind a module."""
-    place.register_forward_hook(hook, with_kwargs=True)  # type: ignore[arg-type]
+    hook.number = place.register_forward_hook(hook, with_kwargs=True).id  # type: ignore[arg-type]
     hook.embed.hooked_modules = (*hook.embed.hooked_modules, place)
 
 

@@ -677,7 +677,8 @@ class CompressedPatchEmbed(StandIn):
 
 
 def _say(message: str) -> None:
-    warnings.warn(f"seqcompress: {message}", stacklevel=3)
+    """Warn, even if another model was warned of the same: Python would show it once for all of them."""
+    warnings.warn_explicit(f"seqcompress: {message}", UserWarning, __file__, 0, module=__name__)
 
 
 def is_frozen(model: nn.Module) -> bool:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from textwrap import shorten
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["CostMap", "Forecast", "Stage", "cost_map", "forecast", "plot_schedule"]
 
 _LOOKED_AT = 10_000  # steps of a run at which a schedule is asked, at most
+_LONGEST_NAME = 50  # of a plan, in letters
 _ROWS = 11  # of a schedule that changes at every step, those that are shown
 
 
@@ -281,7 +283,7 @@ def _begins(schedule: Schedule, total_steps: int) -> list[int]:
 
 def _name(plan: Plan | None, schedule: Schedule) -> str:
     if plan is None or isinstance(plan, str):
-        return f'"{"default" if plan is None else plan}"'
+        return f'"{"default" if plan is None else shorten(plan, _LONGEST_NAME, placeholder=" ...")}"'
     if isinstance(schedule, Constant):
         return f'"{schedule.strategy}"'
     return f"of the kind {schedule.kind}"

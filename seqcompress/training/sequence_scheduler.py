@@ -91,20 +91,11 @@ class SequenceScheduler:
                 stacklevel=2,
             )
         self._driven = [(embed, embed.compression) for embed in self._embeds]
+        self._check_free()
+        plan = _without_measuring(plan)
+        # Said at the first step: a state that is loaded before may go on elsewhere.
+        self._is_run_again = schedule is None and any(compression.finished for compression in self._compressions)
         self._claim()
-        if isinstance(plan, Online):
-            warnings.warn(
-                "seqcompress: a SequenceScheduler measures nothing, and follows the preset of an online plan; to have "
-                "it measured, make an OnlineScheduler(model, loss, total_steps=...)",
-                stacklevel=2,
-            )
-            plan = plan.preset
-        if schedule is None and any(compression.finished for _, compression in self._driven):
-            warnings.warn(
-                "seqcompress: the schedule of the encoders has been run to its end before, and is run again, from its "
-                "beginning",
-                stacklevel=2,
-            )
         self._told_of_the_end = False
         self._spent_of: object = None
         self._spent_after: tuple[list[int], list[float]] = ([], [])
@@ -182,6 +173,13 @@ class SequenceScheduler:
             RuntimeError: the encoders have been restored or compressed anew, or other ranks did not call ``step()``.
         """
         step = self._ranks.of_rank_0(self._last_step + 1) if step is None else checked_count(step, "step", at_least=0)
+        if self._is_run_again and (self._last_step, step) == (0, 1) and self._total_steps > 1:
+            warnings.warn(
+                "seqcompress: the schedule of the encoders has been run to its end before, and is run again, from its "
+                "beginning",
+                stacklevel=2,
+            )
+        self._is_run_again = False
         self._apply(self._schedule, self._total_steps, step)
         for compression in self._compressions:
             compression.count_step()
@@ -206,7 +204,7 @@ class SequenceScheduler:
             ValueError: it does not suit the encoders.
             RuntimeError: the encoders were restored or compressed anew. In each case, nothing has been changed.
         """
-        plan = resolve_plan(schedule, named_encoders(self._embeds))
+        plan = _without_measuring(resolve_plan(schedule, named_encoders(self._embeds)))
         forwards = [compression.stream.forwards for compression in self._compressions]
         self._apply(plan, self._total_steps, self._last_step, forwards)
 
@@ -232,9 +230,12 @@ class SequenceScheduler:
         """What is driven, each once."""
         return list(dict.fromkeys(compression for _, compression in self._driven))
 
-    def _claim(self) -> None:
-        for compression in self._compressions:  # all or none
+    def _check_free(self) -> None:
+        for compression in self._compressions:
             compression.check_free(self)
+
+    def _claim(self) -> None:
+        self._check_free()  # all or none
         for compression in self._compressions:
             compression.claim(self, f"a {type(self).__name__}")
 
@@ -348,6 +349,18 @@ def _refuse_copied_teachers(embeds: Sequence[CompressedPatchEmbed]) -> None:
             "model_or_models holds a frozen copy of a compressed student, which would drop tokens as a student does: "
             "make a teacher of it by compress(student, plan, teacher=...)"
         )
+
+
+def _without_measuring(plan: Schedule) -> Schedule:
+    """What can be followed of a plan: of an online one, its preset."""
+    if not isinstance(plan, Online):
+        return plan
+    warnings.warn(
+        "seqcompress: a SequenceScheduler measures nothing, and follows the preset of an online plan; to have it "
+        "measured, make an OnlineScheduler(model, loss, total_steps=...)",
+        stacklevel=3,
+    )
+    return plan.preset
 
 
 def _read_schedule(text: Any, name: str) -> Schedule:

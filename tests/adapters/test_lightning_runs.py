@@ -209,6 +209,15 @@ def test_a_fast_dev_run_uses_up_no_schedule(make_pair: Build, make_trainer: Buil
     assert not [line for line in told if "ended before" in line]
 
 
+def test_a_module_that_was_unpickled_is_driven_where_nothing_else_of_this_package_was_imported(
+    make_pair: Build, make_trainer: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = accelerate(make_pair(), Stepwise({0.0: Strategy(0.5), 0.5: Strategy()}))
+    monkeypatch.delitem(sys.modules, "seqcompress.compression")  # of which a pickle knows nothing
+    make_trainer(max_epochs=1).fit(module, batches(2))
+    assert module.tokens == [9, 17]
+
+
 def test_a_constant_strategy_stays_and_is_said_at_the_start_of_every_fit(
     make_pair: Build, make_trainer: Build, told: list[str]
 ) -> None:

@@ -27,6 +27,7 @@ from hypothesis.stateful import (
 )
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from seqcompress import Linear, Strategy, compress, get_strategy, is_compressed, restore, set_strategy
 
@@ -217,3 +218,18 @@ def test_whatever_is_done_in_whatever_order_a_model_stays_the_plain_one_bit_for_
         run_state_machine_as_test(
             Copies, settings=settings(max_examples=examples, stateful_step_count=steps, deadline=None)
         )
+
+
+def test_an_encoder_from_a_file_keeps_its_hooks_in_a_process_that_has_made_fewer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=0)
+    saved = pickle.dumps(compress(vit, Strategy(0.5)))
+    monkeypatch.setattr(RemovableHandle, "next_id", 0)  # as a process begins
+    loaded = pickle.loads(saved).train()
+    lengths: list[int] = []
+    for module in loaded.modules():
+        module.register_forward_pre_hook(lambda *_: None)
+    loaded.blocks[0].register_forward_pre_hook(lambda block, args: lengths.append(args[0].shape[1]))
+    loaded(torch.randn(2, 3, 32, 32))
+    assert lengths == [9]
