@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -113,15 +114,14 @@ class DrivenEncoders:
 
         return max((*self.plan.strategies(), *self.compression.plan.strategies()), key=tokens)
 
-    def follow(self, step_and_total: tuple[int, int], step: int, seed: int, progress: float, pace: float) -> None:
+    def follow(self, step_and_total: tuple[int, int], step: int, seed: int, pace: float) -> None:
         """Put in force what the plan has at this place of the run, and have views made for what comes next.
 
         Args:
             step_and_total: steps done, and all steps of the run.
             step: decides the random subsets, with the seed; those of a step's batches follow each other.
             seed: of the run, the same on every rank.
-            progress: the share that is done, in [0, 1].
-            pace: what a batch adds to it.
+            pace: which share of the run a batch is.
         """
         if self.is_others:  # who has come since, which a constant plan allows
             return
@@ -131,13 +131,15 @@ class DrivenEncoders:
             self._step, self.forwards = step, 0
         self.strategy = self.plan.at_step(*step_and_total)
         self.use(self.strategy)
-        self.have_views_made(progress, pace)
-
-    def have_views_made(self, progress: float, pace: float = 0.0) -> None:
-        """Have loaders make views for this progress and what comes next; their workers start before training does."""
+        done, total = step_and_total
         views = self.compression.views
         if views is not None and not self.is_constant:
-            views.ask_ahead(lambda batches: self.plan(min(1.0, progress + batches * pace)))
+            views.ask_ahead(lambda batches: self.plan.at_step(done + math.ceil(batches * pace * total - 1e-6), total))
+
+    def have_first_views_made(self) -> None:
+        """Have loaders make views for the beginning: their workers start before training does."""
+        if not self.is_constant:
+            self.compression.ask_views_for(self.plan(0.0))
 
     def use(self, strategy: Strategy) -> None:
         """Put a strategy of the plan in force until the next step."""

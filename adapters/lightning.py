@@ -149,7 +149,7 @@ class SequenceCompression:
                 encoders.compression.set_by_hand(encoders.most_expensive())
         elif trainer.global_step == 0:
             for encoders in driven:
-                encoders.have_views_made(0.0)
+                encoders.have_first_views_made()
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Batch sizes have been tried by now."""
@@ -212,7 +212,7 @@ class SequenceCompression:
             self._step_and_total = length.step_and_total(length.first_of_step(batch_idx))
         step = self._steps = _steps_done(trainer, pl_module)
         for encoders in self._driven:
-            encoders.follow(self._step_and_total, step, self._seed, self._progress, length.pace())
+            encoders.follow(self._step_and_total, step, self._seed, length.pace())
         if self._rehearsal_is_due and step > 0:
             from seqcompress.training.rehearsal import forget_peak
 

@@ -32,8 +32,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if _MODULES[name] == __name__:  # a module of this package
         return importlib.import_module(f"{__name__}.{name}")
-    found = globals()[name] = getattr(importlib.import_module(_MODULES[name]), name)  # and not asked for here again
-    return found
+    return getattr(importlib.import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -365,7 +365,7 @@ def test_a_backbone_that_folds_its_features_to_maps_is_refused_before_it_trains(
     transformers = pytest.importorskip("transformers")
     config = getattr(transformers, f"{kind}Config")(**HUGGING_FACE, reshape_hidden_states=True)
     model = getattr(transformers, f"{kind}Backbone")(config).train()
-    words = f"model: reshape_hidden_states must be False in the config of a {kind}Backbone, which folds"
+    words = f"model: reshape_hidden_states must be False in the config of a {kind}Backbone, which otherwise folds"
     with pytest.raises(ValueError, match=words):
         compress(model, strategy)
     assert not is_compressed(model)

@@ -62,7 +62,7 @@ STAGED = "0: drop 0.5, patch {0}; 0.5: patch {0}; 0.75: drop 0.5; 0.95: base"  #
 EARLIER = "0: drop 0.5, patch {0}; 0.95: base"  # the default plan before: a longer end
 ENDS = tuple(f"0: drop 0.5, patch {{0}}; {end}: base" for end in (0.9, 0.8))
 PEERS = ("0: patch {0}; 0.75: base", "0: patch {1}; 0.34: patch {0}; 0.67: base")  # FastDINOv2, progressive resizing
-FOUND = "0: drop 0.5, patch {0}; 0.5: patch {0}"  # by gradient error, at checkpoints of MoCo-v3 under DEFAULT
+FOUND = "0: drop 0.5, patch {0}; 0.5: patch {0}"  # by gradient error, at checkpoints of MoCo-v3 under EARLIER
 OTHERS = (
     FOUND,
     "drop 0.5",

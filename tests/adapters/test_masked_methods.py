@@ -486,11 +486,11 @@ def test_an_online_schedule_prices_masked_views_with_all_their_tokens(pair: Pair
     seqcompress.accelerate(pair, Strategy(0.75, 16))
     batch, share = (large(), small()), 0.2
     scheduler = seqcompress.OnlineScheduler(pair, lambda batch: pair.loss(*batch), total_steps=400, compute_share=share)
-    for _ in range(400):
+    while not scheduler.measured_share:
         pair.loss(*batch).backward()
         scheduler.step(batch)
         assert scheduler.measured_share <= share
-    assert scheduler.measured_share > 0
+    assert 10 < scheduler.last_step < 400
 
 
 # Lightly's own
