@@ -129,9 +129,9 @@ class DrivenEncoders:
         if step != self._step:
             self.compression.stream.anchor(seed, step, self._number, self.forwards)
             self._step, self.forwards = step, 0
-        self.strategy = self.plan.at_step(*step_and_total)
-        self.use(self.strategy)
         done, total = step_and_total
+        self.strategy = self.plan.at_step(done, total)
+        self.use(self.strategy)
         views = self.compression.views
         if views is not None and not self.is_constant:
             views.ask_ahead(lambda batches: self.plan.at_step(done + math.ceil(batches * pace * total - 1e-6), total))

@@ -8,14 +8,20 @@ from typing import Any
 
 from seqcompress.messages import described
 
-__all__ = ["MANY", "checked_count", "checked_progress", "checked_share", "is_bool"]
+__all__ = ["checked_count", "checked_progress", "checked_share", "whole_number"]
 
-MANY = 2**64  # more than anything counts; below it, numbers fit into files and random seeds
+_MANY = 2**64  # more than anything counts; below it, numbers fit into files and random seeds
 
 
-def is_bool(value: Any) -> bool:
-    """Whether it is a truth value, of Python, NumPy or torch: no number, though it may be used as one."""
-    return isinstance(value, bool) or "bool" in str(getattr(value, "dtype", ""))
+def whole_number(value: Any) -> int:
+    """A whole number of Python's, NumPy's or torch's, and no truth value of theirs.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):
+        raise TypeError
+    return operator.index(value)
 
 
 def checked_count(value: Any, name: str, *, at_least: int) -> int:
@@ -26,13 +32,11 @@ def checked_count(value: Any, name: str, *, at_least: int) -> int:
         ValueError: it is less than ``at_least``, or 2**64 or more.
     """
     try:
-        if is_bool(value):
-            raise TypeError
-        count = operator.index(value)
+        count = whole_number(value)
     except TypeError:
         raise TypeError(f"{name} must be a whole number, got {described(value)}") from None
-    if not at_least <= count < MANY:
-        expected = "below 2**64" if count >= MANY else f"of at least {at_least}"
+    if not at_least <= count < _MANY:
+        expected = "below 2**64" if count >= _MANY else f"of at least {at_least}"
         raise ValueError(f"{name} must be a whole number {expected}, got {described(value)}")
     return count
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -29,15 +28,12 @@ from seqcompress.encoders.sharding import is_wrapped
 from seqcompress.json_files import is_file
 from seqcompress.messages import described
 from seqcompress.presets import DEFAULT, PRESETS, double_patch
-from seqcompress.schedules import Constant, Schedule
+from seqcompress.schedules import Constant, Schedule, reads_like_schedule
 from seqcompress.strategy import Strategy
 
 __all__ = ["compress", "get_strategy", "is_compressed", "restore", "set_strategy"]
 
 Plan = Strategy | Schedule | str | os.PathLike[str]
-_BEGINS_SCHEDULE = re.compile(
-    "|".join((r"\s*base\s*$", r"\s*(drop|patch|linear|cosine)\s+\S", r"\s*[-+]?(\.?\d|nan|inf)[\w.+-]*\s*:"))
-)
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -63,10 +59,9 @@ def compress(
         plan: a [Strategy][seqcompress.Strategy] or its text ("drop 0.5, patch 32"), in force at once; a
             [Schedule][seqcompress.schedules.Schedule] or its text ("0: drop 0.5, patch 32; 0.9: base"), the name of a
             preset ("default", "gentle", "strong", "online") or the path of a schedule file, in force while something
-            drives it: a
-            [SequenceScheduler][seqcompress.SequenceScheduler] (for "online", an
-            [OnlineScheduler][seqcompress.OnlineScheduler]), the Lightning callback, or ``set_strategy`` by hand.
-            Until then the model runs uncompressed, and says so. Without plan and keywords: "default".
+            drives it: a [SequenceScheduler][seqcompress.SequenceScheduler] (for "online", an
+            [OnlineScheduler][seqcompress.OnlineScheduler]), the Lightning callback, or ``set_strategy`` by hand. Until
+            then the model runs uncompressed, and says so. Without plan and keywords: "default".
         teacher: the momentum encoder, of the same image size, patch size and width. Patch scaling then goes to both
             encoders and token dropout to ``model`` only: asymmetric dropout and symmetric scaling, as in the paper.
             Where a host draws masks on the teacher's grid (Lightly's iBOT and DINOv2), the teacher follows the
@@ -325,7 +320,7 @@ def _schedule_in(text: str) -> Schedule | None:
     Raises:
         ValueError: it means one that is out of range.
     """
-    if _BEGINS_SCHEDULE.match(text) is None or is_file(text):
+    if not reads_like_schedule(text) or is_file(text):
         return None
     try:
         return Schedule.parse(text)

@@ -22,10 +22,11 @@ from seqcompress.json_files import FieldError, check_names, read_json, take, tak
 from seqcompress.messages import described
 from seqcompress.strategy import Strategy
 
-__all__ = ["Constant", "Cosine", "Linear", "Online", "Schedule", "Stepwise"]
+__all__ = ["Constant", "Cosine", "Linear", "Online", "Schedule", "Stepwise", "reads_like_schedule"]
 
 _VERSION = 1
 _RAMP = re.compile(r"(linear|cosine) from (.+) to (.+)")
+_BEGINNINGS = (r"base\s*$", r"(drop|patch|linear|cosine)\s+\S", r"[-+]?(\.?\d|nan|inf)[\w.+-]*\s*:")
 
 
 class Schedule(ABC):
@@ -73,18 +74,13 @@ class Schedule(ABC):
         if not isinstance(text, str):
             raise TypeError(f"text must be a string such as '0: drop 0.5; 0.9: base', got {described(text)}")
         ramp = _RAMP.fullmatch(" ".join(text.split()))
-        try:
-            if ramp is not None:
-                ends = Strategy.parse(ramp[2]), Strategy.parse(ramp[3])
-                found: Schedule = Linear(*ends) if ramp[1] == Linear.kind else Cosine(*ends)
-            elif ":" in text:
-                found = Stepwise(_stages_in(text))
-            else:
-                found = Constant(Strategy.parse(text))
-        except ValueError as error:
-            if ramp is None and ":" not in text:  # the strategy's own words are enough
-                raise
-            raise ValueError(f"text {described(text)} is not a schedule: {error}") from None
+        if ramp is None and ":" not in text:
+            found: Schedule = Constant(Strategy.parse(text))  # its own words say what is wrong
+        else:
+            try:
+                found = Stepwise(_stages_in(text)) if ramp is None else _ramp(*ramp.groups())
+            except ValueError as error:
+                raise ValueError(f"text {described(text)} is not a schedule: {error}") from None
         if not isinstance(found, cls):
             raise ValueError(f"text must be of kind {cls.kind!r}, got {described(text)}, which is {found.kind!r}")
         return found
@@ -371,6 +367,16 @@ class Online(Schedule):
             return cls(inner, fields["compute_share"], fields["time_share"])  # type: ignore[arg-type]
         except (TypeError, ValueError) as error:  # the message begins with the field
             raise FieldError(str(error).partition(" ")[0], str(error)) from None
+
+
+def reads_like_schedule(text: str) -> bool:
+    """Whether a text begins as one that [parse][seqcompress.schedules.Schedule.parse] reads, right or wrong."""
+    return re.match(rf"\s*({'|'.join(_BEGINNINGS)})", text) is not None
+
+
+def _ramp(kind: str, start: str, end: str) -> _Ramp:
+    ends = Strategy.parse(start), Strategy.parse(end)
+    return Linear(*ends) if kind == Linear.kind else Cosine(*ends)
 
 
 def _stages_in(text: str) -> dict[float, Strategy]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import numbers
-import operator
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from seqcompress.checks import is_bool
+from seqcompress.checks import whole_number
 from seqcompress.messages import described
 
 _PART = re.compile(r"drop (?P<token_dropout>[0-9.e+-]+)|patch (?P<patch_size>[0-9]+)")
@@ -113,9 +112,7 @@ def _checked_dropout(value: Any) -> float:
 
 def _checked_patch_size(value: Any) -> int:
     try:
-        if is_bool(value):
-            raise TypeError
-        size = operator.index(value)
+        size = whole_number(value)
     except TypeError:
         raise TypeError(f"patch_size must be a whole number of pixels or None, got {described(value)}") from None
     if size < 1:

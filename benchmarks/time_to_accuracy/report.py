@@ -19,6 +19,7 @@ import math
 import random
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -564,6 +565,7 @@ def figures(runs: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
     from matplotlib import pyplot, ticker
 
     written: list[Path] = []
+    drawn = Counter[str]()
     for key, plans in comparisons(runs).items():
         settings = dict(key)
         curves = {plan: seeds for plan, seeds in plans.items() if any(len(curve) > 1 for curve in seeds.values())}
@@ -583,8 +585,8 @@ def figures(runs: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
         figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
         figure.suptitle(f"{METHODS[settings['method']]}, {settings['dataset']}, {encoder(settings)}")
         stem = f"evidence-{settings['dataset']}-{settings['method']}"
-        earlier = [path.stem.startswith(f"{stem}-") or path.stem == stem for path in written]
-        path = folder / f"{stem}{f'-{sum(earlier) + 1}' if any(earlier) else ''}.png"
+        drawn[stem] += 1
+        path = folder / f"{stem}{f'-{drawn[stem]}' if drawn[stem] > 1 else ''}.png"
         figure.savefig(path, dpi=110)
         pyplot.close(figure)
         written.append(path)
