@@ -39,10 +39,10 @@ PAPER = {"mocov3": "4x", "simclr": "3.3x", "dino": "2.5x"}  # ImageNet-1k, as th
 _JUDGED_BY = (*METRICS, "loss")  # by what branches are judged
 _CRITERIA = ("criterion", "rank correlation with k-NN", "with the linear probe", "with the loss")
 
-# What may differ between runs of one comparison: their length, plan (with its views) and seed. All else is the same.
-_FREE = ("budget", "plan", "views", "seed")
+# What may differ between runs of one comparison: their length, plan (with its views and teacher) and seed.
+_FREE = ("budget", "plan", "views", "teacher", "seed")
 # Settings that the first runs had not yet, and what they were for them.
-_SINCE = {"views": "full", "local_views": 6, "teacher_temperature": 0.07, "head_norm": "no"}
+_SINCE = {"teacher": "scaled", "views": "full", "local_views": 6, "teacher_temperature": 0.07, "head_norm": "no"}
 Key = tuple[Any, ...]
 Curves = Mapping[int, Sequence["Point"]]  # by seed
 
@@ -433,7 +433,7 @@ def _ratios_table(headings: Sequence[str], rows: Iterable[Mapping[str, Any]]) ->
 def tuning_table(runs: Sequence[dict[str, Any]]) -> str:
     """What was tried on held-out training images."""
     rows = []
-    varied = ("batch", "lr", "weight_decay", "momentum", "crop")
+    varied = ("batch", "lr", "warmup", "weight_decay", "momentum", "crop")
     of_dino = ("prototypes", "local_views", "teacher_temperature", "head_norm")
     order = sorted(
         runs,
@@ -457,7 +457,7 @@ def tuning_table(runs: Sequence[dict[str, Any]]) -> str:
             *(f"{100 * run['accuracy'][metric]:.1f}" for metric in METRICS),
         ]
         rows.append(cells)
-    names = ("batch", "learning rate", "weight decay", "teacher", "crop", "DINO's own", "seed", "judged on")
+    names = ("batch", "learning rate", "warm-up", "weight decay", "teacher", "crop", "DINO's own", "seed", "judged on")
     return _table(("data", "method", "plan", "budget", *names, *METRICS.values()), rows)
 
 
@@ -620,11 +620,12 @@ def _run_order(run: dict[str, Any]) -> tuple[str, int, str]:
 
 
 def _plan_of(settings: dict[str, Any]) -> str:
-    """The plan, by its name if it is the default, and whether views are made smaller with it."""
+    """The plan, by its name if it is the default, and whether views, and not the teacher, become shorter with it."""
     plan = settings["plan"]
     if plan == str(PRESETS[DEFAULT](double_patch(settings["patch_size"], settings["image_size"]))):
         plan = DEFAULT
-    return plan + (", scaled views" if settings.get("views", "full") == "scaled" else "")
+    plan += ", scaled views" if settings.get("views", "full") == "scaled" else ""
+    return plan + (", teacher at full length" if settings.get("teacher", "scaled") == "full" else "")
 
 
 def _plan(text: str) -> str:

@@ -74,6 +74,7 @@ class Settings:
         weight_decay: of AdamW.
         warmup: share of the run in which the learning rate rises.
         momentum: of the teacher, at the start; it rises to 1 by a cosine.
+        teacher: "scaled" as the student's patches are, or "full" for one that sees full sequences all the time.
         crop: smallest share of an image's area in a view; for DINO's large ones no less than 0.25.
         hidden: width of the heads.
         out: of the projections.
@@ -108,6 +109,7 @@ class Settings:
     weight_decay: float = 0.1
     warmup: float = 0.1
     momentum: float = 0.99
+    teacher: str = "scaled"
     crop: float = 0.2
     hidden: int = 256
     out: int = 128
@@ -128,6 +130,10 @@ class Settings:
         _check(self.method in METHODS, "method", self.method, f"one of {', '.join(METHODS)}")
         _check(self.precision in ("float32", "bfloat16"), "precision", self.precision, "float32 or bfloat16")
         _check(self.judged_on in ("test", "held-out"), "judged_on", self.judged_on, "test or held-out")
+        _check(self.teacher in ("scaled", "full"), "teacher", self.teacher, "scaled or full")
+        _check(
+            self.plan != "online" or self.teacher == "scaled", "plan", self.plan, "another for a teacher that is full"
+        )
         _check(self.views in ("full", "scaled"), "views", self.views, "full or scaled")
         _check(self.grow in ("no", *RATES), "grow", self.grow, f"no, {', '.join(RATES)}")
         _check(self.merge in ("no", "yes"), "merge", self.merge, "no or yes")
@@ -202,17 +208,20 @@ class Training:
         if settings.plan == ONLINE:  # with no limit that goes by the clock: what comes out is to hang on settings alone
             online = PRESETS[ONLINE](double_patch(settings.patch_size, settings.image_size))
             plan = dataclasses.replace(online, time_share=None)
-        seqcompress.compress(method.backbone, plan, teacher=method.backbone_momentum)
+        scaled_teacher = method.backbone_momentum if settings.teacher == "scaled" else None
+        seqcompress.compress(method.backbone, plan, teacher=scaled_teacher)
+        encoders = driven = [method.backbone, *([] if scaled_teacher is None else [scaled_teacher])]
+        if method.backbone_momentum is not scaled_teacher:
+            encoders = [*driven, seqcompress.compress(method.backbone_momentum, Strategy())]  # plain, but counted
         if settings.views == "scaled":
             seqcompress.scale_views(self.views, method)
-        encoders = [method.backbone, *([] if method.backbone_momentum is None else [method.backbone_momentum])]
         self.total_steps = self._steps_for_budget()
         self.now = {"progress": 0.0}
         self.loss_of = self._loss_function(method)
         self.online = None
         if settings.plan == ONLINE:
             self.online = OnlineScheduler(method, self.loss_of, total_steps=self.total_steps)
-        self.sequence_scheduler = self.online or SequenceScheduler(encoders, total_steps=self.total_steps)
+        self.sequence_scheduler = self.online or SequenceScheduler(driven, total_steps=self.total_steps)
         self.budget = Budget(encoders)
 
         trained = [parameter for parameter in method.parameters() if parameter.requires_grad]
@@ -251,7 +260,8 @@ class Training:
             counts[strategy] = counts.get(strategy, 0) + 1
         units = 0.0
         for strategy, count in counts.items():
-            teacher = seqcompress.relative_cost(backbone, strategy.without_dropout(), size)
+            seen_by_teacher = strategy.without_dropout() if self.settings.teacher == "scaled" else Strategy()
+            teacher = seqcompress.relative_cost(backbone, seen_by_teacher, size)
             spent = self.method.teacher_views * teacher
             for view, cost in zip(self.views.sizes, self.views_cost, strict=True):
                 spent += cost * seqcompress.relative_cost(backbone, strategy, view)
