@@ -189,7 +189,7 @@ class SequenceCompression:
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Put the strategies of this step in force."""
         if self._logged:
-            _withdraw(trainer)
+            self._guarded("log a step", lambda: _withdraw(trainer))
         if not self._looked or not self._is_in_place(pl_module):
             self._looked = True
             self._look(trainer, pl_module, batch_idx)
@@ -610,7 +610,9 @@ class SequenceCompression:
         values = readings.values()
         online = {} if self._online is None else self._online.metrics()
         # On the CPU: of numbers, Lightning makes tensors on the device, and each of these waits for the device.
-        metrics = {name: torch.tensor(value, dtype=torch.float32) for name, value in {**values, **online}.items()}
+        metrics = {
+            name: torch.tensor(value, dtype=torch.float32, device="cpu") for name, value in {**values, **online}.items()
+        }
         # The public properties would read whatever else was logged, and wait for the device too.
         trainer._logger_connector._callback_metrics.update(metrics)
         trainer._logger_connector._logged_metrics.update(metrics)

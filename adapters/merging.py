@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Merging", "merged", "most_together"]
+__all__ = ["Merging", "merged", "most_together", "times"]
 
 
 class Merging:
@@ -82,7 +82,7 @@ class Merging:
         if fits:
             with self._counted(whole):
                 output = step(whole, *rest)
-            return _with_loss(output, lambda loss: _times(loss, len(batches)))
+            return _with_loss(output, lambda loss: times(loss, len(batches)))
         if reason is not None and not self._told:
             self._told = True
             self._tell(f"some batches were run one by one, which cannot be merged: {reason}")
@@ -94,12 +94,15 @@ class Merging:
         if not known:
             return None
         losses = torch.stack([loss for loss in map(_loss, known) if loss is not None])
-        return _with_loss(known[-1], lambda last: _times(losses.mean(), len(losses)))
+        return _with_loss(known[-1], lambda last: times(losses.mean(), len(losses)))
 
     @contextmanager
     def _counted(self, whole: Any) -> Iterator[None]:
         """Have means over an epoch count what the step logs by all of its samples, not by the last batch's."""
-        results = self._trainer._results
+        results = getattr(self._trainer, "_results", None)
+        if results is None:  # a Lightning that keeps its books elsewhere
+            yield
+            return
         before, results.batch, results.batch_size = results.batch, whole, None
         try:
             yield
@@ -153,8 +156,8 @@ def _joined(parts: Sequence[Any], samples: Sequence[int | None]) -> Any:
     first = parts[0]
     if any(type(part) is not type(first) for part in parts):
         raise TypeError(f"their parts are {' and '.join(sorted({type(part).__name__ for part in parts}))}")
-    if isinstance(first, Tensor):
-        if len({part.shape[1:] for part in parts}) > 1 or not first.ndim:
+    if isinstance(first, Tensor) and first.ndim:
+        if len({part.shape[1:] for part in parts}) > 1:
             raise ValueError(f"they have tensors of the shapes {' and '.join(str(tuple(p.shape)) for p in parts[:2])}")
         return torch.cat(list(parts))
     if isinstance(first, Mapping):
@@ -197,6 +200,9 @@ def _with_loss(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return {**output, "loss": change(loss)} if isinstance(output, Mapping) else change(loss)
 
 
-def _times(loss: Tensor, times: int) -> Tensor:
+def times(loss: Tensor, times: int) -> Tensor:
     """The same loss, with so many times its gradient."""
-    return times * loss - (times - 1) * loss.detach()
+    loss = loss.clone()
+    if loss.requires_grad:
+        loss.register_hook(lambda gradient: times * gradient)
+    return loss

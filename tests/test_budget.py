@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from seqcompress import Budget, Strategy, compress, relative_cost, set_strategy
+from seqcompress import Budget, Strategy, compress, relative_cost, restore, set_strategy
 from seqcompress.encoders import find_encoder
 from seqcompress.training.cost import encoder_flops
 
@@ -207,3 +207,15 @@ def test_a_compiled_teacher_in_eval_mode_counts_while_its_student_trains(tiny_vi
         assert torch.equal(compiled(views), tiny_vit().eval()(views))
         counted.append(budget.units)
     assert counted == [2.0, 2.0, 4.0]
+
+
+def test_encoders_that_were_compressed_anew_are_told_to_be_counted_no_more(tiny_vit: Any) -> None:
+    vit, views = compress(tiny_vit(), Strategy()).train(), torch.randn(2, 3, 32, 32)
+    budget = Budget(vit)
+    vit(views)
+    restore(vit)
+    assert budget.units == 6.0  # what was spent is spent
+    compress(vit, Strategy(0.5))(views)
+    with pytest.warns(UserWarning, match="compressed anew since it was made") as told:
+        assert (budget.units, budget.millions) == (6.0, 6e-6)
+    assert len(told) == 1

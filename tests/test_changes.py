@@ -647,3 +647,15 @@ def test_no_message_shows_a_whole_module(tiny_vit: Any) -> None:
             call()
         assert "\n" not in str(raised.value)
         assert len(str(raised.value)) < 250
+
+
+def test_what_one_call_asks_for_is_over_with_it() -> None:
+    from transformers import ViTConfig, ViTModel
+
+    config = ViTConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, image_size=64, patch_size=16
+    )
+    vit = compress(ViTModel(config, add_pooling_layer=False).train(), Strategy(0.5))
+    before = num_tokens(vit, Strategy(), 120)
+    vit(torch.randn(2, 3, 128, 128), interpolate_pos_encoding=True)
+    assert num_tokens(vit, Strategy(), 120) == before

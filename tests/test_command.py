@@ -272,3 +272,18 @@ def test_an_error_in_the_users_own_code_keeps_its_traceback(folder: Path) -> Non
 
 def _vit() -> VisionTransformer:
     return VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=0)
+
+
+@pytest.mark.parametrize("total_steps", [90_000, 1_000_000])
+def test_stages_that_follow_each_other_at_once_are_all_seen(
+    tiny_vit: Callable[..., VisionTransformer], total_steps: int
+) -> None:
+    plan = Stepwise({0.0: Strategy(0.5), 0.50001: Strategy(0.9), 0.50005: Strategy()})
+    last = forecast(plan, tiny_vit(), total_steps=total_steps).stages[-1]
+    assert (last.strategy, last.steps) == (Strategy(), pytest.approx(total_steps / 2, rel=1e-3))
+
+
+def test_a_model_that_cannot_be_compressed_is_refused_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["plan", "beit_base_patch16_224"])
+    assert "model must be a supported ViT, got a Beit" in capsys.readouterr().err

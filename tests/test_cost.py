@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from timm.models.deit import VisionTransformerDistilled
 from torch import nn
@@ -192,3 +193,16 @@ def test_another_head_is_counted_anew(tiny_vit: Any) -> None:
     before = cost.encoder_flops(find_encoder(vit), 17)
     vit.head = nn.Linear(32, 1000)
     assert cost.encoder_flops(find_encoder(vit), 17) == before + 2 * 32 * 1000
+
+
+def test_a_stem_that_projects_by_itself_counts_for_nothing_and_the_rest_is_counted() -> None:
+    with torch.device("meta"):
+        vit = timm.create_model("vit_base_mci_224", num_classes=0, depth=1)
+    assert 0.4 < relative_cost(vit, Strategy(0.5), 256) < 0.6
+
+
+def test_a_model_whose_blocks_do_not_run_on_other_lengths_is_named() -> None:
+    with torch.device("meta"):
+        beit = timm.create_model("beit_base_patch16_224", num_classes=0, depth=1)
+    with pytest.raises(TypeError, match=r"^model must be a supported ViT, got a Beit: its blocks do not run on "):
+        relative_cost(beit, Strategy(0.5), 224)

@@ -270,3 +270,28 @@ def test_ranks_share_rank_0s_seed_and_a_scheduler_survives_its_process_group_and
 ) -> None:
     printed = run_ranks(*([sys.executable, "-c", ONE_OF_TWO, rank, tmp_path] for rank in range(2)))
     assert printed == ["10 2 3\n", "10 2 3\n"]
+
+
+def test_a_scheduler_that_is_never_stepped_is_seen_where_a_head_gets_no_gradient(tiny_vit: Any) -> None:
+    vit = compress(tiny_vit(num_classes=10).train(), PLAN)
+    _scheduler = SequenceScheduler(vit, total_steps=20)
+    optimizer = torch.optim.SGD(vit.parameters(), lr=1e-3)
+
+    def train(updates: int) -> None:
+        for _ in range(updates):
+            vit.forward_features(torch.randn(2, 3, 32, 32)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    with pytest.warns(UserWarning, match="has not been stepped"):
+        train(12)
+
+
+def test_a_new_driver_has_the_end_of_its_own_schedule_said(tiny_vit: Any) -> None:
+    vit = compress(tiny_vit().train(), PLAN)
+    _compression(vit).warns_when_finished = False  # as a host leaves it that has said so itself
+    scheduler = SequenceScheduler(vit, total_steps=1)
+    scheduler.step()
+    del scheduler
+    with pytest.warns(UserWarning, match="run to its end"):
+        vit(torch.randn(2, 3, 32, 32))

@@ -154,3 +154,14 @@ def test_a_model_in_place_of_the_optimizer_is_one_error_that_names_the_argument(
         PolynomialDecayLR(model, total_steps=5)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=expected + r"\[\]"):
         PolynomialDecayLR([], total_steps=5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("share", [math.nan, -0.1, 1.1])
+def test_a_share_of_the_budget_that_is_none_is_refused_by_its_name(share: float) -> None:
+    with pytest.raises(ValueError, match=rf"share must return a share of the budget in \[0, 1\], got {share} after 0"):
+        PolynomialDecayLR(_optimizer(), 10, share=lambda step: share)
+
+
+def test_a_budget_that_is_spent_by_the_end_of_the_warm_up_leaves_a_rate_of_zero() -> None:
+    scheduler = PolynomialDecayLR(_optimizer(), 4, warmup_steps=2, share=lambda step: min(1.0, step / 2))
+    assert _rates(scheduler, 4)[2:] == [0.0, 0.0]

@@ -607,3 +607,31 @@ def test_gradients_are_averaged_over_ranks_whether_the_step_does_so_or_not(ranks
     through, past = ranks["through"][0], ranks["past"][0]
     assert through["measured"] == past["measured"]
     assert through["variance"] == pytest.approx(past["variance"], rel=1e-4)
+
+
+def test_after_a_step_without_a_gradient_it_goes_on_to_decide() -> None:
+    vit, scale = compress(_vit().train(), HALF), torch.zeros(())
+
+    def loss(views: Tensor) -> Tensor:
+        return scale * vit(views).square().mean()
+
+    scheduler = OnlineScheduler(vit, loss, total_steps=1000, compute_share=1.0)
+
+    def train(steps: int) -> None:
+        for batch in _batches(steps):
+            loss(batch).backward()
+            scheduler.step(batch)
+
+    with pytest.raises(ValueError, match="gradient"):
+        train(60)
+    scale.fill_(1.0)
+    train(60)
+    assert len(scheduler.decisions) >= 1
+
+
+def test_what_is_kept_of_measurements_has_its_values_under_another_default_device() -> None:
+    run = _Run().train(_batches(12))
+    with torch.device("meta"):
+        sketches = run.scheduler.state_dict()["sketches"]
+    assert sketches.device.type == "cpu"
+    assert torch.equal(sketches, run.scheduler.state_dict()["sketches"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from timm.layers.patch_embed import resample_patch_embed
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from seqcompress import Strategy, compress, num_tokens
+from seqcompress import SequenceScheduler, Stepwise, Strategy, compress, num_tokens
 from seqcompress.compressors import grid_size, resample_patches, resize_pinv
 from seqcompress.compressors.patch_scaling import resample_positions
 
@@ -217,3 +218,17 @@ def test_positions_keep_half_precision_and_are_interpolated_in_full() -> None:
     half = resample_positions(positions.half(), (14, 14), (7, 7))
     assert half.dtype == torch.float16
     torch.testing.assert_close(half.float(), expected, rtol=2e-3, atol=2e-3)
+
+
+def test_a_view_that_is_smaller_than_the_patches_of_a_stage_is_one_patch_and_that_is_said_once(
+    tiny_vit: Any, first_tokens: Any
+) -> None:
+    vit = compress(tiny_vit(dynamic_img_size=True).train(), Stepwise({0.0: Strategy(), 0.5: Strategy(0.0, 32)}))
+    scheduler = SequenceScheduler(vit, total_steps=2)
+    scheduler.step()
+    with pytest.warns(UserWarning, match="views of 24 x 24 px are smaller than patches of 32 px"):
+        assert first_tokens(vit, torch.randn(2, 3, 24, 24)).shape[1] == 1 + 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert first_tokens(vit, torch.randn(2, 3, 24, 24)).shape[1] == 1 + 1
+    assert first_tokens(vit, torch.randn(2, 3, 24, 64)).shape[1] == 1 + 2

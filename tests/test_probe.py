@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import torchvision
 from timm.layers import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
@@ -604,3 +605,21 @@ def test_observers_of_quantization_that_have_seen_nothing_yet_stay_as_they_are()
     after = vit.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_weights_that_are_not_finite_are_named_in_a_class_of_ones_own_and_prove_nothing_in_a_known_one() -> None:
+    known = VisionTransformer(**SMALL)
+    nn.init.constant_(known.pos_embed, float("nan"))
+    assert is_compressed(compress(known, Strategy(0.5)))
+    general = torchvision.models.VisionTransformer(
+        image_size=32, patch_size=8, num_layers=1, num_heads=2, hidden_dim=32, mlp_dim=64
+    )
+    nn.init.constant_(general.encoder.pos_embedding, float("nan"))
+    with pytest.raises(TypeError, match=r"its tokens are not finite \(NaN or infinite weights\?\)"):
+        compress(general, Strategy(0.5))
+
+
+def test_views_of_other_channels_are_named(tiny_vit: Any) -> None:
+    vit = compress(tiny_vit().train(), Strategy(0.5, 16))
+    with pytest.raises(ValueError, match=r"views must have 3 channels, got the shape \(2, 1, 32, 32\)"):
+        vit(torch.randn(2, 1, 32, 32))

@@ -14,7 +14,17 @@ import pytest
 import torch
 from torch import nn
 
-from seqcompress import Budget, Linear, SequenceScheduler, Strategy, compress, get_strategy, rehearse
+from seqcompress import (
+    Budget,
+    Constant,
+    Linear,
+    SequenceScheduler,
+    Strategy,
+    compress,
+    get_strategy,
+    rehearse,
+    set_strategy,
+)
 
 RELAXING = Linear(Strategy(0.75, 16), Strategy())
 
@@ -242,3 +252,17 @@ def test_on_a_gpu_the_error_says_how_much_memory_was_in_use(tiny_vit: Any) -> No
         step()
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_encoders_of_their_own_have_their_own_strategies_back(tiny_vit: Any) -> None:
+    one, other = (compress(tiny_vit().train(), Constant(Strategy(0.5))) for _ in range(2))
+    scheduler = SequenceScheduler([one, other], total_steps=10)
+    with pytest.warns(UserWarning, match="will not stay|next step"):
+        set_strategy(other, Strategy(0.75))
+    rehearse(scheduler, lambda: None)
+    assert (get_strategy(one), get_strategy(other)) == (Strategy(0.5), Strategy(0.75))
+
+
+def test_memory_that_does_not_suffice_on_the_cpu_is_named(tiny_vit: Any) -> None:
+    with pytest.raises(MemoryError, match=r"at 'base' \(17 tokens a view\) does not fit"):
+        rehearse(_scheduler(tiny_vit()), lambda: torch.empty(2**60))

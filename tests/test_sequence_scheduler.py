@@ -446,3 +446,19 @@ def test_the_factor_is_that_of_a_strategy_that_is_set_by_hand_and_of_the_student
     assert scheduler.batch_factor == 8
     scheduler.use(Strategy())
     assert scheduler.batch_factor == 1
+
+
+def test_a_scheduler_whose_encoders_are_compressed_anew_takes_no_state(tiny_vit: Any) -> None:
+    vit = compress(tiny_vit(), STAGES)
+    scheduler = SequenceScheduler(vit, total_steps=8)
+    state = scheduler.state_dict()
+    compress(restore(vit), STAGES)
+    with pytest.raises(RuntimeError, match="compressed anew"):
+        scheduler.load_state_dict({**state, "seed": state["seed"] + 1})
+    assert scheduler.state_dict() == state
+
+
+def test_to_follow_no_plan_is_refused(tiny_vit: Any) -> None:
+    scheduler = SequenceScheduler(compress(tiny_vit(), STAGES), total_steps=8)
+    with pytest.raises(TypeError, match="schedule must be a plan, got None"):
+        scheduler.follow(None)  # type: ignore[arg-type]

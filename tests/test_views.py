@@ -1257,3 +1257,10 @@ def test_full_views_that_keep_coming_where_small_ones_are_made_stop_the_scaling(
         train()
     assert len([one for one in told if "keep coming" in str(one.message)]) == 1
     assert (sizes[0], sizes[-1]) == (16, 32)
+
+
+def test_loaders_are_followed_under_another_default_device(tiny_vit: Any) -> None:
+    vit, loader = compress(tiny_vit(), Strategy(0.0, 16)), loader_of(crop_to(32))
+    with torch.device("meta"):
+        scale_views(loader, vit)
+    assert sides(next(iter(loader))[0]) == [16]

@@ -90,13 +90,19 @@ class _LookAtCall(Hook):
 
 
 class _RefuseMaps(Hook):
-    """Forward hook of the whole model: what it folds to a map is none, where patches are dropped or larger."""
+    """Forward hook of the whole model: what it folds to a map is none, where patches are dropped or larger.
+
+    With it, the call is over that the one before has looked at.
+    """
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        selection = self.embed.selection
+        encoder, selection = self.embed.encoder, self.embed.selection
+        assert isinstance(encoder, AnyVisionTransformer)
+        grid = None if selection is None else encoder.plain_grid(selection.view)
+        encoder.interpolates = False  # the call that asked for it is over
         if selection is None:
             return
-        grid, numbers = self.embed.encoder.plain_grid(selection.view), self.embed.encoder.width * selection.patches
+        numbers = encoder.width * selection.patches
         for value in tensors_in(output):
             if value.ndim == 4 and value.shape[-2:] == grid and value.numel() == len(value) * numbers:
                 refuse_map(self.embed)

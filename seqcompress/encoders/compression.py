@@ -40,7 +40,8 @@ class Compression:
 
     A constant plan is in force at once. A schedule is in force while somebody drives it: an object that has claimed it
     and is alive, or code that calls ``set_strategy`` by hand. Otherwise the base strategy is, so that a schedule nobody
-    advances costs speed and never accuracy. A copy, pickled or deep, has no driver.
+    advances costs speed and never accuracy. A copy, pickled or deep, has no driver, but one of encoders that are driven
+    by hand is so, too.
 
     Args:
         plan: what the encoders were compressed with.
@@ -148,6 +149,7 @@ class Compression:
         self._driver, self._driver_name, self._by_hand = weakref.ref(driver), name, False
         self._was_stepped, self._updates = False, 0
         self._said = set()
+        self.warns_when_finished = True
 
     def count_step(self) -> None:
         """The driver has advanced the plan, which it is expected to do at every step."""

@@ -141,8 +141,8 @@ class Encoder(ABC):
         return self._noted_projection if self.is_flattened else self._projection_size()
 
     def _projection_size(self) -> int:
-        weight: Any = self.projection.weight
-        return int(weight.numel())
+        weight: Any = getattr(self.projection, "weight", None)  # a stem of convolutions may be all that there is
+        return 0 if weight is None else int(weight.numel())
 
     @property
     def maps_patches(self) -> bool:
@@ -196,8 +196,7 @@ class Encoder(ABC):
         """Note how large its weights are while they are whole: FullyShardedDataParallel, which flattens and shards
         them later, does not tell."""
         if not self.is_flattened:
-            is_convolution = hasattr(self.projection, "weight")
-            self._noted_projection = self._projection_size() if is_convolution else 0
+            self._noted_projection = self._projection_size()
             self._noted = shapes_of(self.model)
 
     @property

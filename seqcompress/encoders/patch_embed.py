@@ -27,6 +27,7 @@ from seqcompress.encoders.compression import Compression
 from seqcompress.encoders.encoder import Encoder, Size
 from seqcompress.encoders.sharding import is_tensor_parallel
 from seqcompress.encoders.stand_in import StandIn
+from seqcompress.schedules import Constant
 from seqcompress.strategy import Strategy
 
 __all__ = ["ChangedTokensError", "CompressedPatchEmbed", "Forward", "Trial", "When", "is_frozen", "student_among"]
@@ -76,6 +77,7 @@ class _Cut(NamedTuple):
     is_plain: bool  # whether the plain model cuts them so, where all patches are kept
 
 
+_MOST_WATCHED = 8  # parameters, to see that an optimizer is at work
 _FRESH: dict[str, Any] = {  # what forwards and hosts leave behind, of which a copy has nothing
     "selection": None,
     "_pending": None,
@@ -118,7 +120,7 @@ class CompressedPatchEmbed(StandIn):
     _joined_from: WeakIdKeyDictionary | None  # by the blank view's tokens that the first block was given
     _joining: bool  # apart from the two above: compiled code may look at it without a guard on lengths
     _compression: Compression
-    _watched: tuple[nn.Parameter, int] | None  # one that is trained, and its version when last looked at
+    _watched: tuple[list[nn.Parameter], int] | None  # some that are trained, and how often they had been changed
     _is_copy: bool
     _mask: Tensor | None  # (B, P + N) of the forward that runs, if it is a masked one
     # The strategy in force as the last forward in train mode ran, if that was plain, and whether grad was enabled.
@@ -533,6 +535,8 @@ class CompressedPatchEmbed(StandIn):
             )
         if views.ndim != 4:
             raise ValueError(f"views must have the shape (B, C, H, W), got {tuple(views.shape)}")
+        if views.shape[1] != self.encoder.channels:
+            raise ValueError(f"views must have {self.encoder.channels} channels, got the shape {tuple(views.shape)}")
         graph = _builds_graph(views, self.encoder.model)
         compressing = graph or self.when == "train"
         if not compressing:
@@ -591,6 +595,14 @@ class CompressedPatchEmbed(StandIn):
         self.compression.observe(view)
         full = self.compression.full_size(view)
         patch = base if size is None else (size, size)
+        # A run must not end at a later stage, whose patches are larger than a local crop.
+        if size is not None and size > min(full) and not isinstance(self.compression.plan, Constant):
+            patch = (max(base[0], min(size, full[0])), max(base[1], min(size, full[1])))
+            self._warn(
+                "small view",
+                f"views of {full[0]} x {full[1]} px are smaller than patches of {size} px, and are cut into patches as "
+                "large as they are",
+            )
         grid = self.encoder.grid(full, patch)
         if full != view:  # made smaller: the same grid, whose patches have fewer pixels here
             patch = (max(base[0], round(view[0] / grid[0])), max(base[1], round(view[1] / grid[1])))
@@ -610,11 +622,13 @@ class CompressedPatchEmbed(StandIn):
         """Whether an optimizer has been at work since this was asked last."""
         if self._watched is None:
             trained = [parameter for parameter in self.encoder.model.parameters() if parameter.requires_grad]
-            self._watched = (trained[-1], trained[-1]._version) if trained else None
+            some = trained[:: -(-len(trained) // _MOST_WATCHED) or 1]  # a head, or the last block, may get no gradient
+            self._watched = (some, sum(parameter._version for parameter in some)) if some else None
             return False
-        parameter, version = self._watched
-        self._watched = (parameter, parameter._version)
-        return parameter._version != version
+        some, before = self._watched
+        now = sum(parameter._version for parameter in some)
+        self._watched = (some, now)
+        return now != before
 
     def _warn_of_a_pass_without_gradients(self) -> None:
         if self._is_copy and self.drops_tokens and is_frozen(self.encoder.model):

@@ -110,9 +110,9 @@ def difference(embed: CompressedPatchEmbed, *, blocks: bool = True) -> str | Non
 
     Both see the same random views of the model's own size; the compressed one leaves out one patch of each and has
     the others in random order. That nothing but positions is added is shown in train mode too, and of parameters that
-    do nothing yet. No gradient, no random number of the caller's, no hook of the user's: nothing stays. Where
-    parameters have no values of their own (meta device, sharded), or where the model runs on no views alone, nothing
-    can be compared: a model of a known class is then taken as it is.
+    do nothing yet. No gradient, no random number of the caller's, no hook of the model's: nothing stays. Where
+    parameters have no values of their own (meta device, sharded) or none that are finite, or where the model runs on no
+    views alone, nothing can be compared: a model of a known class is then taken as it is.
 
     For a general kind, and where blocks are given positions or are not timm's own, it is also proven that they do not
     know where a patch was, but from what they are given: with all patches in random order, the same tokens must come in
@@ -143,6 +143,9 @@ def difference(embed: CompressedPatchEmbed, *, blocks: bool = True) -> str | Non
             expected = encoder.first_tokens(views)
         except Exception as error:
             return f"it does not run on views alone: {error}" if encoder.general else None
+        if not bool(expected.isfinite().all()):
+            problem = "its tokens are not finite (NaN or infinite weights?), so that nothing can be proven"
+            return problem if encoder.general else None
         if expected.ndim != 3 or expected.shape[:2] != (_VIEWS, prefix + patches):
             return (
                 f"{prefix} prefix tokens and {patches} patches of a view should reach the first block, and tokens of "

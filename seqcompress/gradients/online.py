@@ -318,7 +318,7 @@ class OnlineScheduler:
         Names and shapes are the same at every step, as torch.distributed.checkpoint wants it. The tensor has up to
         32,768 numbers for each of 4 strategies and 3 batches.
         """
-        sketches = torch.zeros(_BATCHES - 1, _MOST_COMPARED, *self._sketch.shape)
+        sketches = torch.zeros(_BATCHES - 1, _MOST_COMPARED, *self._sketch.shape, device="cpu")
         for row, event in zip(sketches, self._events, strict=False):
             for kept, sketch in zip(row, event.sketches.values(), strict=False):
                 kept.copy_(sketch)
@@ -532,12 +532,12 @@ class OnlineScheduler:
                 flops = runner.measure(batch, {strategy: partial(keep, strategy) for strategy in compared})
         except Exception as error:  # whatever a step raises that was never meant to be run twice
             if self._plan is None:
-                self._ranks.mean(torch.ones(()))  # so that nobody is left waiting
+                self._ranks.mean(torch.ones((), device="cpu"))  # so that nobody is left waiting
                 raise
             problem = (str(error).splitlines() or [""])[0] or type(error).__name__
         self._seconds_measured += clock.seconds
         self._resumed_at += clock.seconds
-        if float(self._ranks.mean(torch.tensor(float(problem is not None)))) > 0:
+        if float(self._ranks.mean(torch.tensor(float(problem is not None), device="cpu"))) > 0:
             if self._plan is None:
                 raise RuntimeError("another process could not measure its step, and has raised what ended it")
             self._give_up(problem or "another process could not")
@@ -565,6 +565,7 @@ class OnlineScheduler:
         sketches = [sketch for event in self._events for sketch in event.sketches.values()]  # the same on all ranks
         if not any(map(torch.any, sketches)):
             if self._plan is None:
+                self._events = []
                 raise ValueError(NO_GRADIENT)
             self._give_up(NO_GRADIENT)
             return

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from seqcompress.compression import compressed_embeds_of, with_partners
-from seqcompress.encoders import Forward
+from seqcompress.compression import compressed_embeds_of, is_compressed, with_partners
+from seqcompress.encoders import CompressedPatchEmbed, Forward
 from seqcompress.messages import described
 from seqcompress.strategy import Strategy
 from seqcompress.training.cost import Flops, sequence_length
@@ -51,11 +52,12 @@ class Budget:
         self._units = [self._unit(number) for number in range(len(self._embeds))]
         self._prices: dict[tuple[int, Forward], float] = {}
         self._earlier = 0.0
+        self._has_warned = False
         self.reset()
 
     @property
     def units(self) -> float:
-        """Units spent since this budget was made, reset or loaded."""
+        """Units spent since this budget was made, reset or loaded; a warning says so if they are counted no more."""
         return self._earlier + self._counted() - self._offset
 
     @property
@@ -99,6 +101,13 @@ class Budget:
         return f"Budget(units={self.units:.6g})"
 
     def _counted(self) -> float:
+        if not self._has_warned and any(_is_compressed_anew(embed) for embed in self._embeds):
+            self._has_warned = True
+            warnings.warn(
+                "seqcompress: the encoders of a Budget were compressed anew since it was made, and what they spend "
+                "from there on is not in it: make another",
+                stacklevel=3,
+            )
         return sum(
             (
                 calls * self._price(number, forward)
@@ -118,3 +127,7 @@ class Budget:
         """FLOPs of a unit, in one of the encoders."""
         full = sequence_length(self._embeds[number].encoder, Strategy())
         return self._flops.of_one_view(number, full)
+
+
+def _is_compressed_anew(embed: CompressedPatchEmbed) -> bool:
+    return not embed.is_live and is_compressed(embed.encoder.model)

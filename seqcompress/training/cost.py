@@ -144,8 +144,8 @@ def relative_cost(model: nn.Module, strategy: Strategy, image_size: int | tuple[
 def encoder_flops(encoder: Encoder, tokens: int) -> int:
     """FLOPs of one view's forward with ``tokens`` tokens: embedding, blocks, pooling and head.
 
-    Counted by torch's FLOP counter on runs without data (meta device), so it holds for any kind of block. Two lengths
-    are run, or five, once for each encoder: if what they take grows with the length as matrix products and attention
+    Counted by torch's FLOP counter on runs without data (meta device), so it holds for any kind of block. A few
+    lengths are run, once for each encoder: if what they take grows with the length as matrix products and attention
     do, that gives all other lengths, else each is run. Left out: a convolutional stem before the embedding, and for
     patch scaling the resampling of weights and positions, which is done once a forward, however many views it has: in
     a batch of 64, below 0.1 % of the rest with a ViT-Ti at 224 px.
@@ -279,7 +279,13 @@ def _flops_of(known: _FlopsByTokens, encoder: Encoder, tokens: int) -> int:
             known.is_quadratic = False
     if known.is_quadratic and known.growth is not None:
         return _extrapolated(known.growth, tokens)
-    return _flops_after_embedding(encoder, tokens)
+    try:
+        return _flops_after_embedding(encoder, tokens)
+    except Exception as error:  # what compress() refuses, too
+        raise TypeError(
+            f"model must be a supported ViT, got a {type(encoder.model).__name__}: its blocks do not run on {tokens} "
+            f"tokens alone: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        ) from error
 
 
 def _growth_of_parts(encoder: Encoder, first: int) -> tuple[int, int, int, int] | None:

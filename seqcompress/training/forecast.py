@@ -278,6 +278,8 @@ def _begins(schedule: Schedule, total_steps: int) -> list[int]:
             else:
                 high = middle
         begins.append(high)
+        if schedule.at_step(after, total_steps) != schedule.at_step(high, total_steps):
+            begins.append(after)  # what lies between two changes so near is counted as the first of them
     return begins
 
 

@@ -18,6 +18,7 @@ from seqcompress.messages import described
 __all__ = ["PolynomialDecayLR"]
 
 _MOST = 1e40  # a learning rate that is read
+_ROUNDING = 1e-6  # by which a share of the budget may miss 0 and 1
 
 
 class PolynomialDecayLR(LRScheduler):
@@ -38,7 +39,7 @@ class PolynomialDecayLR(LRScheduler):
 
     Raises:
         TypeError: ``optimizer`` is none, or a number of steps no whole number.
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range, or what ``share`` returns, then or later.
 
     Examples:
         >>> import torch
@@ -121,10 +122,17 @@ class PolynomialDecayLR(LRScheduler):
         if step < self.warmup_steps:
             return (step + 1) / (self.warmup_steps + 1)
         begin, now = self._spent(self.warmup_steps), self._spent(min(step, self.total_steps))
+        if begin == 1.0:  # nothing is left to be spent
+            return 0.0
         return float(max(0.0, 1.0 - (now - begin) / (1.0 - begin)) ** self.power)
 
     def _spent(self, step: int) -> float:
-        return step / self.total_steps if self._share is None else self._share(step)
+        if self._share is None:
+            return step / self.total_steps
+        spent = float(self._share(step))
+        if not -_ROUNDING <= spent <= 1.0 + _ROUNDING:
+            raise ValueError(f"share must return a share of the budget in [0, 1], got {spent} after {step} steps")
+        return min(1.0, max(0.0, spent))
 
 
 def _checked_curve(total_steps: Any, warmup_steps: Any, power: Any) -> tuple[int, int, float]:

@@ -21,6 +21,8 @@ from seqcompress.training.sequence_scheduler import SequenceScheduler
 
 __all__ = ["Rehearsal", "rehearse"]
 
+_NO_MEMORY = ("out of memory", "can't allocate memory")  # as torch says on a device and on the CPU
+
 
 @dataclass(frozen=True)
 class Rehearsal:
@@ -127,14 +129,14 @@ def shortage(strategy: Strategy, encoder: Encoder, device: torch.device, error: 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device's memory was too small. Not every device, and not every library, has a type for it."""
     return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "out of memory" in str(error).lower()
+        isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _NO_MEMORY)
     )
 
 
 @contextmanager
 def _all_else_as_before(scheduler: SequenceScheduler) -> Iterator[None]:
     """Put back strategy, random states and tallies."""
-    before = scheduler.embeds[0].compression.strategy
+    strategies = {embed.compression: embed.compression.strategy for embed in scheduler.embeds}
     embeds = with_partners(scheduler.embeds)
     tallies = [embed.forward_counts.copy() for embed in embeds]
     random_states = RandomStates()
@@ -143,9 +145,8 @@ def _all_else_as_before(scheduler: SequenceScheduler) -> Iterator[None]:
         yield
     finally:
         random_states.restore()
-        scheduler.use(before)
         for compression, stream in streams.items():
-            compression.stream = stream
+            compression.strategy, compression.stream = strategies[compression], stream
         for embed, tally in zip(embeds, tallies, strict=True):
             embed.forward_counts = tally
 

@@ -204,6 +204,8 @@ class SequenceScheduler:
             ValueError: it does not suit the encoders.
             RuntimeError: the encoders were restored or compressed anew. In each case, nothing has been changed.
         """
+        if schedule is None:
+            raise TypeError("schedule must be a plan, got None")
         plan = _without_measuring(resolve_plan(schedule, named_encoders(self._embeds)))
         forwards = [compression.stream.forwards for compression in self._compressions]
         self._apply(plan, self._total_steps, self._last_step, forwards)
@@ -220,10 +222,13 @@ class SequenceScheduler:
         self._put_in_force(strategy)
 
     def _put_in_force(self, strategy: Strategy) -> None:
-        if not self.is_current:
-            raise RuntimeError("the encoders were restored or compressed anew: make a new SequenceScheduler")
+        self._check_current()
         for compression in self._compressions:
             compression.strategy = strategy
+
+    def _check_current(self) -> None:
+        if not self.is_current:
+            raise RuntimeError("the encoders were restored or compressed anew: make a new SequenceScheduler")
 
     @property
     def _compressions(self) -> list[Compression]:
@@ -265,7 +270,8 @@ class SequenceScheduler:
         steps, spent = self._spent()
         after = min(bisect_right(steps, step), len(steps) - 1)
         begin, end = steps[after - 1], steps[after]
-        return (spent[after - 1] + (spent[after] - spent[after - 1]) * (step - begin) / (end - begin)) / spent[-1]
+        share = (spent[after - 1] + (spent[after] - spent[after - 1]) * (step - begin) / (end - begin)) / spent[-1]
+        return min(1.0, share)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must keep. Plain values only."""
@@ -287,7 +293,8 @@ class SequenceScheduler:
 
         Raises:
             ValueError: the state is not a SequenceScheduler's, or does not suit the encoders; the message
-                names the field, and nothing has been changed.
+                names the field.
+            RuntimeError: the encoders were restored or compressed anew. In each case, nothing has been changed.
         """
         if not isinstance(state, Mapping):
             raise ValueError(f"state must be a SequenceScheduler's state_dict(), got {described(state)}")
@@ -304,6 +311,7 @@ class SequenceScheduler:
             check_plan(self._embeds, schedule)
         except (TypeError, ValueError, OSError) as error:
             raise ValueError(f"state is not a SequenceScheduler's: {error}") from None
+        self._check_current()
         changes: dict[str, tuple[object, object]] = {}
         if plan != self._plan:
             changes["schedule"] = (schedule, self._plan)

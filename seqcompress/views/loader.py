@@ -205,7 +205,7 @@ class FollowingCollate(_Following):
         self.collate, self.workers = collate, workers
         self._dataset: Callable[[], Any] = _nothing
         # For all workers: whether a batch came out wrong, the size it should have had and its own, and if that was said
-        self._wrong = torch.zeros(6, dtype=torch.int64).share_memory_()
+        self._wrong = torch.zeros(6, dtype=torch.int64, device="cpu").share_memory_()
 
     def attach(self, dataset: Any) -> None:
         """Follow for this data set, as long as it lives, where it is this process that asks it for samples."""
@@ -243,9 +243,9 @@ class FollowingCollate(_Following):
         except ValueError as error:  # its owner has put something else there
             put_back(dataset)
             if not self._wrong[0]:
+                self._wrong[5] = 1  # first: other workers must not say it in other words
                 self._wrong[0] = 2
                 _say(f"{error}. The loader goes on with full views.")
-                self._wrong[5] = 1
         if self._wrong[0] and not self._wrong[5] and (worker is None or worker.id == 0):
             self._wrong[5] = 1
             _, height, width, *got, _ = self._wrong.tolist()
@@ -269,7 +269,7 @@ class FollowingCollate(_Following):
         problem = self._problem(found)
         if problem is not None and not self._changed_by_owner():
             (height, width), (got_height, got_width) = problem
-            self._wrong[1:5] = torch.tensor([height, width, got_height, got_width])
+            self._wrong[1:5] = torch.tensor([height, width, got_height, got_width], device="cpu")
             self._wrong[0] = 1
         return problem is None
 

@@ -62,7 +62,7 @@ class ScaledViews:
         self._followers: WeakSet[Any] = WeakSet()  # nothing is kept alive here: neither loaders nor their data sets
         self.base = base
         self.lookahead = 0
-        self.shared = torch.zeros((), dtype=torch.int64).share_memory_()  # in pixels; 0 for full views
+        self.shared = torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()  # in pixels; 0 for full views
         self._full: set[Size] = set()
         self._asked_for: dict[Size, Size] = {}
         self._last: int | None = None

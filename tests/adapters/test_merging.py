@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from seqcompress import Stepwise, Strategy, accelerate, compress, set_strategy
 from seqcompress.adapters.lightning import SequenceCompression
-from seqcompress.adapters.merging import merged, most_together
+from seqcompress.adapters.merging import merged, most_together, times
 from seqcompress.schedules import Online
 
 Build = Callable[..., Any]
@@ -401,7 +401,7 @@ def test_batches_are_joined_along_samples_whatever_holds_them() -> None:
     assert merged([torch.zeros(4, 2), None]) == (None, "their parts are NoneType and Tensor")
     assert merged([{"crops": torch.zeros(4, 2), "views": torch.zeros(8, 2)}])[1] is None  # alone, it is what it is
     assert merged([torch.zeros(1, 2), [1]]) == (None, "their parts are Tensor and list")
-    assert merged([torch.zeros(()), torch.ones(())])[1] == "they have tensors of the shapes () and ()"
+    assert merged([torch.zeros(()), torch.ones(())])[1] == "each has a Tensor of its own"
 
 
 def test_batches_whose_rows_are_not_samples_are_not_joined() -> None:
@@ -428,3 +428,21 @@ def test_an_unknown_policy_is_refused_before_anything_is_changed(tiny_vit: Build
         compress(vit, "strong", batch=batch)
     assert vit.patch_embed.compression.plan == HALVES
     assert pickle.loads(pickle.dumps(vit.patch_embed.compression)).batch == "merge"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [1.1, 20_000.0, float("inf")])
+def test_a_merged_loss_keeps_its_value_and_has_its_gradient_as_often(dtype: torch.dtype, value: float) -> None:
+    weight = torch.tensor(value, dtype=dtype, requires_grad=True)
+    loss = 1 * weight
+    often = times(loss, 4)
+    assert torch.equal(often, loss)
+    often.backward()
+    assert weight.grad == 4
+    assert torch.equal(times(loss.detach(), 4), loss)
+
+
+def test_numbers_that_are_tensors_are_joined_where_they_are_the_same() -> None:
+    batches = [{"views": torch.zeros(2, 3), "size": torch.tensor(8)}] * 2
+    whole, reason = merged(batches)
+    assert (reason, len(whole["views"]), whole["size"]) == (None, 4, 8)
