@@ -182,6 +182,8 @@ class DrivenEncoders:
                 what += f"; its teacher gets {'the patch size' if scales else 'nothing of it'}"
         if self._student_embed.when == "grad" and is_frozen(self.student.model):
             what += "; it is frozen, and runs plain until it is trained"
+        elif not self.student.model.training:
+            what += "; it is in eval mode, and runs plain until train() is called on it"
         if isinstance(plan := self.compression.plan, Online):
             what += f"; this is a preset, until gradient error is measured to be less elsewhere, {_limits(plan)}"
         return what

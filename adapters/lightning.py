@@ -85,8 +85,8 @@ class SequenceCompression:
     """The package's callback that ends a run after a time."""
     weight_averaging_class: Any = ()
     """The package's callback that may add an epoch in which nothing is trained."""
-    batch_size_finder_class: Any = ()
-    """The package's callback that tries batch sizes, with no other callback there."""
+    finder_classes: Any = ()
+    """The package's callbacks that try batch sizes or learning rates, with no other callback there."""
     silent_logger_class: Any = None
     """The package's logger that writes nothing."""
     whole_gradient_strategies: Any = ()
@@ -98,7 +98,9 @@ class SequenceCompression:
         self._fitting = True
         self._resuming = False  # the state is a checkpoint's
         self._loaded: dict[str, Any] = {}
-        self._tried: list[DrivenEncoders] = []  # what batch sizes are tried at
+        self._tried: list[DrivenEncoders] = []  # what batch sizes and learning rates are tried at
+        self._is_before_training = False
+        self._keeps_for_finder = False  # whether such a trial has saved the state that it will load
         self._merging: Merging | None = None
         self._forget()
 
@@ -139,11 +141,12 @@ class SequenceCompression:
             return
         if self._module is None or self._module() is not pl_module:
             self._module, self._loaded = weakref.ref(pl_module), {}
-        self._resuming = False
+        self._resuming = self._keeps_for_finder = False
+        self._is_before_training = True
         if not _is_compressed(pl_module):
             return
         driven = self._to_drive(embeds_by_path(pl_module))
-        if any(isinstance(callback, self.batch_size_finder_class) for callback in trainer.callbacks):
+        if any(isinstance(callback, self.finder_classes) for callback in trainer.callbacks):
             self._tried = driven
             for encoders in driven:
                 encoders.compression.set_by_hand(encoders.most_expensive())
@@ -170,6 +173,7 @@ class SequenceCompression:
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Forget what an interrupted fit may have left, and say what a new one will do, as far as it is known."""
         self._forget()
+        self._is_before_training = self._keeps_for_finder = False
         self._is_rank_zero = trainer.is_global_zero
         going_on = self._resuming and self._is_rank_zero and not _is_compressed(pl_module)
         if going_on and self._guarded("compare schedules", lambda: _has_plan_left(self._loaded)):
@@ -300,6 +304,7 @@ class SequenceCompression:
 
     def state_dict(self) -> dict[str, Any]:
         """Seed of the random subsets, units spent by all ranks, and how far the run has come. Plain values only."""
+        self._keeps_for_finder = self._is_before_training
         return self._state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -308,7 +313,7 @@ class SequenceCompression:
         Raises:
             ValueError: a checkpoint's numbers are none that a run can go on with; nothing has been changed.
         """
-        if self._fitting:  # not what is tested in between
+        if self._fitting and not self._keeps_for_finder:  # not what is tested in between
             self._loaded, self._resuming = _checked_state(state_dict), True
 
     def _state(self) -> dict[str, Any]:

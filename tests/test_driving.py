@@ -295,3 +295,48 @@ def test_a_new_driver_has_the_end_of_its_own_schedule_said(tiny_vit: Any) -> Non
     del scheduler
     with pytest.warns(UserWarning, match="run to its end"):
         vit(torch.randn(2, 3, 32, 32))
+
+
+def test_a_scheduler_that_is_never_stepped_is_seen_by_a_fused_optimizer_too(tiny_vit: Any) -> None:
+    vit = compress(tiny_vit().train(), PLAN)
+    _scheduler = SequenceScheduler(vit, total_steps=20)
+    optimizer = torch.optim.AdamW(vit.parameters(), lr=1e-3, fused=True)
+
+    def train(updates: int) -> None:
+        for _ in range(updates):
+            vit(torch.randn(2, 3, 32, 32)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    with pytest.warns(UserWarning, match="updated 10 times since a SequenceScheduler was made"):
+        train(12)
+
+
+def test_a_scheduler_may_be_stepped_by_an_optimizers_hook(tiny_vit: Any) -> None:
+    vit = compress(tiny_vit().train(), PLAN)
+    scheduler = SequenceScheduler(vit, total_steps=4)
+    optimizer = torch.optim.SGD(vit.parameters(), lr=1e-3)
+    optimizer.register_step_post_hook(lambda *_: scheduler.step())
+    for _ in range(4):
+        vit(torch.randn(2, 3, 32, 32)).sum().backward()
+        optimizer.step()
+    assert scheduler.last_step == 4
+
+
+@pytest.mark.parametrize("plan", [HALF, PLAN])
+def test_training_in_eval_mode_is_told_once_to_be_plain(plan: Any, tiny_vit: Any) -> None:
+    vit, views = compress(tiny_vit().eval(), plan), torch.randn(2, 3, 32, 32)
+    loss = vit(views).sum()  # an evaluation may forget no_grad()
+    with pytest.warns(UserWarning, match=r"a backward pass went through .* eval mode.* call train\(\)"):
+        loss.backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vit(views).sum().backward()
+
+
+def test_a_plain_baseline_and_a_frozen_encoder_are_not_told_of_eval_mode(tiny_vit: Any) -> None:
+    views = torch.randn(2, 3, 32, 32, requires_grad=True)
+    for vit in (compress(tiny_vit().eval(), Strategy()), compress(tiny_vit().eval().requires_grad_(False), HALF)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            vit(views).sum().backward()

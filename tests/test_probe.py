@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from seqcompress import Strategy, compress, is_compressed, num_tokens, restore
+from seqcompress import Strategy, compress, is_compressed, num_tokens, relative_cost, restore
 
 SMALL: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 0}
 
@@ -623,3 +623,21 @@ def test_views_of_other_channels_are_named(tiny_vit: Any) -> None:
     vit = compress(tiny_vit().train(), Strategy(0.5, 16))
     with pytest.raises(ValueError, match=r"views must have 3 channels, got the shape \(2, 1, 32, 32\)"):
         vit(torch.randn(2, 1, 32, 32))
+
+
+def test_a_spectral_norm_of_the_projection_is_not_advanced_by_asking_what_it_costs(tiny_vit: Any) -> None:
+    vit = tiny_vit().train()
+    parametrizations.spectral_norm(vit.patch_embed.proj)
+    before = copy.deepcopy(vit.state_dict())
+    compress(vit, Strategy(0.5))
+    relative_cost(vit, Strategy(0.5), 32)
+    assert all(torch.equal(value, before[name]) for name, value in vit.state_dict().items())
+
+
+@pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="older torch does not tell that it exports")
+def test_a_compressed_encoder_in_train_mode_is_not_exported(tiny_vit: Any) -> None:
+    vit, views = compress(tiny_vit().train(), Strategy(0.5, 16)), torch.randn(2, 3, 32, 32)
+    with pytest.raises(RuntimeError, match=r"cannot be traced in train mode: eval\(\) or restore\(model\) first"):
+        torch.export.export(vit, (views,), strict=False)
+    exported = torch.export.export(vit.eval(), (views,), strict=False).module()
+    torch.testing.assert_close(exported(views), vit(views))

@@ -15,6 +15,7 @@ import tarfile
 import warnings
 import weakref
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,6 +35,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, default_collate
 from torchvision.datasets import FakeData, ImageFolder
 from torchvision.datasets.folder import pil_loader
+from torchvision.models import VisionTransformer
 
 from seqcompress import (
     Budget,
@@ -900,6 +902,7 @@ def test_a_batch_of_which_only_some_views_are_scaled_is_not_lost(tiny_vit: Any) 
     vit = compress(tiny_vit(), SCALED)
     mixed = v1.RandomChoice([crop_to(32), _UnknownCrop()])
     loader = scale_views(loader_of(mixed), vit)
+    seed_all(1)  # of four views, all may be small by chance
     with pytest.warns(UserWarning, match="32 x 32 px came out of the loader where 16 x 16 px were asked for"):
         assert [views.shape for views, _ in loader] == [(4, 3, 32, 32)] * 16
 
@@ -1263,4 +1266,50 @@ def test_loaders_are_followed_under_another_default_device(tiny_vit: Any) -> Non
     vit, loader = compress(tiny_vit(), Strategy(0.0, 16)), loader_of(crop_to(32))
     with torch.device("meta"):
         scale_views(loader, vit)
+    assert sides(next(iter(loader))[0]) == [16]
+
+
+def test_a_worker_with_another_way_to_share_memory_sees_what_is_asked_for(tiny_vit: Any) -> None:
+    vit = compress(tiny_vit(), SCALED)
+    scale_views(loader_of(crop_to(32)), vit)
+    views = vit.patch_embed.compression.views
+    before = torch.multiprocessing.get_sharing_strategy()
+    try:
+        torch.multiprocessing.set_sharing_strategy("file_system")
+        sent = bytes(ForkingPickler.dumps(views))
+        torch.multiprocessing.set_sharing_strategy("file_descriptor")
+        of_worker = pickle.loads(sent)
+    finally:
+        torch.multiprocessing.set_sharing_strategy(before)
+    assert int(of_worker.shared) == 16
+    set_strategy(vit, Strategy())
+    assert int(of_worker.shared) == 0
+
+
+def test_transforms_of_whole_batches_make_full_views_while_nothing_trains(tiny_vit: Any) -> None:
+    vit, crop = compress(tiny_vit(), SCALED).train(), v2.RandomResizedCrop(32)
+    scale_views(crop, vit)
+    batch = torch.rand(2, 3, 96, 96)
+    assert crop(batch).shape[-1] == 16
+    vit.eval()
+    assert vit(crop(batch)).shape[0] == 2  # which takes 32 px only
+    vit.train()
+    assert pickle.loads(pickle.dumps(crop))(batch).shape[-1] == crop(batch).shape[-1] == 16
+
+
+class _NormalizesByItself(VisionTransformer):
+    def forward(self, pixels: Tensor) -> Tensor:
+        return cast(Tensor, super().forward(pixels.sub(0.5).div(0.25)))
+
+
+def test_a_model_of_one_size_that_changes_views_itself_is_refused_smaller_ones(tiny_vit: Any) -> None:
+    def model(kind: Any) -> Any:
+        return kind(image_size=32, patch_size=8, num_layers=1, num_heads=2, hidden_dim=32, mlp_dim=64)
+
+    loader = loader_of(crop_to(32))
+    refused = compress(model(_NormalizesByItself), SCALED)
+    with pytest.raises(ValueError, match="model must hand views on to its patch embedding as they are, got a _Normal"):
+        scale_views(loader, refused)
+    assert sides(next(iter(loader))[0]) == [32]
+    scale_views(loader, compress(model(VisionTransformer), SCALED))
     assert sides(next(iter(loader))[0]) == [16]

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import logging
 
-from lightning.pytorch.callbacks import BatchSizeFinder, Callback, StochasticWeightAveraging, Timer
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    Callback,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+    Timer,
+)
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
@@ -19,6 +25,6 @@ class SequenceCompressionCallback(SoloLearn, Callback):
     logger = logging.getLogger("lightning.pytorch.seqcompress")
     timer_class = Timer
     weight_averaging_class = StochasticWeightAveraging
-    batch_size_finder_class = BatchSizeFinder
+    finder_classes = (BatchSizeFinder, LearningRateFinder)
     silent_logger_class = DummyLogger
     whole_gradient_strategies = (SingleDeviceStrategy, DDPStrategy)

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import logging
 
-from pytorch_lightning.callbacks import BatchSizeFinder, Callback, StochasticWeightAveraging, Timer
+from pytorch_lightning.callbacks import (
+    BatchSizeFinder,
+    Callback,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+    Timer,
+)
 from pytorch_lightning.loggers.logger import DummyLogger
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 
@@ -20,6 +26,6 @@ class SequenceCompressionCallback(LightlyTrain, SoloLearn, Callback):
     logger = logging.getLogger("pytorch_lightning.seqcompress")
     timer_class = Timer
     weight_averaging_class = StochasticWeightAveraging
-    batch_size_finder_class = BatchSizeFinder
+    finder_classes = (BatchSizeFinder, LearningRateFinder)
     silent_logger_class = DummyLogger
     whole_gradient_strategies = (SingleDeviceStrategy, DDPStrategy)

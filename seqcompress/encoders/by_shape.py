@@ -312,6 +312,14 @@ class AnyVisionTransformer(Encoder):
     def first_tokens(self, views: Tensor) -> Tensor:
         return tokens_at(self.model, (self.blocks[0],), views)
 
+    def changes_views(self) -> bool:
+        if self._takes_other_sizes or without_values(self.model) is not None:
+            return False
+        with undisturbed(self.model):
+            views = torch.rand_like(self._zeros(self.image_size))
+            seen = tokens_at(self.model, (self.model.get_submodule(self._names.projection),), views)
+        return not torch.equal(seen, views)
+
     def after_embedding(self, tokens: Tensor) -> Tensor:
         first, args, kwargs = self._first_call
         patches, others = math.prod(self._own_grid), tokens.shape[1] - self.num_prefix_tokens

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
 from seqcompress.compressors.token_dropout import SubsetStream
 from seqcompress.schedules import Constant, Online, Schedule
 from seqcompress.strategy import Strategy
 
-__all__ = ["BatchPolicy", "Compression", "SmallerViews"]
+__all__ = ["BatchPolicy", "Compression", "SmallerViews", "say"]
 
 BatchPolicy = Literal["merge"]
 
@@ -86,7 +89,8 @@ class Compression:
         self._driver_name: str | None = None
         self._said: set[str] = set()  # what was said of this driver, or of its absence
         self._was_stepped = False  # whether the driver has advanced the plan
-        self._updates = 0  # of the encoders' parameters since it came
+        self._updates = 0  # by optimizers since it came
+        self._has_run = False  # whether the encoders have trained since the last of them
 
     @property
     def strategy(self) -> Strategy:
@@ -150,15 +154,25 @@ class Compression:
         self._was_stepped, self._updates = False, 0
         self._said = set()
         self.warns_when_finished = True
+        if not isinstance(self.plan, Constant):
+            _watch_optimizers()
+            _waiting_for_a_step.add(self)
 
     def count_step(self) -> None:
         """The driver has advanced the plan, which it is expected to do at every step."""
         self._was_stepped = True
+        _waiting_for_a_step.discard(self)
 
     def release(self, driver: object) -> None:
         """Drive them no more. Does nothing for one that does not."""
         if self.driver is driver:
             self._driver = None
+            _waiting_for_a_step.discard(self)
+
+    def note_update(self) -> None:
+        """An optimizer has made a step; if the encoders have run since the one before, it was theirs."""
+        self._updates += self._has_run
+        self._has_run = False
 
     def set_by_hand(self, strategy: Strategy) -> None:
         """Put a strategy in force. Where nobody drives, this does; else it holds until the driver's next step."""
@@ -195,12 +209,12 @@ class Compression:
         )
 
     def notice_missing_step(self) -> str | None:
-        """That a driver is never stepped, in a sentence for people, once; to be called after every update.
+        """That a driver is never stepped, in a sentence for people, once; to be called as training runs.
 
-        Only updates of the weights count. So neither forwards before the loop nor gradient accumulation are taken for
+        Only updates count. So neither forwards before the loop nor gradient accumulation are taken for
         steps, however short the run is: half of it, and at most 100 updates, is what a loop may do without.
         """
-        self._updates += 1
+        self._has_run = True
         if self._was_stepped or self.driver is None or isinstance(self.plan, Constant) or self.steps_left == 0:
             return None
         left = 2 * _MANY_UPDATES if self.steps_left is None else self.steps_left
@@ -225,3 +239,26 @@ class Compression:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, members=weakref.WeakKeyDictionary(), _said=set())
+
+
+def say(message: str) -> None:
+    """Warn, even if another model was warned of the same: Python would show it once for all of them."""
+    warnings.warn_explicit(f"seqcompress: {message}", UserWarning, __file__, 0, module=__name__)
+
+
+_waiting_for_a_step: weakref.WeakSet[Compression] = weakref.WeakSet()
+"""Those whose driver has not been stepped yet."""
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    """Have the steps of all optimizers seen, since fused ones leave no other trace.
+
+    The hook stays, and has nothing to do once drivers are stepped: torch lets none be taken out while it calls them.
+    """
+
+    def note_update(*_: Any) -> None:
+        for compression in list(_waiting_for_a_step):
+            compression.note_update()
+
+    register_optimizer_step_post_hook(note_update)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -141,7 +142,10 @@ class Encoder(ABC):
         return self._noted_projection if self.is_flattened else self._projection_size()
 
     def _projection_size(self) -> int:
-        weight: Any = getattr(self.projection, "weight", None)  # a stem of convolutions may be all that there is
+        conv = self.projection
+        if isinstance(conv, nn.Conv2d):  # whose weight, where it is computed, is left alone
+            return math.prod(conv.kernel_size) * conv.out_channels * conv.in_channels // conv.groups
+        weight: Any = getattr(conv, "weight", None)  # a stem of convolutions may be all that there is
         return 0 if weight is None else int(weight.numel())
 
     @property
@@ -178,6 +182,10 @@ class Encoder(ABC):
     @abstractmethod
     def first_tokens(self, views: Tensor) -> Tensor:
         """What reaches the first block of views (B, C, H, W): tokens (B, P + N, D), prefix tokens first."""
+
+    def changes_views(self) -> bool:
+        """Whether views that only training takes would miss what the model does to them before it cuts patches."""
+        return False
 
     def forward_crops(self, crops: list[Tensor]) -> Any:
         """Run on views (B, C, H, W) of several sizes in one call.

@@ -10,7 +10,6 @@ the model's own tokens is proven for every model when it is compressed (``seqcom
 from __future__ import annotations
 
 import math
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from seqcompress.compressors.selection import Selection, embed_selection, positions_of, select
 from seqcompress.compressors.tables import in_function_transform, is_fake
 from seqcompress.compressors.token_dropout import in_backward, num_kept, random_subset
-from seqcompress.encoders.compression import Compression
+from seqcompress.encoders.compression import Compression, say
 from seqcompress.encoders.encoder import Encoder, Size
 from seqcompress.encoders.sharding import is_tensor_parallel
 from seqcompress.encoders.stand_in import StandIn
@@ -77,14 +76,12 @@ class _Cut(NamedTuple):
     is_plain: bool  # whether the plain model cuts them so, where all patches are kept
 
 
-_MOST_WATCHED = 8  # parameters, to see that an optimizer is at work
 _FRESH: dict[str, Any] = {  # what forwards and hosts leave behind, of which a copy has nothing
     "selection": None,
     "_pending": None,
     "_joined": None,
     "_joined_from": None,
     "_joining": False,
-    "_watched": None,
     "_mask": None,
     "small_views": None,
     "_plain_under": None,
@@ -120,7 +117,6 @@ class CompressedPatchEmbed(StandIn):
     _joined_from: WeakIdKeyDictionary | None  # by the blank view's tokens that the first block was given
     _joining: bool  # apart from the two above: compiled code may look at it without a guard on lengths
     _compression: Compression
-    _watched: tuple[list[nn.Parameter], int] | None  # some that are trained, and how often they had been changed
     _is_copy: bool
     _mask: Tensor | None  # (B, P + N) of the forward that runs, if it is a masked one
     # The strategy in force as the last forward in train mode ran, if that was plain, and whether grad was enabled.
@@ -320,7 +316,10 @@ class CompressedPatchEmbed(StandIn):
             return self._forward_in_training(views)
         if not self.drops_tokens and not _is_exporting():
             self._count_in_eval(views)
-        return self.embed.forward(views)
+        tokens: Tensor = self.embed.forward(views)
+        if self.drops_tokens and tokens.requires_grad and "eval mode" not in self._warned and not _is_exporting():
+            self._look_for_training_in_eval(tokens)
+        return tokens
 
     def _traced(self, views: torch.fx.Proxy) -> Any:
         """What torch.fx sees, whatever is in force: a graph has no place for what changes from forward to forward."""
@@ -403,11 +402,29 @@ class CompressedPatchEmbed(StandIn):
                 "call train() on it, as on its student",
             )
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _look_for_training_in_eval(self, tokens: Tensor) -> None:
+        """Who forgets train(), as after ``from_pretrained``, trains plain."""
+        is_plain = isinstance(self.compression.plan, Constant) and self.strategy == Strategy()
+        if self.is_probed or is_plain or torch.jit.is_tracing() or is_frozen(self.encoder.model):  # type: ignore[attr-defined, no-untyped-call]
+            return
+        if _has_values(tokens):
+            tokens.register_hook(self._notice_training_in_eval)
+
+    def _notice_training_in_eval(self, gradient: Tensor) -> None:
+        if self.encoder.model.training:
+            return
+        self._warn(
+            "eval mode",
+            "a backward pass went through a compressed encoder in eval mode, in which it is plain and not counted: if "
+            "that was training, call train() on it, which Hugging Face's from_pretrained leaves to you",
+        )
+
     # Random seeds, counters, tensors that wait between two modules: left out of compiled graphs. The blocks, where
     # the time goes, are compiled once for each length, or once for all lengths.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _forward_in_training(self, views: Tensor) -> Tensor:
-        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        if torch.jit.is_tracing() or _is_exporting():  # type: ignore[attr-defined, no-untyped-call]
             raise RuntimeError("a compressed encoder cannot be traced in train mode: eval() or restore(model) first")
         if self._pending is not None and self.trial is None:
             self._warn(
@@ -543,9 +560,9 @@ class CompressedPatchEmbed(StandIn):
             self._warn_of_a_pass_without_gradients()
         elif self.drops_tokens:
             if missing := self.compression.notice_missing_driver():
-                _say(missing)
-            if self._was_updated() and (missing := self.compression.notice_missing_step()):
-                _say(missing)
+                say(missing)
+            if missing := self.compression.notice_missing_step():
+                say(missing)
         cut = self._cut(views, compressing)
         base, view = self.encoder.patch_size, (views.shape[2], views.shape[3])
         patch, grid, full = cut.patch, cut.grid, cut.full
@@ -618,18 +635,6 @@ class CompressedPatchEmbed(StandIn):
         kept = self.trial.kept.pop(0) if len(self.trial.kept) > 1 else self.trial.kept[0]
         return select(views, grid, patch, patch, kept, (grid[0] * patch[0], grid[1] * patch[1]))
 
-    def _was_updated(self) -> bool:
-        """Whether an optimizer has been at work since this was asked last."""
-        if self._watched is None:
-            trained = [parameter for parameter in self.encoder.model.parameters() if parameter.requires_grad]
-            some = trained[:: -(-len(trained) // _MOST_WATCHED) or 1]  # a head, or the last block, may get no gradient
-            self._watched = (some, sum(parameter._version for parameter in some)) if some else None
-            return False
-        some, before = self._watched
-        now = sum(parameter._version for parameter in some)
-        self._watched = (some, now)
-        return now != before
-
     def _warn_of_a_pass_without_gradients(self) -> None:
         if self._is_copy and self.drops_tokens and is_frozen(self.encoder.model):
             if any(strategy.patch_size is not None for strategy in self.compression.plan.strategies()):
@@ -669,7 +674,7 @@ class CompressedPatchEmbed(StandIn):
     def _warn(self, what: str, message: str) -> None:
         if what not in self._warned:
             self._warned.add(what)
-            _say(message)
+            say(message)
 
     def _embed_patches(self, views: Tensor, selection: Selection) -> Tensor:
         if self.encoder.maps_patches:
@@ -688,11 +693,6 @@ class CompressedPatchEmbed(StandIn):
         if selection.kept is None:
             return tokens
         return tokens.gather(1, selection.kept.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
-
-
-def _say(message: str) -> None:
-    """Warn, even if another model was warned of the same: Python would show it once for all of them."""
-    warnings.warn_explicit(f"seqcompress: {message}", UserWarning, __file__, 0, module=__name__)
 
 
 def is_frozen(model: nn.Module) -> bool:

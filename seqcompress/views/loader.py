@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -94,6 +94,13 @@ def scale_views(loader: Maker, model: nn.Module) -> Maker:
         trial.expect_views_for(patch_size)
     if not patch_sizes:
         _say(f"no strategy of the plan has patches larger than the encoder's own {max(base)} px: all views stay full")
+    for embed in embeds:
+        if patch_sizes and embed.encoder.changes_views():
+            raise ValueError(
+                f"model must hand views on to its patch embedding as they are, got a "
+                f"{type(embed.encoder.model).__name__} of one size, which changes them before (normalizes them, say): "
+                "smaller views would go without; have it done by the loader's transforms"
+            )
     for size in sorted(full):
         if all(embed.encoder.plain_grid(size) is None for embed in embeds):
             _say(f"the transforms make views of {size[0]} x {size[1]} px, which the plain model refuses")
@@ -103,7 +110,7 @@ def scale_views(loader: Maker, model: nn.Module) -> Maker:
     if isinstance(loader, nn.Module):
         for earlier in [hook for hook in loader._forward_hooks.values() if isinstance(hook, FollowingModule)]:
             earlier.remove()
-        follower = FollowingModule(loader, views, full, channels)
+        follower = FollowingModule(loader, views, full, channels, [embed.encoder.model for embed in embeds])
     elif inner is not None:
         followed = inner.collate_fn
         collate = followed.collate if isinstance(followed, FollowingCollate) else followed
@@ -330,12 +337,21 @@ def _release(dataset: Callable[[], Any]) -> None:
 class FollowingModule(_Following):
     """Has a module of transforms make what the strategy of the moment needs; between calls it is as its owner made it.
 
-    Called after the module's forward; ``before`` is called before it, where the strategy is looked for.
+    Called after the module's forward; ``before`` is called before it, where the strategy is looked for. While none of
+    the encoders is in train mode, as in validation, views are full.
     """
 
-    def __init__(self, module: nn.Module, views: ScaledViews, full: set[Size], channels: set[int]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        views: ScaledViews,
+        full: set[Size],
+        channels: set[int],
+        encoders: Sequence[nn.Module],
+    ) -> None:
         super().__init__(views, full, channels)
         self._wrong = False
+        self._encoders = [weakref.ref(encoder) for encoder in encoders]
         # What raises on its way must not leave the transforms scaled.
         self._handles = [
             module.register_forward_pre_hook(self.before),
@@ -353,7 +369,7 @@ class FollowingModule(_Following):
             _say(f"{error}. The module goes on with full views.")
             return
         self._expect(transforms.full)
-        self._made_for = self.views.wanted_now()
+        self._made_for = self.views.wanted_now() if self._is_training() else None
         if self._made_for is not None:
             self.views.expect_views_for(self._made_for)
             transforms.apply(self._made_for)
@@ -368,9 +384,16 @@ class FollowingModule(_Following):
                 "It goes on with full views."
             )
 
+    def _is_training(self) -> bool:
+        encoders = [encoder for encoder in (reference() for reference in self._encoders) if encoder is not None]
+        return not encoders or any(encoder.training for encoder in encoders)
+
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_encoders": []}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FollowingModule:
         return self  # copies of the module follow the same model

@@ -201,7 +201,9 @@ class ScaledViews:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._followers = WeakSet()
-        self.shared = self.shared.cpu().share_memory_()  # a file keeps the number only, on whatever device
+        self.shared = self.shared.cpu()  # a file keeps the number only, on whatever device
+        if not self.shared.is_shared():  # what is shared already, a worker must not copy
+            self.shared.share_memory_()
 
 
 def px(size: Sequence[int] | None) -> str:

@@ -25,6 +25,7 @@ from seqcompress import (
     compress,
     get_strategy,
     relative_cost,
+    restore,
     set_strategy,
 )
 from seqcompress.adapters.lightly import accelerate
@@ -708,3 +709,19 @@ def test_one_callback_comes_by_itself_and_what_it_says_is_shown(pl: Any, make_tr
     callbacks = [callback for callback in make_trainer().callbacks if "seqcompress" in type(callback).__module__]
     assert [type(callback).__name__ for callback in callbacks] == ["SequenceCompressionCallback"]
     assert logging.getLogger(f"{pl.__name__}.seqcompress").getEffectiveLevel() == logging.INFO
+
+
+def test_a_search_for_the_learning_rate_is_no_run_and_no_checkpoint_to_go_on_from(
+    pl: Any, make_pair: Build, make_trainer: Build, images: Any, told: list[str], recwarn: Any
+) -> None:
+    finder = pl.callbacks.LearningRateFinder(num_training_steps=3)
+    module, trainer = accelerate(make_pair(), QUARTERS), make_trainer(max_epochs=2, callbacks=[finder])
+    module.lr = 0.05
+    trainer.fit(module, images)
+    assert module.tokens[-8:] == [5, 5, 5, 5, 9, 9, 17, 17]
+    accelerate(restore(module), QUARTERS)
+    trainer.fit_loop.max_epochs = 4
+    trainer.fit(module, images)
+    assert module.tokens[-8:] == [9, 9, 9, 9, 17, 17, 17, 17]
+    assert not [line for line in told if "run to its end" in line]
+    assert not [warning for warning in recwarn if "nobody drives" in str(warning.message)]
