@@ -143,6 +143,9 @@ def restore(model: Model) -> Model:
 
     A model that is not compressed is left as it is. ``model`` may contain the encoders at any depth. Loaders that
     made smaller views for it make full ones from now on.
+
+    Raises:
+        TypeError: ``model`` is not a module.
     """
     for embed in compressed_embeds(_module(model)):
         embed.compression.ask_views_for(Strategy())
@@ -152,7 +155,11 @@ def restore(model: Model) -> Model:
 
 
 def is_compressed(model: nn.Module) -> bool:
-    """Whether ``model`` is, or contains, an encoder that [compress][seqcompress.compress] has wrapped."""
+    """Whether ``model`` is, or contains, an encoder that [compress][seqcompress.compress] has wrapped.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+    """
     return bool(compressed_embeds(_module(model)))
 
 
@@ -160,7 +167,8 @@ def get_strategy(model: nn.Module) -> Strategy:
     """The strategy in force. A teacher's has no token dropout.
 
     Raises:
-        ValueError: the model is not compressed, or contains encoders that were compressed separately.
+        TypeError: ``model`` is not a module.
+        ValueError: it is not compressed, or contains encoders that were compressed separately.
     """
     embeds = embeds_of_one_compression(model)
     return student_among(embeds).strategy
@@ -173,7 +181,7 @@ def set_strategy(model: nn.Module, strategy: Strategy) -> None:
     [SequenceScheduler][seqcompress.SequenceScheduler], it holds until that one's next step.
 
     Raises:
-        TypeError: ``strategy`` is not a Strategy.
+        TypeError: ``strategy`` is not a Strategy, or ``model`` not a module.
         ValueError: the model is not compressed, or the strategy does not suit it.
     """
     if not isinstance(strategy, Strategy):

@@ -53,8 +53,9 @@ def accelerate(
 
     Raises:
         TypeError: an encoder is not supported, or an argument has the wrong type.
-        ValueError: no encoder was found, none that is trained, or it is not clear which is which. In each case,
-            nothing has been changed.
+        ValueError: no encoder was found, none that is trained, or it is not clear which is which.
+        FileNotFoundError: ``plan`` is the path of a schedule file that does not exist. In each case, nothing has been
+            changed.
 
     Examples:
         >>> import copy, timm, torch

@@ -31,8 +31,8 @@ class Selection(NamedTuple):
     area: Size  # height and width of the part of the view that is cut into patches, from its upper left corner
     kept: Tensor | None  # (B, K), or None for all patches
     patch_rows: Tensor | None  # where each patch's pixels are, (N, C * h)
-    rows: Tensor | None
-    columns: Tensor | None
+    rows: Tensor | None  # takes the pixels of a patch's side back to the encoder's own, (h0, h); None where they are it
+    columns: Tensor | None  # the same along the other side, (w0, w)
 
     @property
     def patches(self) -> int:

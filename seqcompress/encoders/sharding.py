@@ -36,14 +36,14 @@ def past_wrappers(model: nn.Module) -> Iterator[None]:
     wrapper = _wrapper()
     try:
         for module in list(model.modules()) if wrapper else ():
-            for name, child in module._modules.items():
+            for name, child in list(module.named_children()):
                 if isinstance(child, wrapper) and not isinstance(module, wrapper):
                     put_back.append((module, name, child))
-                    module._modules[name] = child.module
+                    module.register_module(name, child.module)
         yield
     finally:
         for module, name, child in put_back:
-            module._modules[name] = child
+            module.register_module(name, child)
 
 
 def shapes_of(model: nn.Module) -> dict[str, torch.Size]:

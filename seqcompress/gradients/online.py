@@ -234,7 +234,7 @@ class OnlineScheduler:
 
     @property
     def strategy(self) -> Strategy:
-        """The strategy in force."""
+        """The schedule's, of the step to come: in force, until ``use`` or ``set_strategy`` put another in its place."""
         return self._sequence.strategy
 
     def use(self, strategy: Strategy) -> None:

@@ -34,6 +34,7 @@ class Budget:
             ``compress(model, Strategy())``, which never changes anything.
 
     Raises:
+        TypeError: an argument is neither a module nor several.
         ValueError: there is no compressed encoder.
 
     Examples:

@@ -137,6 +137,7 @@ def forecast(
     Raises:
         TypeError: an argument has the wrong type, or a model is not supported.
         ValueError: an argument is out of range, or the plan does not suit a model.
+        FileNotFoundError: the plan is the path of a schedule file that does not exist.
     """
     total_steps = checked_count(total_steps, "total_steps", at_least=1)
     encoder = find_encoder(model)
@@ -187,6 +188,7 @@ def plot_schedule(
         ImportError: matplotlib is not installed.
         TypeError: an argument has the wrong type, or a model is not supported.
         ValueError: an argument is out of range, or the plan does not suit a model.
+        FileNotFoundError: the plan is the path of a schedule file that does not exist.
     """
     from seqcompress.training.pictures import draw_forecast, save
 

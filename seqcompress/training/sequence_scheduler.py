@@ -57,6 +57,7 @@ class SequenceScheduler:
     Raises:
         TypeError: an argument has the wrong type.
         ValueError: nothing is compressed, or the schedule does not suit the encoders.
+        FileNotFoundError: the schedule is the path of a file that does not exist.
         RuntimeError: another scheduler, which is alive, drives the encoders. In each case, nothing has been changed.
 
     Examples:
@@ -131,7 +132,7 @@ class SequenceScheduler:
 
     @property
     def strategy(self) -> Strategy:
-        """The strategy in force."""
+        """The schedule's, of the step to come: in force, until ``use`` or ``set_strategy`` put another in its place."""
         return self._schedule.at_step(self._last_step, self._total_steps)
 
     @property
