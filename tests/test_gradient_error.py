@@ -268,7 +268,7 @@ def test_cost_in_flops_counts_three_for_the_student_and_one_for_the_teacher(tiny
 
 def test_measured_cost_is_the_time_of_the_whole_step_with_what_completes_it(monkeypatch: Any, tiny_vit: Any) -> None:
     clock = [0.0]
-    monkeypatch.setattr("seqcompress.gradients.measurement.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("seqcompress.gradients.running.time.perf_counter", lambda: clock[0])
     vit = tiny_vit()
 
     def step(batch: Tensor) -> Tensor:

@@ -19,7 +19,8 @@ from typing import Any, get_args
 import torch
 
 from seqcompress.compressors.random_states import RandomStates
-from seqcompress.gradients.measurement import gradient_error, measured_encoders, own_patch_size_of
+from seqcompress.gradients.measured_encoder import measured_encoders, own_patch_size_of
+from seqcompress.gradients.measurement import gradient_error
 from seqcompress.gradients.report import CostKind, GradientErrorReport, canonical
 from seqcompress.gradients.schedule_search import best_schedule, explain_schedule, plot_gradient_error
 from seqcompress.gradients.training_step import TrainingStep

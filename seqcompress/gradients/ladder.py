@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from seqcompress.encoders import Forward
-from seqcompress.gradients.measurement import MeasuredEncoder
+from seqcompress.gradients.measured_encoder import MeasuredEncoder
 from seqcompress.presets import double_patch
 from seqcompress.strategy import Strategy
 from seqcompress.training.cost import Flops, sequence_length

@@ -33,19 +33,15 @@ from seqcompress.gradients.decisions import (
     read_sketches,
 )
 from seqcompress.gradients.ladder import by_cost, compared, default_ladder, forwards_under
-from seqcompress.gradients.measurement import (
-    NO_GRADIENT,
-    SKETCH_SIZE,
-    Clock,
+from seqcompress.gradients.measured_encoder import (
     checked_strategies,
     measured_encoders,
-    objects_in,
     own_patch_size_of,
     refuse_flattened,
-    running,
-    seed_of,
 )
+from seqcompress.gradients.measurement import NO_GRADIENT, SKETCH_SIZE
 from seqcompress.gradients.report import GradientErrorReport, canonical
+from seqcompress.gradients.running import Clock, objects_in, running, seed_of
 from seqcompress.gradients.statistics import Estimate, Sketch, interquartile_mean, jackknife, norm2_of_mean, variance
 from seqcompress.json_files import json_text
 from seqcompress.messages import described, resume_notice
