@@ -664,6 +664,15 @@ def test_arguments_that_make_no_sense_are_refused(
     assert not is_compressed(vit)
 
 
+def test_whole_numbers_of_numpy_are_whole_numbers(tiny_vit: Any) -> None:
+    vit, batches = tiny_vit(), _loader()
+    reports = [
+        gradient_error(vit, _loss_of(vit), batches, [HALF], cost="flops", seed=kind(1), sketch=kind(64))
+        for kind in (int, np.int64)
+    ]
+    assert reports[0] == reports[1]
+
+
 def test_two_batches_give_estimates_without_intervals(tiny_vit: Any) -> None:
     vit = tiny_vit()
     report = gradient_error(vit, _loss_of(vit), _loader(2), [HALF], cost="flops")

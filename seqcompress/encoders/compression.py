@@ -48,7 +48,6 @@ class Compression:
 
     Args:
         plan: what the encoders were compressed with.
-        strategy: the one to begin with; by default, the plan's first.
         stream: the seeds of random subsets.
         views: there if loaders make smaller views for the encoders.
         batch: as in [compress][seqcompress.compress].
@@ -72,7 +71,6 @@ class Compression:
     def __init__(
         self,
         plan: Schedule,
-        strategy: Strategy | None = None,
         stream: SubsetStream | None = None,
         views: SmallerViews | None = None,
         batch: BatchPolicy | None = None,
@@ -83,7 +81,7 @@ class Compression:
         self.batch = batch
         self.finished = False
         self.members: weakref.WeakKeyDictionary[Any, None] = weakref.WeakKeyDictionary()  # a set that keeps its order
-        self._strategy = plan(0.0) if strategy is None else strategy
+        self._strategy = plan(0.0)
         self._by_hand = False
         self._driver: weakref.ref[Any] | None = None
         self._driver_name: str | None = None

@@ -10,12 +10,12 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from functools import partial
-from numbers import Integral
 from typing import Any, TypeVar, get_args
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from seqcompress.checks import whole_number
 from seqcompress.compressors.random_states import RandomStates
 from seqcompress.gradients.measured_encoder import (
     checked_strategies,
@@ -129,10 +129,14 @@ def gradient_error(
             raise TypeError(f"{name} must be a function, got {described(function)}")
     if cost not in get_args(CostKind):
         raise ValueError(f"cost must be 'measured' or 'flops', got {described(cost)}")
-    if isinstance(seed, bool) or not isinstance(seed, Integral):
-        raise TypeError(f"seed must be a whole number, got {described(seed)}")
-    if sketch is not None and (isinstance(sketch, bool) or not isinstance(sketch, int)):
-        raise TypeError(f"sketch must be a whole number or None, got {described(sketch)}")
+    try:
+        seed = whole_number(seed)
+    except TypeError:
+        raise TypeError(f"seed must be a whole number, got {described(seed)}") from None
+    try:
+        sketch = None if sketch is None else whole_number(sketch)
+    except TypeError:
+        raise TypeError(f"sketch must be a whole number or None, got {described(sketch)}") from None
     if sketch is not None and sketch < 2:
         raise ValueError(f"sketch must be at least 2, got {described(sketch)}")
     wanted = checked_strategies(strategies)

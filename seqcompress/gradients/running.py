@@ -326,7 +326,7 @@ def _compressed(encoders: Sequence[MeasuredEncoder]) -> Iterator[Compression]:
     stream = _PacedStream()
     found = compressed_embeds(*(measured.encoder.model for measured in encoders))
     views = next((embed.compression.views for embed in found), None)
-    compression = Compression(Constant(_BASE), _BASE, stream, copy.deepcopy(views))
+    compression = Compression(Constant(_BASE), stream, copy.deepcopy(views))
     undo: list[Callable[[], object]] = []
     try:
         for measured in encoders:
