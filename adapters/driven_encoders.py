@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from seqcompress.encoders import CompressedPatchEmbed
+    from seqcompress.encoders import CompressedPatchEmbed, Compression
     from seqcompress.schedules import Online, Schedule
     from seqcompress.strategy import Strategy
 
-__all__ = ["DrivenEncoders", "embeds_by_path"]
+__all__ = ["DrivenEncoders", "compressed_together", "embeds_by_path", "share_of_plain_budget"]
 
 CALLBACK = "the Lightning callback"
+_SAMPLES = 200  # of a schedule, to say what it will cost
 
 
 def embeds_by_path(pl_module: Any) -> dict[str, CompressedPatchEmbed]:
@@ -20,6 +22,14 @@ def embeds_by_path(pl_module: Any) -> dict[str, CompressedPatchEmbed]:
     from seqcompress.encoders import CompressedPatchEmbed
 
     return {path: module for path, module in pl_module.named_modules() if isinstance(module, CompressedPatchEmbed)}
+
+
+def compressed_together(embeds: dict[str, CompressedPatchEmbed]) -> Iterable[dict[str, CompressedPatchEmbed]]:
+    """Those that were compressed together."""
+    groups: dict[Compression, dict[str, CompressedPatchEmbed]] = {}
+    for path, embed in embeds.items():
+        groups.setdefault(embed.compression, {})[path] = embed
+    return groups.values()
 
 
 class DrivenEncoders:
@@ -200,6 +210,17 @@ class DrivenEncoders:
 
     def _at(self, strategy: Strategy) -> str:
         return f"{strategy} ({self.tokens(strategy)} tokens a view)"
+
+
+def share_of_plain_budget(driven: list[DrivenEncoders], progress: float) -> float:
+    """What the rest of a run at the plan that these have in common takes, relative to plain training."""
+    from seqcompress.strategy import Strategy
+    from seqcompress.training.cost import StepCosts
+
+    cost = StepCosts((embed.encoder, embed.drops_tokens) for encoders in driven for embed in encoders.embeds)
+    moments = ((number + 0.5) / _SAMPLES for number in range(_SAMPLES))
+    spent = sum(cost(driven[0].plan(progress + (1 - progress) * moment)) for moment in moments)
+    return spent / _SAMPLES / cost(Strategy())
 
 
 def _limits(plan: Online) -> str:

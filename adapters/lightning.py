@@ -9,40 +9,33 @@ from __future__ import annotations
 
 import logging
 import sys
-import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from seqcompress.adapters.driven_encoders import DrivenEncoders, embeds_by_path
+from seqcompress.adapters.callback_state import checked_state, forwards_in, has_plan_left, schedule_in
+from seqcompress.adapters.driven_encoders import (
+    DrivenEncoders,
+    compressed_together,
+    embeds_by_path,
+    share_of_plain_budget,
+)
 from seqcompress.adapters.run_length import RunLength
-from seqcompress.messages import described, resume_notice
+from seqcompress.adapters.trainer_metrics import Readings, TrainerMetrics, run_at
+from seqcompress.messages import resume_notice
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from seqcompress.adapters.merging import Merging
     from seqcompress.adapters.online import TrainerOnlineScheduler
     from seqcompress.encoders import CompressedPatchEmbed, Compression
-    from seqcompress.schedules import Schedule
     from seqcompress.strategy import Strategy
     from seqcompress.training.budget import Budget
 
 __all__ = ["SequenceCompression"]
 
 Result = TypeVar("Result")
-
-_SHOWN_AS = {  # in the progress bar: a terminal is narrow, it would cut a longer name, and then there is no number
-    "seqcompress/token_dropout": "seq_drop",
-    "seqcompress/patch_size": "seq_patch",
-    "seqcompress/tokens": "seq_tokens",
-    "seqcompress/budget": "seq_budget",
-    "seqcompress/batch_factor": "seq_batch",
-}
-_SECONDS_SHOWN = 0.5  # nobody reads numbers that change faster, and the budget takes a moment to count
-_SAMPLES = 200  # of a schedule, to say what it will cost
 
 
 class SequenceCompression:
@@ -116,14 +109,13 @@ class SequenceCompression:
         self._driven: list[DrivenEncoders] = []
         self._length: RunLength | None = None
         self._budget: Budget | None = None
-        self._readings: _Readings | None = None
+        self._readings: Readings | None = None
+        self._metrics = TrainerMetrics()
         self._online: TrainerOnlineScheduler | None = None  # of an online plan
         self._steps = 0  # that were done as the latest batch began
         self._accumulated = 0  # batches since the optimizer's last step
         self._rehearsal_is_due = False
         self._rehearsing: Strategy | None = None
-        self._logged: bool | None = None  # whether the Trainer logs the latest step; None before the first one
-        self._shown = float("-inf")  # when the progress bar got its numbers
         self._looked = False
         self._batches = 0  # of this epoch that are done
         self._progress = self._done = 0.0  # at which the latest step was run, and that it has reached
@@ -176,7 +168,7 @@ class SequenceCompression:
         self._is_before_training = self._keeps_for_finder = False
         self._is_rank_zero = trainer.is_global_zero
         going_on = self._resuming and self._is_rank_zero and not _is_compressed(pl_module)
-        if going_on and self._guarded("compare schedules", lambda: _has_plan_left(self._loaded)):
+        if going_on and self._guarded("compare schedules", lambda: has_plan_left(self._loaded)):
             self.logger.warning(
                 "seqcompress: the checkpoint is of a run at a plan, and this module is not compressed: it trains "
                 "plain; call accelerate(module, plan) before fit"
@@ -192,8 +184,7 @@ class SequenceCompression:
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Put the strategies of this step in force."""
-        if self._logged:
-            self._guarded("log a step", lambda: _withdraw(trainer))
+        self._guarded("log a step", lambda: self._metrics.withdraw(trainer))
         if not self._looked or not self._is_in_place(pl_module):
             self._looked = True
             self._look(trainer, pl_module, batch_idx)
@@ -242,7 +233,7 @@ class SequenceCompression:
         if self._merging is not None:
             self._merging.end()
         readings.take_reading(None if self._merging is None else self._merging.together)
-        self._guarded("log a step", lambda: self._log(trainer, pl_module, readings))
+        self._guarded("log a step", lambda: self._metrics.log(trainer, pl_module, readings))
         if self._rehearsing is not None and not (self._merging is not None and self._merging.is_holding):
             self._end_rehearsal(pl_module.device, self._rehearsing)
         self._accumulated += 1
@@ -264,7 +255,7 @@ class SequenceCompression:
         """Let checkpoints and early stopping, which follow, see how far training has come."""
         readings = self._readings
         if readings is not None and trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._guarded("log a step", lambda: self._publish(trainer, readings))
+            self._guarded("log a step", lambda: self._metrics.publish(trainer, readings))
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Let go of the model, and say at which strategy a training step did not fit into memory."""
@@ -287,8 +278,8 @@ class SequenceCompression:
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Log how training ended, say so if that was before its plan did, and let go of the model."""
         readings = self._readings
-        if readings is not None and self._logged is False and trainer.log_every_n_steps:
-            self._guarded("log a step", lambda: self._log_the_end(trainer, readings))
+        if readings is not None:
+            self._guarded("log a step", lambda: self._metrics.log_the_end(trainer, readings))
         if self._length is not None:
             self._done = max(self._done, self._length.share_of_time())
             if not trainer.fast_dev_run:
@@ -314,7 +305,7 @@ class SequenceCompression:
             ValueError: a checkpoint's numbers are none that a run can go on with; nothing has been changed.
         """
         if self._fitting and not self._keeps_for_finder:  # not what is tested in between
-            self._loaded, self._resuming = _checked_state(state_dict), True
+            self._loaded, self._resuming = checked_state(state_dict), True
 
     def _state(self) -> dict[str, Any]:
         if self._readings is None or self._length is None:
@@ -386,7 +377,7 @@ class SequenceCompression:
             self._go_on(embeds)
         self._driven = self._to_drive(embeds)
         if self._resuming and is_first and batch_idx != self._length.first_of_step(batch_idx):
-            for encoders, forwards in zip(self._driven, _forwards_in(self._loaded), strict=False):
+            for encoders, forwards in zip(self._driven, forwards_in(self._loaded), strict=False):
                 encoders.forwards = forwards
         if not all(encoders.is_constant for encoders in self._driven):
             self._length.check()
@@ -400,7 +391,7 @@ class SequenceCompression:
             encoders.take(self)
         self._ranks = trainer.world_size
         self._budget = self._guarded("count the budget", lambda: self._budget_of(pl_module))
-        self._readings = _Readings(list(embeds.values()), self._units_in_millions)
+        self._readings = Readings(list(embeds.values()), self._units_in_millions, self._online)
         if is_first and not self._loaded and self._driven:
             self._rehearsal_is_due = self._has_own_memory(pl_module.device)
 
@@ -417,7 +408,7 @@ class SequenceCompression:
 
     def _to_drive(self, embeds: dict[str, CompressedPatchEmbed]) -> list[DrivenEncoders]:
         """What nobody else drives, and has not been run to its end."""
-        candidates = [DrivenEncoders(number, group) for number, group in enumerate(_groups(embeds))]
+        candidates = [DrivenEncoders(number, group) for number, group in enumerate(compressed_together(embeds))]
         return [encoders for encoders in candidates if not encoders.is_finished and not encoders.is_others]
 
     def _begin_measuring(self, trainer: Any, pl_module: Any) -> None:
@@ -479,7 +470,7 @@ class SequenceCompression:
         from seqcompress.training.cost import batch_factor
 
         fit = [
-            batch_factor(embed, _run_at(embed))
+            batch_factor(embed, run_at(embed))
             for embed, compression in self._embeds_by_path.values()
             if compression.batch == "merge" and embed.drops_tokens
         ]
@@ -518,7 +509,7 @@ class SequenceCompression:
     def _go_on(self, embeds: dict[str, CompressedPatchEmbed]) -> None:
         """Take up what a checkpoint says of its run: at its end, there is nothing left of a schedule."""
         before, pace = self._loaded.get("progress"), 0.0 if self._length is None else self._length.pace()
-        for group in _groups(embeds):
+        for group in compressed_together(embeds):
             encoders = DrivenEncoders(0, group)
             if before is None or encoders.is_others:
                 continue
@@ -527,7 +518,7 @@ class SequenceCompression:
                 continue
             encoders.compression.finished = False
             now = encoders.plan.at_step(*self._step_and_total)
-            was = self._guarded("compare schedules", partial(_schedule_in, self._loaded, encoders.name))
+            was = self._guarded("compare schedules", partial(schedule_in, self._loaded, encoders.name))
             if was is not None and was != encoders.compression.plan:
                 self._tell(f"{encoders.name}: {resume_notice({'schedule': (was, encoders.compression.plan)}, now)}")
                 continue
@@ -542,11 +533,11 @@ class SequenceCompression:
     def _announce(self, embeds: dict[str, CompressedPatchEmbed], progress: float) -> None:
         """Say what will happen, in one line for all encoders with which the same will."""
         by_outlook: dict[tuple[Any, ...], list[DrivenEncoders]] = {}
-        for number, group in enumerate(_groups(embeds)):
+        for number, group in enumerate(compressed_together(embeds)):
             encoders = DrivenEncoders(number, group)
             by_outlook.setdefault((encoders.plan, encoders.is_finished, encoders.is_others), []).append(encoders)
         for alike in by_outlook.values():
-            share = self._guarded("count the budget", partial(_share_of_plain_budget, alike, progress))
+            share = self._guarded("count the budget", partial(share_of_plain_budget, alike, progress))
             line = alike[0].outlook(progress, share, [encoders.name for encoders in alike])
             if line not in self._said:  # at the first batch all is known; at the start, mostly
                 self._said.add(line)
@@ -589,162 +580,6 @@ class SequenceCompression:
         for encoders in self._driven:
             encoders.use(encoders.strategy)
         self._rehearsing = None
-
-    def _log(self, trainer: Any, pl_module: Any, readings: _Readings) -> None:
-        self._logged = False
-        self._logged = bool(trainer._logger_connector.should_update_logs or trainer.fast_dev_run)
-        if self._logged or trainer.is_last_batch or trainer.global_step == trainer.max_steps:
-            metrics = self._publish(trainer, readings)
-            if self._logged:
-                for name, value in metrics.items():
-                    pl_module.log(name, value, on_step=True, on_epoch=False, batch_size=1)
-        elif time.monotonic() - self._shown >= _SECONDS_SHOWN and _has_progress_bar(trainer):
-            self._show(trainer, readings.values())
-
-    def _log_the_end(self, trainer: Any, readings: _Readings) -> None:
-        step = max(0, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
-        metrics = {name: value.item() for name, value in self._publish(trainer, readings).items()}
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=step)
-            logger.save()
-
-    def _publish(self, trainer: Any, readings: _Readings) -> dict[str, Tensor]:
-        """Put the metrics where the Trainer keeps those of the latest step."""
-        import torch
-
-        values = readings.values()
-        online = {} if self._online is None else self._online.metrics()
-        # On the CPU: of numbers, Lightning makes tensors on the device, and each of these waits for the device.
-        metrics = {
-            name: torch.tensor(value, dtype=torch.float32, device="cpu") for name, value in {**values, **online}.items()
-        }
-        # The public properties would read whatever else was logged, and wait for the device too.
-        trainer._logger_connector._callback_metrics.update(metrics)
-        trainer._logger_connector._logged_metrics.update(metrics)
-        self._show(trainer, values)
-        return metrics
-
-    def _show(self, trainer: Any, values: dict[str, float]) -> None:
-        shown = {_SHOWN_AS[name]: value for name, value in values.items()}
-        trainer._logger_connector._progress_bar_metrics.update(shown)
-        self._shown = time.monotonic()
-
-
-class _Readings:
-    """What there is to tell about a run: the strategy of its latest step, and what has been spent."""
-
-    def __init__(self, embeds: list[CompressedPatchEmbed], millions: Callable[[], float | None]) -> None:
-        from seqcompress.encoders import student_among
-
-        self._student = student_among(embeds)
-        self._millions = millions
-        self.take_reading()
-
-    def take_reading(self, together: int | None = None) -> None:
-        """A step is done, by batches so many of which were run at once."""
-        self._strategy, self._together = self._student.strategy, together
-
-    def values(self) -> dict[str, float]:
-        """The metrics of the latest step."""
-        from seqcompress.training.cost import sequence_length
-
-        encoder, strategy = self._student.encoder, _run_at(self._student, self._strategy)
-        patch_size = strategy.patch_size or min(encoder.patch_size)
-        tokens = sequence_length(encoder, self._student.strategy_for_full_views(strategy))
-        numbers = {
-            "seqcompress/token_dropout": strategy.token_dropout,
-            "seqcompress/patch_size": patch_size,
-            "seqcompress/tokens": tokens,
-            "seqcompress/budget": self._millions(),
-            "seqcompress/batch_factor": self._together,
-        }
-        return {name: float(number) for name, number in numbers.items() if number is not None}
-
-
-def _run_at(embed: CompressedPatchEmbed, strategy: Strategy | None = None) -> Strategy:
-    """The strategy, by default the one in force; a student builds no graph and runs plain while all of it is frozen."""
-    from seqcompress.encoders import is_frozen
-    from seqcompress.strategy import Strategy
-
-    is_plain = embed.when == "grad" and is_frozen(embed.encoder.model)
-    return Strategy() if is_plain else strategy or embed.strategy
-
-
-def _checked_state(state: Any) -> dict[str, Any]:
-    """A checkpoint's numbers, each where a run can go on with it."""
-    from seqcompress.training.budget import MOST_UNITS
-
-    numbers: dict[str, tuple[Any, float, float]] = {
-        "seed": (int, 0, 2**64 - 1),
-        "units": ((int, float), 0, MOST_UNITS),
-        "progress": ((int, float), 0, 1),
-        "batches": ((int, type(None)), 1, 2**64 - 1),
-    }
-    if not isinstance(state, Mapping):
-        raise ValueError(f"the state of seqcompress's callback must be a mapping, got {described(state)}")
-    for name, (kind, least, most) in numbers.items():
-        value = state.get(name, least)
-        in_range = isinstance(value, kind) and (value is None or least <= value <= most)
-        if isinstance(value, bool) or not in_range:
-            raise ValueError(
-                f"the state of seqcompress's callback must have a number from {least} to {most} as {name!r}, got "
-                f"{described(value)}"
-            )
-    return dict(state)
-
-
-def _groups(embeds: dict[str, CompressedPatchEmbed]) -> Iterable[dict[str, CompressedPatchEmbed]]:
-    """Those that were compressed together."""
-    groups: dict[Compression, dict[str, CompressedPatchEmbed]] = {}
-    for path, embed in embeds.items():
-        groups.setdefault(embed.compression, {})[path] = embed
-    return groups.values()
-
-
-def _share_of_plain_budget(driven: list[DrivenEncoders], progress: float) -> float:
-    """What the rest of a run at the plan that these have in common takes, relative to plain training."""
-    from seqcompress.strategy import Strategy
-    from seqcompress.training.cost import StepCosts
-
-    cost = StepCosts((embed.encoder, embed.drops_tokens) for encoders in driven for embed in encoders.embeds)
-    moments = ((number + 0.5) / _SAMPLES for number in range(_SAMPLES))
-    spent = sum(cost(driven[0].plan(progress + (1 - progress) * moment)) for moment in moments)
-    return spent / _SAMPLES / cost(Strategy())
-
-
-def _forwards_in(state: dict[str, Any]) -> list[int]:
-    """How many forwards of its step a state was saved after, by encoder."""
-    forwards = state.get("forwards")
-    counts = forwards if isinstance(forwards, list) else []
-    return [count if isinstance(count, int) and count > 0 else 0 for count in counts]
-
-
-def _schedule_in(state: dict[str, Any], name: str) -> Schedule | None:
-    """What an encoder was compressed with when a state was saved, if it says so."""
-    from seqcompress.json_files import json_text
-    from seqcompress.schedules import Schedule
-
-    text = state.get("plans", {}).get(name)
-    return None if text is None else Schedule.from_json(json_text(text, "plans"))
-
-
-def _has_plan_left(state: dict[str, Any]) -> bool:
-    """Whether a run was at a plan when its state was saved, and not at the end of it."""
-    from seqcompress.schedules import Constant
-
-    plans = [_schedule_in(state, name) for name in state.get("plans", {})]
-    return any(isinstance(plan, Constant) or state.get("progress", 0.0) < 1.0 for plan in plans)
-
-
-def _withdraw(trainer: Any) -> None:
-    """Take the metrics of an earlier step from Lightning: where a step is logged since training stops, they are old."""
-    for name, result in trainer._results.items():
-        if name.startswith("on_train_batch_end.seqcompress/"):
-            result.has_reset = True
-
-
-def _has_progress_bar(trainer: Any) -> bool:
-    return trainer.is_global_zero and trainer.progress_bar_callback is not None
 
 
 def _is_compressed(module: Any) -> bool:

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, IterableDataset
 
 from seqcompress import Strategy, compress, get_strategy, relative_cost, restore
-from seqcompress.adapters import lightning
+from seqcompress.adapters import trainer_metrics
 from seqcompress.adapters.lightly import accelerate
 from seqcompress.adapters.lightning import SequenceCompression
 from seqcompress.schedules import Constant, Linear, Schedule, Stepwise
@@ -299,7 +299,7 @@ def test_what_runs_at_validation_and_at_the_end_of_an_epoch_sees_the_latest_numb
 def test_the_progress_bar_has_numbers_from_the_first_step_and_new_ones_after_a_while(
     make_pair: Build, make_trainer: Build, images: Images, monkeypatch: Any, seconds: float, shown: list[int]
 ) -> None:
-    monkeypatch.setattr(lightning, "_SECONDS_SHOWN", seconds)
+    monkeypatch.setattr(trainer_metrics, "_SECONDS_SHOWN", seconds)
     module, trainer = accelerate(make_pair(), RELAXING), make_trainer(enable_progress_bar=True)
     seen: list[float] = []
     module.on_train_batch_end = lambda *_: seen.append(trainer.progress_bar_metrics["seq_tokens"])
