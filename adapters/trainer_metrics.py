@@ -53,7 +53,10 @@ class Readings:
 
     def take_reading(self, together: int | None = None) -> None:
         """A step is done, by batches so many of which were run at once."""
-        self._strategy, self._together = self._student.strategy, together
+        from seqcompress.strategy import Strategy
+
+        is_training = self._student.encoder.model.training  # in eval mode it runs plain
+        self._strategy, self._together = self._student.strategy if is_training else Strategy(), together
 
     def values(self) -> dict[str, float]:
         """The metrics of the latest step."""
