@@ -90,7 +90,7 @@ def cpu() -> Iterator[Settings]:
         yield from _lengths(replace(simclr, seed=seed), (EARLIER,), (0.1, 0.2, 0.05))
     for seed in (0, 1, 2):
         yield from _lengths(replace(dino, seed=seed), (NONE,), (0.4, 0.2))
-        yield from _lengths(replace(dino, seed=seed), (DEFAULT,), (0.1, 0.2, 0.05))
+        yield from _lengths(replace(dino, seed=seed), (DEFAULT,), (0.1, 0.2, 0.05, 0.025, 0.0125))
     yield from _lengths(CIFAR, (NONE,), (1.6, 3.2, 6.4))
     yield from _lengths(CIFAR, (DEFAULT, FOUND), (0.8, 1.6))
     yield from _lengths(CIFAR, (*PEERS, *ENDS, STAGED, SHORT, *OTHERS, ONLINE), (0.4,))
