@@ -523,6 +523,9 @@ def test_every_comparison_has_its_figure(evidence: SimpleNamespace, tmp_path: Pa
     ]
     with Image.open(figures[0]) as picture:
         assert picture.size == (990, 715)
+    evidence.report.overview([*runs, *others, alone], tmp_path / "overview.png")
+    with Image.open(tmp_path / "overview.png") as picture:  # of the other comparisons none has both plans
+        assert picture.size == (300, 550)
 
 
 def test_a_curve_without_held_out_images_is_not_judged_by_the_judged_images_themselves(

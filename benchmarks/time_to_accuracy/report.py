@@ -222,7 +222,8 @@ def by_length(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows that read as if the plain method's longest run were each of its lengths but the shortest, in turn.
 
     Each holds that length, in millions of units, as ``plain``, and the seeds of that length are read together. Where
-    there is but one such length, it says no more than ``compared``, and is left out.
+    there is but one such length, it says no more than ``compared``, and is left out; so is a row whose accelerated runs
+    end below what nine tenths of that length bring.
     """
     rows = []
     for key, curves in comparisons(runs).items():
@@ -234,7 +235,8 @@ def by_length(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
             until = {seed: [point for point in curve if point.length <= length] for seed, curve in plain.items()}
             until = {seed: curve for seed, curve in until.items() if any(point.length == length for point in curve)}
             for pair in groups(until, curves[plan])[:1]:
-                if row := _row(key, plan, metric, *pair):
+                row = _row(key, plan, metric, *pair)
+                if row is not None and row["units"][0] >= 0.9e6 * length:
                     rows.append({**row, "plain": length})
     return sorted(rows, key=_row_order)
 
@@ -562,7 +564,7 @@ def figures(runs: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
     import matplotlib
 
     matplotlib.use("agg")
-    from matplotlib import pyplot, ticker
+    from matplotlib import pyplot
 
     written: list[Path] = []
     drawn = Counter[str]()
@@ -576,11 +578,7 @@ def figures(runs: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
             for axis, (what, label) in zip(row, (("units", "millions of units"), ("seconds", "seconds")), strict=True):
                 for plan, seeds in sorted(curves.items(), key=lambda item: item[0] != "none"):
                     _draw(axis, seeds.values(), what, metric, plan)
-                axis.set(xscale="log", xlabel=label)
-                axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-                axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
-                axis.xaxis.set_minor_locator(ticker.NullLocator())
-                axis.grid(alpha=0.3)
+                _scale(axis, label)
             row[0].set_ylabel(f"{name}, %")
         figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
         figure.suptitle(f"{METHODS[settings['method']]}, {settings['dataset']}, {encoder(settings)}")
@@ -591,6 +589,43 @@ def figures(runs: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
         pyplot.close(figure)
         written.append(path)
     return written
+
+
+def overview(runs: Sequence[dict[str, Any]], path: Path) -> None:
+    """k-NN over budget and over time, plain and at the default plan: a column for each comparison that has both."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    shown = [(dict(key), plans) for key, plans in comparisons(runs).items() if {"none", DEFAULT} <= plans.keys()]
+    shown.sort(key=lambda item: (item[0]["dataset"], list(METHODS).index(item[0]["method"])))
+    if not shown:
+        return
+    figure, grid = pyplot.subplots(
+        2, len(shown), figsize=(3 * len(shown), 5.5), sharey="col", layout="constrained", squeeze=False
+    )
+    for column, (settings, plans) in zip(grid.T, shown, strict=True):
+        for axis, (what, label) in zip(column, (("units", "millions of units"), ("seconds", "seconds")), strict=True):
+            for plan in ("none", DEFAULT):
+                _draw(axis, plans[plan].values(), what, "knn", plan)
+            _scale(axis, label)
+        column[0].set_title(f"{METHODS[settings['method']]}, {settings['dataset']}")
+    for row in grid:
+        row[0].set_ylabel("k-NN, %")
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+
+
+def _scale(axis: Any, label: str) -> None:
+    from matplotlib import ticker
+
+    axis.set(xscale="log", xlabel=label)
+    axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.xaxis.set_minor_locator(ticker.NullLocator())
+    axis.grid(alpha=0.3)
 
 
 def _draw(axis: Any, seeds: Iterable[Sequence[Point]], what: str, metric: str, plan: str) -> None:
@@ -679,6 +714,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.pages[0].is_file():
         images.mkdir(exist_ok=True)
         figures(runs, images)
+        overview(runs, images / "evidence.png")
     print("\n\n".join(written.values()))
     return 0
 
