@@ -7,11 +7,14 @@ import gc
 import pickle
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.optim import Optimizer
 
 from seqcompress import SequenceScheduler, Stepwise, Strategy, compress, get_strategy, restore, set_strategy
 
@@ -272,19 +275,19 @@ def test_ranks_share_rank_0s_seed_and_a_scheduler_survives_its_process_group_and
     assert printed == ["10 2 3\n", "10 2 3\n"]
 
 
+def _train(forward: Callable[[Tensor], Tensor], optimizer: Optimizer, updates: int) -> None:
+    for _ in range(updates):
+        forward(torch.randn(2, 3, 32, 32)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 def test_a_scheduler_that_is_never_stepped_is_seen_where_a_head_gets_no_gradient(tiny_vit: Any) -> None:
     vit = compress(tiny_vit(num_classes=10).train(), PLAN)
     _scheduler = SequenceScheduler(vit, total_steps=20)
     optimizer = torch.optim.SGD(vit.parameters(), lr=1e-3)
-
-    def train(updates: int) -> None:
-        for _ in range(updates):
-            vit.forward_features(torch.randn(2, 3, 32, 32)).sum().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
     with pytest.warns(UserWarning, match="has not been stepped"):
-        train(12)
+        _train(vit.forward_features, optimizer, 12)
 
 
 def test_a_new_driver_has_the_end_of_its_own_schedule_said(tiny_vit: Any) -> None:
@@ -301,15 +304,8 @@ def test_a_scheduler_that_is_never_stepped_is_seen_by_a_fused_optimizer_too(tiny
     vit = compress(tiny_vit().train(), PLAN)
     _scheduler = SequenceScheduler(vit, total_steps=20)
     optimizer = torch.optim.AdamW(vit.parameters(), lr=1e-3, fused=True)
-
-    def train(updates: int) -> None:
-        for _ in range(updates):
-            vit(torch.randn(2, 3, 32, 32)).sum().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
     with pytest.warns(UserWarning, match="updated 10 times since a SequenceScheduler was made"):
-        train(12)
+        _train(vit, optimizer, 12)
 
 
 def test_a_scheduler_may_be_stepped_by_an_optimizers_hook(tiny_vit: Any) -> None:

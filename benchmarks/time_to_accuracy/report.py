@@ -36,6 +36,7 @@ METRICS = {"knn": "k-NN", "linear": "linear probe"}
 METHODS = {"mocov3": "MoCo-v3", "simclr": "SimCLR", "dino": "DINO"}
 PAPER = {"mocov3": "4x", "simclr": "3.3x", "dino": "2.5x"}  # ImageNet-1k, as the abstract says
 
+_ACROSS = (("units", "millions of units"), ("seconds", "seconds"))  # what accuracies are drawn over
 _JUDGED_BY = (*METRICS, "loss")  # by what branches are judged
 _CRITERIA = ("criterion", "rank correlation with k-NN", "with the linear probe", "with the loss")
 
@@ -561,11 +562,7 @@ def tables(folder: Path, runs: Sequence[dict[str, Any]], rows: Sequence[dict[str
 
 def figures(runs: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
     """Accuracy over budget and over time, one figure for each comparison, of the plans that have a curve."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
+    pyplot = _pyplot()
     written: list[Path] = []
     drawn = Counter[str]()
     for key, plans in comparisons(runs).items():
@@ -575,7 +572,7 @@ def figures(runs: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
             continue
         figure, grid = pyplot.subplots(2, 2, figsize=(9, 6.5), sharey="row", layout="constrained")
         for row, (metric, name) in zip(grid, METRICS.items(), strict=True):
-            for axis, (what, label) in zip(row, (("units", "millions of units"), ("seconds", "seconds")), strict=True):
+            for axis, (what, label) in zip(row, _ACROSS, strict=True):
                 for plan, seeds in sorted(curves.items(), key=lambda item: item[0] != "none"):
                     _draw(axis, seeds.values(), what, metric, plan)
                 _scale(axis, label)
@@ -593,20 +590,16 @@ def figures(runs: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
 
 def overview(runs: Sequence[dict[str, Any]], path: Path) -> None:
     """k-NN over budget and over time, plain and at the default plan: a column for each comparison that has both."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
+    pyplot = _pyplot()
     shown = [(dict(key), plans) for key, plans in comparisons(runs).items() if {"none", DEFAULT} <= plans.keys()]
-    shown.sort(key=lambda item: (item[0]["dataset"], list(METHODS).index(item[0]["method"])))
+    shown.sort(key=lambda item: _row_order(item[0]))
     if not shown:
         return
     figure, grid = pyplot.subplots(
         2, len(shown), figsize=(3 * len(shown), 5.5), sharey="col", layout="constrained", squeeze=False
     )
     for column, (settings, plans) in zip(grid.T, shown, strict=True):
-        for axis, (what, label) in zip(column, (("units", "millions of units"), ("seconds", "seconds")), strict=True):
+        for axis, (what, label) in zip(column, _ACROSS, strict=True):
             for plan in ("none", DEFAULT):
                 _draw(axis, plans[plan].values(), what, "knn", plan)
             _scale(axis, label)
@@ -616,6 +609,15 @@ def overview(runs: Sequence[dict[str, Any]], path: Path) -> None:
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    return pyplot
 
 
 def _scale(axis: Any, label: str) -> None:

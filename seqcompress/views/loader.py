@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -351,7 +351,7 @@ class FollowingModule(_Following):
     ) -> None:
         super().__init__(views, full, channels)
         self._wrong = False
-        self._encoders = [weakref.ref(encoder) for encoder in encoders]
+        self._encoders: Collection[nn.Module] = weakref.WeakSet(encoders)
         # What raises on its way must not leave the transforms scaled.
         self._handles = [
             module.register_forward_pre_hook(self.before),
@@ -385,15 +385,14 @@ class FollowingModule(_Following):
             )
 
     def _is_training(self) -> bool:
-        encoders = [encoder for encoder in (reference() for reference in self._encoders) if encoder is not None]
-        return not encoders or any(encoder.training for encoder in encoders)
+        return not self._encoders or any(encoder.training for encoder in self._encoders)
 
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_encoders": []}
+        return {**vars(self), "_encoders": ()}  # elsewhere there are none to go by
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FollowingModule:
         return self  # copies of the module follow the same model
