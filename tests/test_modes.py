@@ -57,7 +57,7 @@ def test_a_first_block_that_is_checkpointed_is_run_again_on_the_kept_patches(
         one, other = torch.randn(2, 4, 3, 32, 32)
         (vit(one) * vit(other)).sum().backward()
         gradients.append({name: parameter.grad for name, parameter in vit.named_parameters()})
-        assert list(vit.patches._joined_from) == []  # nothing is kept once the graph is gone
+        assert list(vit.patches.joining._of_earlier) == []  # nothing is kept once the graph is gone
     assert len(gradients[0]) == 4 + 2 * 11
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-6, atol=1e-6)
 

@@ -9,7 +9,9 @@ from typing import Any, Generic, ParamSpec
 import torch
 from torch import Tensor
 
-__all__ = ["Table", "in_function_transform", "is_fake"]
+from seqcompress.compressors.execution import in_function_transform, is_fake
+
+__all__ = ["Table"]
 
 _Arguments = ParamSpec("_Arguments")
 
@@ -37,13 +39,3 @@ class Table(Generic[_Arguments]):
     def cache_info(self) -> Any:
         """As of ``functools.lru_cache``."""
         return self._kept.cache_info()
-
-
-def is_fake() -> bool:
-    """Whether tensors that are made now have no values (``FakeTensorMode``)."""
-    return type(torch.empty(0, device="cpu")) is not Tensor
-
-
-def in_function_transform() -> bool:
-    """Whether ``torch.func.grad``, ``vmap`` or their like is running this code."""
-    return torch._C._functorch.maybe_current_level() is not None

@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seqcompress.compressors.execution import in_backward
 from seqcompress.compressors.tables import Table
 
 __all__ = [
     "SubsetStream",
     "first_rows",
     "gather_patches",
-    "in_backward",
     "num_kept",
     "random_subset",
     "rows_of_patches",
@@ -143,11 +143,6 @@ class SubsetStream:
         parts = (tag,) if self._anchor is None else (*self._anchor, self._forwards[tag])
         digest = hashlib.blake2b(repr((*parts, _rank())).encode(), digest_size=8).digest()
         return int.from_bytes(digest, "little") >> 1
-
-
-def in_backward() -> bool:
-    """Whether gradient checkpointing is running a forward again."""
-    return torch._C._current_graph_task_id() != -1
 
 
 def _rank() -> int:

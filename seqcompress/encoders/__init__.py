@@ -8,9 +8,9 @@ import importlib
 import pkgutil
 
 from seqcompress.encoders.compression import BatchPolicy, Compression
-from seqcompress.encoders.encoder import Encoder
+from seqcompress.encoders.encoder import Encoder, is_frozen
 from seqcompress.encoders.masks import follow_masks, forget_masks
-from seqcompress.encoders.patch_embed import CompressedPatchEmbed, Forward, When, is_frozen, student_among
+from seqcompress.encoders.patch_embed import CompressedPatchEmbed, Forward, When, student_among
 from seqcompress.encoders.registry import SUPPORTED_VITS, find_encoder, is_encoder, register, register_wrapper
 
 __all__ = [

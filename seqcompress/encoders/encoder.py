@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from seqcompress.encoders.compression import Compression
     from seqcompress.encoders.patch_embed import CompressedPatchEmbed, When
 
-__all__ = ["Encoder", "Size"]
+__all__ = ["Encoder", "Size", "is_frozen"]
 
 Size = tuple[int, int]
 
@@ -227,3 +227,8 @@ class Encoder(ABC):
 
         What blocks do with positions may be left out.
         """
+
+
+def is_frozen(model: nn.Module) -> bool:
+    """Whether none of its parameters is trained."""
+    return not any(parameter.requires_grad for parameter in model.parameters())

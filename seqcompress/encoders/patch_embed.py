@@ -17,19 +17,20 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
-from seqcompress.compressors.selection import Selection, embed_selection, positions_of, select
-from seqcompress.compressors.tables import in_function_transform, is_fake
-from seqcompress.compressors.token_dropout import in_backward, num_kept, random_subset
+from seqcompress.compressors.execution import has_values, in_backward, is_exporting
+from seqcompress.compressors.selection import Selection, embed_selection, select
+from seqcompress.compressors.token_dropout import num_kept, random_subset
+from seqcompress.encoders import notices
 from seqcompress.encoders.compression import Compression, say
-from seqcompress.encoders.encoder import Encoder, Size
+from seqcompress.encoders.encoder import Encoder, Size, is_frozen
+from seqcompress.encoders.joining import Joining
 from seqcompress.encoders.sharding import is_tensor_parallel
 from seqcompress.encoders.stand_in import StandIn
 from seqcompress.schedules import Constant
 from seqcompress.strategy import Strategy
 
-__all__ = ["ChangedTokensError", "CompressedPatchEmbed", "Forward", "Trial", "When", "is_frozen", "student_among"]
+__all__ = ["CompressedPatchEmbed", "Forward", "Trial", "When", "student_among"]
 
 When = Literal["grad", "train"]
 
@@ -52,21 +53,6 @@ class Trial(NamedTuple):
     marked: bool  # whether to see to it that tokens of blank views are nothing but positions
 
 
-class ChangedTokensError(RuntimeError):
-    """Something changes tokens between the patch embedding and the first block."""
-
-
-class _Pending(NamedTuple):
-    """Embedded patches on their way to where positions are known."""
-
-    tokens: Tensor  # (B, K, D)
-    selection: Selection
-    own_grid: Size  # for which the model makes positions meanwhile,
-    blanks: int  # and for how many views
-    marked: bool  # whether the second of these is marked, to see that nothing is put in its tokens' place
-    mask: Tensor | None  # (B, P + N), where the second of these has what masked tokens are replaced by
-
-
 class _Cut(NamedTuple):
     """How a forward cuts its views into patches."""
 
@@ -78,10 +64,6 @@ class _Cut(NamedTuple):
 
 _FRESH: dict[str, Any] = {  # what forwards and hosts leave behind, of which a copy has nothing
     "selection": None,
-    "_pending": None,
-    "_joined": None,
-    "_joined_from": None,
-    "_joining": False,
     "_mask": None,
     "small_views": None,
     "_plain_under": None,
@@ -110,12 +92,8 @@ class CompressedPatchEmbed(StandIn):
     trial: Trial | None  # what to do while a probe runs
     is_probed: bool  # whether one runs, so that nothing is to be counted or warned of
     host: nn.Module | None  # what masks the encoder's tokens, by a method that we stand in for
-    _warned: set[str]
-    _looked_at: set[Size]  # sizes of views
-    _pending: _Pending | None
-    _joined: int | None
-    _joined_from: WeakIdKeyDictionary | None  # by the blank view's tokens that the first block was given
-    _joining: bool  # apart from the two above: compiled code may look at it without a guard on lengths
+    joining: Joining  # what has been embedded and has not met its positions yet
+    warned: set[str]  # of what, since a compressed encoder says everything once
     _compression: Compression
     _is_copy: bool
     _mask: Tensor | None  # (B, P + N) of the forward that runs, if it is a masked one
@@ -139,8 +117,8 @@ class CompressedPatchEmbed(StandIn):
             trial=None,
             is_probed=False,
             host=None,
-            _warned=set(),
-            _looked_at=set(),
+            joining=Joining(encoder),
+            warned=set(),
             _is_copy=False,
             **_FRESH,
         )
@@ -176,7 +154,7 @@ class CompressedPatchEmbed(StandIn):
         """
         if self.trial is not None or self.encoder.model.training:
             return True
-        return self.compression.masks_are_drawn and not _is_exporting() and self._may_go_by_student()
+        return self.compression.masks_are_drawn and not is_exporting() and self._may_go_by_student()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _may_go_by_student(self) -> bool:
@@ -187,7 +165,7 @@ class CompressedPatchEmbed(StandIn):
     @property
     def has_pending_patches(self) -> bool:
         """Whether patches have been embedded that have not met their positions yet."""
-        return self.is_training and self._pending is not None
+        return self.is_training and self.joining.has_patches
 
     @property
     def strategy(self) -> Strategy:
@@ -271,7 +249,7 @@ class CompressedPatchEmbed(StandIn):
         """
         strategy = self.strategy
         was_plain = self._plain_under == (strategy, torch.is_grad_enabled())  # and may be running, or would be again
-        if self._joining or self.is_probed or was_plain or strategy.patch_size is None:
+        if self.joining.is_under_way or self.is_probed or was_plain or strategy.patch_size is None:
             return getattr(self.embed, name)
         self.compression.masks_are_drawn = True
         grid = self.encoder.grid(self.encoder.image_size, (strategy.patch_size, strategy.patch_size))
@@ -306,7 +284,7 @@ class CompressedPatchEmbed(StandIn):
         Hooks run within, as everywhere: around what is really embedded, not around the blank.
         """
         embedded: Tensor = super().__call__(*args, **kwargs)
-        return self._wait_for_positions(embedded) if self._joining and self.is_training else embedded
+        return self._wait_for_positions(embedded) if self.joining.is_under_way and self.is_training else embedded
 
     def forward(self, views: Tensor) -> Tensor:
         """Embed views (B, C, H, W): all of their patches, or those that are kept, (B, K, D)."""
@@ -314,19 +292,19 @@ class CompressedPatchEmbed(StandIn):
             return self._traced(views)
         if self.is_training:
             return self._forward_in_training(views)
-        if not self.drops_tokens and not _is_exporting():
+        if not self.drops_tokens and not is_exporting():
             self._count_in_eval(views)
         tokens: Tensor = self.embed.forward(views)
-        if self.drops_tokens and tokens.requires_grad and "eval mode" not in self._warned and not _is_exporting():
-            self._look_for_training_in_eval(tokens)
+        if self.drops_tokens and tokens.requires_grad and "eval mode" not in self.warned and not is_exporting():
+            notices.look_for_training_in_eval(self, tokens)
         return tokens
 
     def _traced(self, views: torch.fx.Proxy) -> Any:
         """What torch.fx sees, whatever is in force: a graph has no place for what changes from forward to forward."""
-        self._pending = self._joined = self.selection = None
-        self._joining = False
+        self.joining.forget()
+        self.selection = None
         if self.is_training:
-            self._warn(
+            self.warn_once(
                 "traced",
                 "torch.fx traces the plain model, in train mode too: a graph that it makes trains uncompressed",
             )
@@ -341,47 +319,10 @@ class CompressedPatchEmbed(StandIn):
         raise RuntimeError("a compressed encoder cannot be scripted: restore(model) first")
 
     def join(self, blank: Tensor, *, is_last: bool) -> Tensor:
-        """Replace the model's tokens of the blank view by those of the views that were embedded.
-
-        Args:
-            blank: prefix tokens and positions as the model made them for blank views, (1 or more, P + N, D).
-            is_last: whether no other place follows where they may be replaced.
-
-        Returns:
-            Tokens of shape (B, P + K, D), prefix tokens first; ``blank`` itself if nothing is waiting.
-
-        Raises:
-            RuntimeError: something adds or takes away tokens before the first block: masks or prompts, for instance.
-        """
+        """What ``Joining.join`` says, where the encoder trains; ``blank`` itself, (1 or more, P + N, D), elsewhere."""
         if is_last and self.is_training and not self._was_reached:
-            self._notice_plain_blocks()
-        if not self.is_training:
-            return blank
-        if self._joining:
-            return self._join_in_training(blank, is_last)
-        return self._join_again(blank) if is_last and self._joined_from is not None else blank
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _join_again(self, blank: Tensor) -> Tensor:
-        """Gradient checkpointing runs the first block again, from what the model gave it."""
-        if self._joined_from is None or not in_backward():
-            return blank
-        for given, pending in self._joined_from.items():  # reentrant checkpointing gives another tensor on its memory
-            if given is blank or (given.shape == blank.shape and given.data_ptr() == blank.data_ptr()):
-                return self._tokens_of(pending, blank)
-        return blank
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _notice_plain_blocks(self) -> None:
-        """Code that holds the plain patch embedding, and the blocks, trains without the compressors."""
-        is_of_training = not self.is_probed and torch.is_grad_enabled() and not in_backward()
-        if is_of_training and self.drops_tokens and self.strategy != Strategy():
-            self._warn(
-                "plain blocks",
-                "training is uncompressed: the blocks of a compressed encoder are given tokens that its patch "
-                "embedding has not made, as stable-pretraining's MAE and IJEPA do, which leave tokens out by "
-                "themselves: train such a method plain; or patch_embed was replaced since: restore(model) before that",
-            )
+            notices.of_plain_blocks(self)
+        return self.joining.join(blank, is_last=is_last) if self.is_training else blank
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _count_in_eval(self, views: Tensor) -> None:
@@ -395,54 +336,32 @@ class CompressedPatchEmbed(StandIn):
             return
         tokens = self.encoder.num_prefix_tokens + math.prod(grid)
         self.forward_counts[Forward(tuple(views.shape), tokens, False)] += 1
-        if self.strategy != Strategy():
-            self._warn(
-                "teacher in eval mode",
-                "a teacher in eval mode is not compressed: it sees all patches, at their own size, and costs as much; "
-                "call train() on it, as on its student",
-            )
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _look_for_training_in_eval(self, tokens: Tensor) -> None:
-        """Who forgets train(), as after ``from_pretrained``, trains plain."""
-        is_plain = isinstance(self.compression.plan, Constant) and self.strategy == Strategy()
-        if self.is_probed or is_plain or torch.jit.is_tracing() or is_frozen(self.encoder.model):  # type: ignore[attr-defined, no-untyped-call]
-            return
-        if _has_values(tokens):
-            tokens.register_hook(self._notice_training_in_eval)
-
-    def _notice_training_in_eval(self, gradient: Tensor) -> None:
-        if self.encoder.model.training:
-            return
-        self._warn(
-            "eval mode",
-            "a backward pass went through a compressed encoder in eval mode, in which it is plain and not counted: if "
-            "that was training, call train() on it, which Hugging Face's from_pretrained leaves to you",
-        )
+        notices.of_teacher_in_eval(self)
 
     # Random seeds, counters, tensors that wait between two modules: left out of compiled graphs. The blocks, where
     # the time goes, are compiled once for each length, or once for all lengths.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _forward_in_training(self, views: Tensor) -> Tensor:
-        if torch.jit.is_tracing() or _is_exporting():  # type: ignore[attr-defined, no-untyped-call]
+        if torch.jit.is_tracing() or is_exporting():  # type: ignore[attr-defined, no-untyped-call]
             raise RuntimeError("a compressed encoder cannot be traced in train mode: eval() or restore(model) first")
-        if self._pending is not None and self.trial is None:
-            self._warn(
+        if self.joining.has_patches and self.trial is None:
+            self.warn_once(
                 "lost patches",
                 "the last forward did not come from its patch embedding to its first block: it failed in between, or "
                 "its features do not depend on the views, since another model has been given this patch embedding",
             )
         if self.small_views is not None:
             views, self.small_views = self.small_views.to(views.dtype), None
-        self._pending = self._joined = None
-        self._joining = False
+        self.joining.forget()
         self._was_reached = True
         self.selection = selection = self._select(views) if self.trial is None else self._trial_selection(views)
-        self._joining = selection is not None
         self._plain_under = (self.strategy, torch.is_grad_enabled()) if selection is None else None
-        if self._joining:
-            self._check_places()
-        return self.embed.forward(views) if selection is None else self._embed_patches(views, selection)
+        if selection is None:
+            tokens: Tensor = self.embed.forward(views)
+            return tokens
+        self.joining.begin()
+        self._check_places()
+        return self._embed_patches(views, selection)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _wait_for_positions(self, tokens: Tensor) -> Tensor:
@@ -457,75 +376,24 @@ class CompressedPatchEmbed(StandIn):
             )
         mask = self._mask
         blanks = self.num_blanks(len(tokens), is_masked=mask is not None)
-        own_grid = self.encoder.blank_grid(selection.view)
         # Masks for a batch do fit where there is a blank for each view. Looked for once for each size of views, since
         # looking waits for the device.
         if self.trial is None and mask is not None:
             marked = False
         elif self.trial is None:
-            marked = blanks == len(tokens) > 1 and selection.view not in self._looked_at and _has_values(tokens)
+            marked = blanks == len(tokens) > 1 and self.joining.must_look_at(selection.view) and has_values(tokens)
         else:
             marked = self.trial.marked
             blanks = max(2, blanks) if marked else blanks
-        blank = self.encoder.blank(tokens, blanks, own_grid)
-        if marked:
-            blank[1] = 1
-        self._pending = _Pending(tokens, selection, own_grid, blanks, marked, mask)
-        return blank
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _join_in_training(self, blank: Tensor, is_last: bool) -> Tensor:
-        pending, self._pending = self._pending, None
-        if pending is None:
-            joined, self._joined, self._joining = self._joined, None, False
-            if joined is not None and blank.shape[1] != joined:
-                raise RuntimeError(_changed(blank, f"the {joined} tokens that were kept"))
-            return blank
-        prefix, grid = self.encoder.num_prefix_tokens, pending.own_grid
-        if blank.shape[0] != pending.blanks and blank.shape[1] == prefix + grid[0] * grid[1]:
-            raise RuntimeError(
-                f"a compressed encoder expected tokens of {pending.blanks} blank view(s) between its patch embedding "
-                f"and its first block, got those of {len(blank)}: whatever depends on the views or on the batch there "
-                "(conditions, masks) cannot be combined with compression"
-            )
-        if blank.shape[0] != pending.blanks or blank.shape[1] != prefix + grid[0] * grid[1]:
-            raise RuntimeError(_changed(blank, f"{prefix} prefix tokens and {grid[0] * grid[1]} positions"))
-        if pending.marked:
-            self._look_at_mark(blank[:, prefix:].detach())
-            if self.trial is None:
-                self._looked_at.add(pending.selection.view)
-        tokens = self._tokens_of(pending, blank)
-        self._joined, self._joining = (None, False) if is_last else (tokens.shape[1], True)
-        if is_last and self.trial is None:
-            if self._joined_from is None:
-                self._joined_from = WeakIdKeyDictionary()
-            self._joined_from[blank] = pending  # as long as somebody holds it, as gradient checkpointing does
-        return tokens
-
-    def _tokens_of(self, pending: _Pending, blank: Tensor) -> Tensor:
-        """Patches with their positions, behind the prefix tokens."""
-        prefix, grid = self.encoder.num_prefix_tokens, pending.own_grid
-        before, positions = blank.split((prefix, grid[0] * grid[1]), dim=1)
-        tokens = pending.tokens + positions_of(positions[:1], grid, pending.selection)
-        if pending.mask is not None:
-            # Replaced before positions were added, in a blank view of the model's own grid.
-            replaced = pending.mask.unsqueeze(-1)  # (B, P + N, 1)
-            tokens = torch.where(replaced[:, prefix:], positions_of(positions[1:2], grid, pending.selection), tokens)
-            if prefix:
-                tokens = torch.cat((torch.where(replaced[:, :prefix], before[1:2], before[:1]), tokens), dim=1)
-        elif prefix:
-            before = before if self.blank_per_view else before[:1].expand(len(tokens), -1, -1)
-            tokens = torch.cat((before, tokens), dim=1)
-        return tokens
-
-    def _look_at_mark(self, positions: Tensor) -> None:
-        """Raise RuntimeError if the second blank view's tokens are not those of the first, plus one."""
-        off = (positions[1].float() - positions[0].float() - 1).abs().max()
-        if off > (1e-3 if positions.dtype in (torch.float32, torch.float64) else 0.2):
-            raise ChangedTokensError(
-                "something changes tokens of a compressed encoder between its patch embedding and its first block: "
-                "whatever puts others in their place (mask, idx_mask) cannot be combined with compression"
-            )
+        return self.joining.wait(
+            tokens,
+            selection,
+            blanks=blanks,
+            per_view=self.blank_per_view,
+            is_marked=marked,
+            is_trial=self.trial is not None,
+            mask=mask,
+        )
 
     def check_mask(self, named: dict[str, Any]) -> None:
         """Refuse a mask or bias of attention, which is made for all tokens, where tokens have been joined.
@@ -557,7 +425,7 @@ class CompressedPatchEmbed(StandIn):
         graph = _builds_graph(views, self.encoder.model)
         compressing = graph or self.when == "train"
         if not compressing:
-            self._warn_of_a_pass_without_gradients()
+            notices.of_a_pass_without_gradients(self)
         elif self.drops_tokens:
             if missing := self.compression.notice_missing_driver():
                 say(missing)
@@ -577,9 +445,9 @@ class CompressedPatchEmbed(StandIn):
             return None
         plain = self.encoder.plain_grid(view)
         if plain is None and full == view:
-            self._warn_of_another_size(view)
+            notices.of_another_size(self, view)
         if not self.encoder.model.training:
-            self._warn(
+            self.warn_once(
                 "goes by its student",
                 "a teacher in eval mode gets larger patches all the same while its student trains, since one mask is "
                 "for both; to evaluate it in between, put the student in eval mode, too",
@@ -588,7 +456,7 @@ class CompressedPatchEmbed(StandIn):
         if kept < patches:
             self._check_parallel()
             # Without values, or with a batch that a function transform hides, there is no stream of numbers to follow.
-            seed = self.compression.stream.next_seed() if _has_values(views) else None
+            seed = self.compression.stream.next_seed() if has_values(views) else None
             subset = random_subset(len(views), patches, kept, seed=seed, device=views.device)
         # What the plain model cuts off is cut off too; of other views, all of it is seen.
         is_own = patch == base and full == view and grid == plain
@@ -615,7 +483,7 @@ class CompressedPatchEmbed(StandIn):
         # A run must not end at a later stage, whose patches are larger than a local crop.
         if size is not None and size > min(full) and not isinstance(self.compression.plan, Constant):
             patch = (max(base[0], min(size, full[0])), max(base[1], min(size, full[1])))
-            self._warn(
+            self.warn_once(
                 "small view",
                 f"views of {full[0]} x {full[1]} px are smaller than patches of {size} px, and are cut into patches as "
                 "large as they are",
@@ -635,24 +503,6 @@ class CompressedPatchEmbed(StandIn):
         kept = self.trial.kept.pop(0) if len(self.trial.kept) > 1 else self.trial.kept[0]
         return select(views, grid, patch, patch, kept, (grid[0] * patch[0], grid[1] * patch[1]))
 
-    def _warn_of_a_pass_without_gradients(self) -> None:
-        if self._is_copy and self.drops_tokens and is_frozen(self.encoder.model):
-            if any(strategy.patch_size is not None for strategy in self.compression.plan.strategies()):
-                self._warn(
-                    "copy",
-                    "a frozen copy of a compressed encoder runs without gradients, and so uncompressed, at patches of "
-                    "its own size; if it is a teacher, pass both to compress(student, plan, teacher=...)",
-                )
-            return
-        if "no gradients" in self._warned or not self.drops_tokens or self.strategy == Strategy() or in_backward():
-            return
-        if not is_frozen(self.encoder.model):
-            self._warn(
-                "no gradients",
-                "a compressed encoder that is being trained ran in train mode without gradients, and so uncompressed; "
-                'if the loss takes two passes (GradCache), have both compressed: compress(..., when="train")',
-            )
-
     def _check_places(self) -> None:
         """Raise RuntimeError unless the patches will meet their positions."""
         hooked = [place for place in self.hooked_modules if any(hook.embed is self for hook in _hooks_of(place))]
@@ -662,18 +512,10 @@ class CompressedPatchEmbed(StandIn):
                 "taken out: restore(model) before such a change, and compress(model, ...) after it"
             )
 
-    def _warn_of_another_size(self, view: Size) -> None:
-        size = self.encoder.only_size
-        takes = "sizes that its patches divide" if size is None else f"{size[0]} x {size[1]} px"
-        self._warn(
-            "other size",
-            f"training takes views of {view[0]} x {view[1]} px, with interpolated positions, where the plain model "
-            f"takes {takes} only and will refuse them in evaluation",
-        )
-
-    def _warn(self, what: str, message: str) -> None:
-        if what not in self._warned:
-            self._warned.add(what)
+    def warn_once(self, what: str, message: str) -> None:
+        """Warn, unless this encoder has said so before; ``what`` is a name for it."""
+        if what not in self.warned:
+            self.warned.add(what)
             say(message)
 
     def _embed_patches(self, views: Tensor, selection: Selection) -> Tensor:
@@ -695,31 +537,9 @@ class CompressedPatchEmbed(StandIn):
         return tokens.gather(1, selection.kept.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
 
-def is_frozen(model: nn.Module) -> bool:
-    """Whether none of its parameters is trained."""
-    return not any(parameter.requires_grad for parameter in model.parameters())
-
-
 def _hooks_of(place: nn.Module) -> list[Any]:
     """Those by which patches meet their positions."""
     return [hook for hook in place._forward_pre_hooks.values() if hasattr(hook, "is_last")]
-
-
-def _has_values(tensor: Tensor) -> bool:
-    return not (tensor.device.type == "meta" or is_fake() or in_function_transform())
-
-
-def _changed(tokens: Tensor, expected: str) -> str:
-    return (
-        f"a compressed encoder expected {expected} between its patch embedding and its first block, got tokens of "
-        f"shape {tuple(tokens.shape)}: whatever adds or takes away tokens there (mask, idx_mask, idx_keep, patch_drop, "
-        "prompts) cannot be combined with compression"
-    )
-
-
-def _is_exporting() -> bool:
-    is_exporting = getattr(torch.compiler, "is_exporting", None)  # since torch 2.7
-    return torch.compiler.is_compiling() if is_exporting is None else bool(is_exporting())
 
 
 def student_among(embeds: Sequence[CompressedPatchEmbed]) -> CompressedPatchEmbed:

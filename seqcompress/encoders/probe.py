@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from seqcompress.compressors.execution import is_fake
 from seqcompress.compressors.random_states import RandomStates
-from seqcompress.compressors.tables import is_fake
 from seqcompress.encoders.hooks import without_hooks
-from seqcompress.encoders.patch_embed import ChangedTokensError, CompressedPatchEmbed, Trial
+from seqcompress.encoders.joining import ChangedTokensError
+from seqcompress.encoders.patch_embed import CompressedPatchEmbed, Trial
 from seqcompress.encoders.precision import full_precision
 
 __all__ = [
