@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -318,10 +319,10 @@ def test_a_curve_that_is_moved_by_four_is_a_speed_up_of_four(evidence: SimpleNam
         for units in lengths
     ]
     row, _ = _summary(evidence.report, runs)
-    assert row["speedup_units"] == pytest.approx(3.0)
+    assert row["speedup_units"] == pytest.approx(math.sqrt(4 * 2), rel=1e-3)
     assert row["interval"] == pytest.approx([2.0, 4.0], rel=0.01)
     assert row["interval_wall"] == pytest.approx([1.0, 2.0], rel=0.01)
-    assert row["speedup_wall"] == pytest.approx(1.5)  # a unit takes twice as long there
+    assert row["speedup_wall"] == pytest.approx(math.sqrt(2 * 1), rel=1e-3)  # a unit takes twice as long there
     assert row["seeds"] == [0, 1]
     assert row["accuracy"] == pytest.approx(0.05 * math.log(8e5), abs=1e-4)
 
@@ -347,6 +348,17 @@ def test_seeds_are_read_together_where_they_have_the_same_lengths(evidence: Simp
     curves = {seed: [point(1, 1, {}, length=length) for length in of] for seed, of in ((0, (1, 2)), (1, (2, 3)))}
     together = [sorted(plain) for plain, _ in evidence.report.groups(curves, curves)]
     assert together == [[0, 1], [1]]  # each has a length of its own: no end of it otherwise
+
+
+def test_the_mean_over_seeds_is_the_ratio_of_the_budgets_beside_it(evidence: SimpleNamespace) -> None:
+    runs = [_run("none", seed, units, 0.05 * math.log(units)) for seed in (0, 1) for units in (1e5, 8e5)]
+    for seed, ratio in ((0, 2), (1, 8)):
+        runs += [_run("default", seed, units, 0.05 * math.log(ratio * units)) for units in (1e4, 8e5)]
+    row = next(row for row in _summary(evidence.report, runs) if row["metric"] == "knn")
+    assert row["speedup_units_by_seed"] == pytest.approx({"0": 2, "1": 8})
+    assert row["speedup_units"] == pytest.approx(4)
+    assert row["units"][0] / row["units"][1] == pytest.approx(4, rel=1e-3)
+    assert re.search(r"\| 4\.00x \([^|]*\| 0: 2\.00x; 1: 8\.00x \|", evidence.report.speedups_table([row]))
 
 
 def test_a_ratio_is_read_at_each_length_of_the_plain_run(evidence: SimpleNamespace) -> None:
@@ -414,7 +426,9 @@ def test_a_ratio_that_chance_often_takes_away_is_none(evidence: SimpleNamespace)
     )
     assert _summary(evidence.report, runs) == []
     line = next(iter(evidence.report.unread(runs, evidence.report.compared(runs))))
-    assert line.startswith("- d, MoCo-v3, default, k-NN, seeds 0: no ratio, since in more than 5 %")
+    assert line.startswith(
+        "- d, ViT 1 x 2, patch 4, 32 px, MoCo-v3, default, k-NN, seeds 0: no ratio, since in more than 5 %"
+    )
 
 
 def test_plans_are_ordered_by_what_the_same_seeds_reached_for_the_same_budget(evidence: SimpleNamespace) -> None:
@@ -485,6 +499,23 @@ def test_runs_with_another_learning_rate_are_not_compared(evidence: SimpleNamesp
     for run in runs[2:]:
         run["settings"]["lr"] = 2e-3
     assert _summary(evidence.report, runs) == []
+
+
+def test_a_criterion_is_held_against_whole_runs_under_one_strategy(evidence: SimpleNamespace) -> None:
+    reached = {"none": 0.3, "patch 8": 0.5, "drop 0.5": 0.4, "0: patch 8; 0.9: base": 0.6}
+    runs = [_run(plan, 0, 4e5, accuracy) for plan, accuracy in reached.items()]
+    runs += [_run("drop 0.5", 1, 4e5, 0.9), _run("patch 16", 0, 2e5, 0.9)]  # another seed, another length
+    for run in runs:
+        run["settings"] = {**evidence.report._SINCE, **run["settings"]}
+    names = ["base", "drop 0.5", "patch 8", "patch 16"]
+    found = {"checkpoint_of": runs[3]["settings"], "branches": dict.fromkeys(names)}
+    assert evidence.report.whole_runs(found, runs) == {"base": 0.3, "drop 0.5": 0.4, "patch 8": 0.5}
+    asked = {"good": (1, 2, 3, 0), "bad": (3, 2, 1, 4)}
+    found["criteria"] = {kind: dict(zip(names, values, strict=True)) for kind, values in asked.items()}
+    found["correlation"] = {kind: {what: [0.5, 0.0, 1.0] for what in ("knn", "linear", "loss")} for kind in asked}
+    good, bad = evidence.report.predictions_table([found], runs).splitlines()[2:]
+    assert (good, bad) == ("| good | 0.50 | 0.50 | 0.50 | 1.00 |", "| bad | 0.50 | 0.50 | 0.50 | -1.00 |")
+    assert evidence.report.predictions_table([found], runs[:2]).endswith("| 0.50 |  |")  # two are no order
 
 
 def test_the_tables_of_the_page_are_those_of_the_runs(evidence: SimpleNamespace, tmp_path: Path) -> None:
@@ -589,7 +620,7 @@ def test_a_suite_knows_what_is_done_and_what_is_missing(
 @pytest.mark.parametrize(
     ("suite", "name"),
     [
-        ("cpu", "dino_0-drop-0.5-patch-8-0.98-base_0.2M_seed0"),
+        ("cpu", "dino_0-drop-0.5-patch-8-0.98-base_0.2M_seed2"),
         ("gpu", "mocov3_0-drop-0.5-patch-32-0.98-base_0.75M_seed0"),
     ],
 )
@@ -772,9 +803,13 @@ def test_what_gradient_error_has_found_is_told_by_checkpoint(evidence: SimpleNam
 
 def test_what_criteria_predict_is_told_over_all_checkpoints(evidence: SimpleNamespace) -> None:
     rows = ({"knn": (rho, -1, 1), "linear": (0.5, -1, 1), "loss": (-rho, -1, 1)} for rho in (0.5, 0.7))
-    table = evidence.report.predictions_table([{"correlation": {"cost": row, "rate": row}} for row in rows])
-    assert table.splitlines()[2:] == [
-        f"| {name} | 0.60 (0.50 to 0.70) | 0.50 (0.50 to 0.50) | -0.60 (-0.70 to -0.50) |" for name in ("cost", "rate")
+    settings = _run("none", 0, 1e5, 0.3)["settings"]
+    found = [
+        {"correlation": {"cost": row, "rate": row}, "checkpoint_of": settings, "branches": {"base": {}}} for row in rows
+    ]
+    assert evidence.report.predictions_table(found, []).splitlines()[2:] == [
+        f"| {name} | 0.60 (0.50 to 0.70) | 0.50 (0.50 to 0.50) | -0.60 (-0.70 to -0.50) |  |"
+        for name in ("cost", "rate")
     ]
 
 

@@ -25,6 +25,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from scipy.stats import spearmanr
+
 from seqcompress import Schedule, Strategy
 from seqcompress.json_files import write_text
 from seqcompress.presets import DEFAULT, PRESETS, double_patch
@@ -143,7 +145,7 @@ def speedup(plain: Sequence[Point], accelerated: Sequence[Point], metric: str) -
 def intervals(
     plain: Curves, accelerated: Curves, metric: str, draws: int = 2000
 ) -> tuple[list[float], list[float]] | None:
-    """95 % intervals of the speed-ups in units and in seconds, as means over the seeds that both curves have.
+    """95 % intervals of the speed-ups in units and in seconds, as geometric means over the seeds that both curves have.
 
     ``None`` if in more than 5 % of the draws a seed's curves do not overlap: what lies beyond can then not be read.
     """
@@ -158,7 +160,9 @@ def intervals(
         ]
         pairs = [pair for pair in read if pair is not None]
         if len(pairs) == len(seeds):
-            found.append((_mean([pair.units for pair in pairs]), _mean([pair.seconds for pair in pairs])))
+            found.append(
+                (_geometric_mean([pair.units for pair in pairs]), _geometric_mean([pair.seconds for pair in pairs]))
+            )
     if len(found) < 0.95 * draws:
         return None
     units, seconds = (_middle([pair[number] for pair in found]) for number in (0, 1))
@@ -242,8 +246,8 @@ def by_length(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(rows, key=_row_order)
 
 
-def _row_order(row: Mapping[str, Any]) -> tuple[str, int]:
-    return row["dataset"], list(METHODS).index(row["method"])
+def _row_order(row: Mapping[str, Any]) -> tuple[str, int, str]:
+    return row["dataset"], list(METHODS).index(row["method"]), row["encoder"]
 
 
 def _row(key: Key, plan: str, metric: str, plain: Curves, accelerated: Curves) -> dict[str, Any] | None:
@@ -262,11 +266,15 @@ def _row(key: Key, plan: str, metric: str, plain: Curves, accelerated: Curves) -
         "hardware": settings["hardware"],
         "seeds": list(read),
         "metric": metric,
-        "accuracy": round(_mean([pair.accuracy for pair in read.values()]), 4),
-        "speedup_units": round(_mean([pair.units for pair in read.values()]), 4),
-        "speedup_wall": round(_mean([pair.seconds for pair in read.values()]), 4),
-        "units": [round(_mean(group)) for group in zip(*(pair.budgets for pair in read.values()), strict=True)],
-        "seconds": [round(_mean(group), 1) for group in zip(*(pair.times for pair in read.values()), strict=True)],
+        "accuracy": round(_mean([pair.accuracy for pair in read.values()]), 6),
+        # Geometric means, so that the mean of ratios is the ratio of means.
+        "speedup_units": round(_geometric_mean([pair.units for pair in read.values()]), 4),
+        "speedup_wall": round(_geometric_mean([pair.seconds for pair in read.values()]), 4),
+        "units": [round(_geometric_mean(each)) for each in zip(*(pair.budgets for pair in read.values()), strict=True)],
+        "seconds": [
+            round(_geometric_mean(each), 1) for each in zip(*(pair.times for pair in read.values()), strict=True)
+        ],
+        "speedup_units_by_seed": {str(seed): round(pair.units, 4) for seed, pair in read.items()},
         "interval": interval and interval[0],
         "interval_wall": interval and interval[1],
     }
@@ -294,7 +302,7 @@ def unread(runs: Sequence[dict[str, Any]], rows: Iterable[dict[str, Any]]) -> li
                 if plan == "none" or min(map(len, pair)) < 2 or speedup(*pair, metric):
                     continue
                 reach = [sorted(100 * point.accuracy[metric] for point in curve) for curve in pair]
-                where = _label({**settings, "plan": plan, "metric": metric})
+                where = _label({**settings, "encoder": encoder(settings), "plan": plan, "metric": metric})
                 (low, *_, high), (lowest, *_, highest) = reach
                 lines.append(
                     f"- {where}, seed {seed}: no ratio, since the curves do not overlap "
@@ -304,7 +312,8 @@ def unread(runs: Sequence[dict[str, Any]], rows: Iterable[dict[str, Any]]) -> li
 
 
 def _label(row: Mapping[str, Any]) -> str:
-    return f"{row['dataset']}, {METHODS[row['method']]}, {row['plan']}, {METRICS[row['metric']]}"
+    where = f"{row['dataset']}, {row['encoder']}, {METHODS[row['method']]}"
+    return f"{where}, {row['plan']}, {METRICS[row['metric']]}"
 
 
 def encoder(settings: dict[str, Any]) -> str:
@@ -401,14 +410,14 @@ def speedups_table(rows: Sequence[dict[str, Any]]) -> str:
     """Speed-ups at equal accuracy, beside the paper's."""
     if not rows:
         return "No two curves of complete runs overlap yet, so no ratio can be read."
-    headings = ("data", "method", "plan", "measure", "at accuracy", "M units", "seconds", "less budget", "less time")
-    return _ratios_table((*headings, "seeds", "paper, ImageNet-1k"), rows)
+    what = ("data", "encoder", "method", "plan", "measure", "at accuracy", "M units", "seconds")
+    return _ratios_table((*what, "less budget", "of each seed", "less time", "paper, ImageNet-1k"), rows)
 
 
 def by_length_table(rows: Sequence[dict[str, Any]]) -> str:
     """How speed-ups change with the length of the plain run."""
-    headings = ("data", "method", "plan", "plain run", "measure", "at accuracy", "less budget", "less time", "seeds")
-    return _ratios_table(headings, rows)
+    what = ("data", "encoder", "method", "plan", "plain run", "measure", "at accuracy")
+    return _ratios_table((*what, "less budget", "of each seed", "less time"), rows)
 
 
 def _ratios_table(headings: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
@@ -417,6 +426,7 @@ def _ratios_table(headings: Sequence[str], rows: Iterable[Mapping[str, Any]]) ->
     for row in rows:
         cells = {
             "data": row["dataset"],
+            "encoder": row["encoder"],
             "method": METHODS[row["method"]],
             "plan": _plan(row["plan"]),
             "plain run": f"{row.get('plain', 0):g} M",
@@ -426,7 +436,7 @@ def _ratios_table(headings: Sequence[str], rows: Iterable[Mapping[str, Any]]) ->
             "seconds": " → ".join(f"{seconds:.0f}" for seconds in row["seconds"]),
             "less budget": _times(row["speedup_units"], row["interval"]),
             "less time": _times(row["speedup_wall"], row["interval_wall"]),
-            "seeds": ", ".join(map(str, row["seeds"])),
+            "of each seed": "; ".join(f"{seed}: {ratio:.2f}x" for seed, ratio in row["speedup_units_by_seed"].items()),
             "paper, ImageNet-1k": PAPER[row["method"]],
         }
         lines.append([cells[heading] for heading in headings])
@@ -489,13 +499,33 @@ def branches_table(found: Mapping[str, Any]) -> str:
     return "\n\n".join((intro, strategies, _table(_CRITERIA, correlations)))
 
 
-def predictions_table(branches: Sequence[Mapping[str, Any]]) -> str:
-    """How well each criterion tells what helps: rank correlations, mean over checkpoints with their spread."""
+def predictions_table(branches: Sequence[Mapping[str, Any]], runs: Iterable[Mapping[str, Any]]) -> str:
+    """How well each criterion tells what helps: rank correlations, mean over checkpoints with their spread.
+
+    With what branches reached, and with k-NN at the end of whole runs under one strategy, where there are some.
+    """
+    wholes = [whole_runs(found, runs) for found in branches]
     rows = []
     for name in branches[0]["correlation"]:
-        group = [found["correlation"][name] for found in branches if name in found["correlation"]]
-        rows.append([name, *(_spread([row[what][0] for row in group], 2) for what in _JUDGED_BY)])
-    return _table(_CRITERIA, rows)
+        of = [(found, whole) for found, whole in zip(branches, wholes, strict=True) if name in found["correlation"]]
+        cells = [_spread([found["correlation"][name][what][0] for found, _ in of], 2) for what in _JUDGED_BY]
+        told = [_rank_correlation(found["criteria"][name], whole) for found, whole in of if len(whole) > 2]
+        rows.append([name, *cells, _spread(told, 2) if told else ""])
+    return _table((*_CRITERIA, "with k-NN of whole runs"), rows)
+
+
+def whole_runs(branches: Mapping[str, Any], runs: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """k-NN of runs under one of the branches' strategies from beginning to end, otherwise as the checkpoint's run."""
+    asked = {**_SINCE, **branches["checkpoint_of"], "plan": None}
+    alike = [run for run in runs if {**run["settings"], "plan": None} == asked]
+    found = {run["settings"]["plan"]: run["accuracy"]["knn"] for run in alike}
+    if "none" in found:
+        found["base"] = found.pop("none")
+    return {name: found[name] for name in branches["branches"] if name in found}
+
+
+def _rank_correlation(criterion: Mapping[str, float], reached: Mapping[str, float]) -> float:
+    return float(spearmanr([criterion[name] for name in reached], list(reached.values())).statistic)
 
 
 def gradients_table(folder: Path) -> str:
@@ -555,7 +585,7 @@ def tables(folder: Path, runs: Sequence[dict[str, Any]], rows: Sequence[dict[str
         "tuning": tuning_table(load(folder / "tuning")),
         "gradients": gradients_table(folder / "gradients"),
         "choices": choices_table(measured) if measured else "Nothing has been measured yet.",
-        "predictions": predictions_table(branches) if branches else "No branches have been run yet.",
+        "predictions": predictions_table(branches, runs) if branches else "No branches have been run yet.",
         "branches": "\n\n".join(map(branches_table, branches)) or "No branches have been run yet.",
     }
 
@@ -592,7 +622,7 @@ def overview(runs: Sequence[dict[str, Any]], path: Path) -> None:
     """k-NN over budget and over time, plain and at the default plan: a column for each comparison that has both."""
     pyplot = _pyplot()
     shown = [(dict(key), plans) for key, plans in comparisons(runs).items() if {"none", DEFAULT} <= plans.keys()]
-    shown.sort(key=lambda item: _row_order(item[0]))
+    shown.sort(key=lambda item: _row_order({**item[0], "encoder": encoder(item[0])}))
     if not shown:
         return
     figure, grid = pyplot.subplots(
@@ -603,7 +633,7 @@ def overview(runs: Sequence[dict[str, Any]], path: Path) -> None:
             for plan in ("none", DEFAULT):
                 _draw(axis, plans[plan].values(), what, "knn", plan)
             _scale(axis, label)
-        column[0].set_title(f"{METHODS[settings['method']]}, {settings['dataset']}")
+        column[0].set_title(f"{METHODS[settings['method']]}, {settings['dataset']}\n{encoder(settings)}", size="medium")
     for row in grid:
         row[0].set_ylabel("k-NN, %")
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
@@ -653,7 +683,7 @@ def _seconds(run: dict[str, Any]) -> float:
 
 def _run_order(run: dict[str, Any]) -> tuple[str, int, str]:
     settings = run["settings"]
-    return settings["dataset"], list(METHODS).index(settings["method"]), encoder(settings)
+    return _row_order({**settings, "encoder": encoder(settings)})
 
 
 def _plan_of(settings: dict[str, Any]) -> str:
@@ -671,6 +701,10 @@ def _plan(text: str) -> str:
 
 def _mean(values: Sequence[float]) -> float:
     return min(max(math.fsum(values) / len(values), min(values)), max(values))  # rounded, it may lie outside
+
+
+def _geometric_mean(values: Sequence[float]) -> float:
+    return math.exp(_mean([math.log(value) for value in values]))
 
 
 def _spread(values: Sequence[float], digits: int = 1) -> str:

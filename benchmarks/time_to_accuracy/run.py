@@ -20,8 +20,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -464,9 +463,11 @@ def run(
     last = max(1, round(until * training.total_steps))
     saved = time.monotonic()
     while training.steps_done < last:
-        with _waited_for(on, training.seconds, training.updates):
-            training.step()
-        if marks and training.steps_done >= marks[0]:
+        training.step()
+        at_a_mark = bool(marks) and training.steps_done >= marks[0]
+        if at_a_mark or training.updates % 10 == 9:
+            _wait_for(on, training.seconds)
+        if at_a_mark:
             marks = [mark for mark in marks if mark > training.steps_done]
             training.curve.append(_point(training, along_the_way))
             print(f"{settings.name}: {_told(training)}", flush=True)
@@ -516,19 +517,15 @@ def _count(folder: Path) -> int:
     return sum(1 for path in folder.glob("*/*") if path.is_file())
 
 
-@contextmanager
-def _waited_for(device: torch.device, seconds: dict[str, float], update: int) -> Iterator[None]:
-    """On a GPU, which works while the clock is read, wait now and then for what it still has to do."""
-    yield
-    if device.type == "cuda" and update % 10 == 9:
+def _wait_for(device: torch.device, seconds: dict[str, float]) -> None:
+    """On a GPU, which works while the clock is read, wait for what it still has to do."""
+    if device.type == "cuda":
         began = time.perf_counter()
         torch.cuda.synchronize()
         seconds["wall"] += time.perf_counter() - began
 
 
 def _point(training: Training, judge: Judge) -> dict[str, float]:
-    if training.device.type == "cuda":
-        torch.cuda.synchronize()
     return {
         "step": training.steps_done,
         "units": round(training.units),

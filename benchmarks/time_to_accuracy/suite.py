@@ -35,7 +35,7 @@ CIFAR_SIMCLR = replace(CIFAR, method="simclr", momentum=0.95)  # it has no teach
 CIFAR_DINO = replace(
     CIFAR, method="dino", batch=32, momentum=0.95, local_views=0, teacher_temperature=0.04, head_norm="yes"
 )
-IMAGENETTE = Settings(  # the recipe of stable-pretraining's table, which the plain run is to be compared with
+IMAGENETTE = Settings(  # MoCo-v3 in stable-pretraining's table, which the plain run is to be compared with
     dataset="imagenette",
     images=9469,
     image_size=224,
@@ -52,8 +52,12 @@ IMAGENETTE = Settings(  # the recipe of stable-pretraining's table, which the pl
     prototypes=16384,
     precision="bfloat16",
 )
+# That table's heads and teachers, too; its SimCLR has a temperature of 0.5, and 0.2 here.
+IMAGENETTE_SIMCLR = replace(IMAGENETTE, method="simclr", hidden=2048)
+IMAGENETTE_DINO = replace(IMAGENETTE, method="dino", hidden=2048, prototypes=65536, momentum=0.996)
 PHOTOGRAPHS = {"dataset": "imagenette", "images": 9469, "image_size": 96, "patch_size": 12, "crop": 0.2}
 SMALL_PHOTOGRAPHS = replace(CIFAR, **PHOTOGRAPHS)
+LARGER = {"depth": 6, "width": 128, "heads": 4}
 
 NONE = "none"
 DEFAULT = "0: drop 0.5, patch {0}; 0.98: base"  # spelled out, as a preset may change: short, and a full-length end
@@ -63,6 +67,7 @@ EARLIER = "0: drop 0.5, patch {0}; 0.95: base"  # the default plan before: a lon
 ENDS = tuple(f"0: drop 0.5, patch {{0}}; {end}: base" for end in (0.9, 0.8))
 PEERS = ("0: patch {0}; 0.75: base", "0: patch {1}; 0.34: patch {0}; 0.67: base")  # FastDINOv2, progressive resizing
 FOUND = "0: drop 0.5, patch {0}; 0.5: patch {0}"  # by gradient error, at checkpoints of MoCo-v3 under EARLIER
+FOUND_ANEW = "0: drop 0.5, patch {0}; 0.25: patch {0}"  # with other batches
 OTHERS = (
     FOUND,
     "drop 0.5",
@@ -72,6 +77,7 @@ OTHERS = (
     "drop 0.75, patch {0}",
     "patch {1}",
     "0: patch {0}; 0.25: drop 0.5; 0.75: base",  # the preset "gentle"
+    FOUND_ANEW,
 )
 
 
@@ -94,12 +100,17 @@ def cpu() -> Iterator[Settings]:
     yield from _lengths(CIFAR, (NONE,), (1.6, 3.2, 6.4))
     yield from _lengths(CIFAR, (DEFAULT, FOUND), (0.8, 1.6))
     yield from _lengths(CIFAR, (*PEERS, *ENDS, STAGED, SHORT, *OTHERS, ONLINE), (0.4,))
+    yield from _lengths(dino, (NONE,), (0.8,))
+    local = replace(dino, local_views=6)
+    yield from _lengths(local, (NONE,), (0.4, 0.2))
+    yield from _lengths(local, (DEFAULT,), (0.2, 0.1))
     yield from _lengths(dino, (EARLIER, FOUND), (0.1, 0.2, 0.05))
     yield from _lengths(CIFAR, (EARLIER,), (0.8,))
     for seed in (1, 2):
         yield from _lengths(replace(CIFAR, seed=seed), ("patch {0}", SHORT), (0.4,))
         yield from _lengths(replace(CIFAR, seed=seed), (NONE,), (1.6,))
-        yield from _lengths(replace(CIFAR, seed=seed), (DEFAULT, FOUND), (0.8,))
+        yield from _lengths(replace(CIFAR, seed=seed), (DEFAULT,), (1.6, 0.8))
+        yield from _lengths(replace(CIFAR, seed=seed), (FOUND,), (0.8,))
         yield from _lengths(replace(dino, seed=seed), (EARLIER, FOUND), (0.1, 0.2, 0.05))
     yield from _lengths(CIFAR, (SHORT,), (1.6,))
     yield from _lengths(simclr, (SHORT, STAGED), (0.2,))
@@ -125,6 +136,9 @@ def photographs() -> Iterator[Settings]:
     yield from _lengths(SMALL_PHOTOGRAPHS, (DEFAULT,), (0.4,))
     yield from _lengths(SMALL_PHOTOGRAPHS, (SHORT, STAGED, FOUND, ONLINE), (0.2, 0.4))
     yield from _lengths(replace(SMALL_PHOTOGRAPHS, views="scaled"), (DEFAULT,), (0.1, 0.2))
+    larger = replace(SMALL_PHOTOGRAPHS, **LARGER)
+    yield from _lengths(larger, (NONE,), (0.2, 0.1))
+    yield from _lengths(larger, (DEFAULT,), (0.1, 0.05))
     for seed in (0, 1, 2):
         yield from _lengths(replace(SMALL_PHOTOGRAPHS, seed=seed), (DEFAULT,), (0.4,))
     for method in (CIFAR_SIMCLR, CIFAR_DINO):
@@ -135,12 +149,12 @@ def photographs() -> Iterator[Settings]:
 
 def gpu() -> Iterator[Settings]:
     """Imagenette, 9,469 photographs of 224 px, ViT-S/16, bfloat16. The yardstick's 200 epochs are 15.2 M."""
-    yield from _lengths(IMAGENETTE, (NONE,), (3.0,))
+    yield from _lengths(IMAGENETTE, (NONE,), (3.0, 1.5))  # two, between which a ratio can be read
     yield from _lengths(IMAGENETTE, (DEFAULT,), (1.5, 1.0, 0.75))
     yield from _lengths(replace(IMAGENETTE, views="scaled"), (DEFAULT,), (1.0,))
     yield from _lengths(IMAGENETTE, (NONE, DEFAULT), (1.5, 3.0, 6.0))
-    for method in ("simclr", "dino"):
-        yield from _lengths(replace(IMAGENETTE, method=method), (NONE, DEFAULT), (0.75, 1.5, 3.0))
+    for method in (IMAGENETTE_SIMCLR, IMAGENETTE_DINO):
+        yield from _lengths(method, (NONE, DEFAULT), (0.75, 1.5, 3.0))
     for seed in (1, 2):
         yield from _lengths(replace(IMAGENETTE, seed=seed), (NONE, DEFAULT), (0.75, 1.5, 3.0, 6.0))
     yield from _lengths(IMAGENETTE, (SHORT, STAGED, *PEERS, *OTHERS), (1.5, 3.0))
