@@ -13,6 +13,7 @@ import torchvision
 from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from seqcompress import (
     Budget,
@@ -594,13 +595,25 @@ def test_a_scheduler_that_is_stepped_a_strategy_that_is_set_and_a_constant_are_n
 def test_a_frozen_copy_of_a_student_is_told_to_be_plain(tiny_vit: Any) -> None:
     student = compress(tiny_vit().train(), Strategy(0.5, 16))
     teacher = copy.deepcopy(student).requires_grad_(False)
-    with pytest.warns(UserWarning, match=r"frozen copy .* compress\(student, plan, teacher=...\)"), torch.no_grad():
+    with pytest.warns(UserWarning, match=r"a copy .* compress\(student, plan, teacher=...\)"), torch.no_grad():
         teacher(VIEWS)
     paired = tiny_vit().train().requires_grad_(False)
     compress(student, Strategy(0.5, 16), teacher=paired)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("error")
         paired(VIEWS)
+
+
+def test_an_average_of_a_students_weights_is_told_to_be_plain_until_it_is_trained(tiny_vit: Any) -> None:
+    student = compress(tiny_vit().train(), Strategy(0.5, 16))
+    student(VIEWS).sum().backward()
+    teacher = AveragedModel(student)
+    with pytest.warns(UserWarning, match=r"a copy .* compress\(student, plan, teacher=...\)"), torch.no_grad():
+        teacher(VIEWS)
+    trained = copy.deepcopy(student)
+    trained(VIEWS).sum().backward()
+    with pytest.warns(UserWarning, match="GradCache"), torch.no_grad():
+        trained(VIEWS)
 
 
 def test_planning_a_pair_anew_counts_and_tells_nothing(tiny_vit: Any) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -796,6 +797,65 @@ def test_dropout_behind_the_positions_falls_on_the_tokens_that_are_kept() -> Non
     zeros = (tokens == 0).double().mean(dim=(0, 2))
     assert float(zeros.mean()) == pytest.approx(0.25, abs=0.01)
     assert zeros.max() < 0.32
+
+
+class LeavesBlocksOut(ForkWithOtherNames):
+    """In train mode, as LayerDrop does it."""
+
+    def __init__(self, before: nn.Module | None = None) -> None:
+        super().__init__()
+        self.before = before
+        self.left_out: tuple[int, ...] = ()
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        tokens = self.stem(pixels).flatten(2).mT + self.where
+        if self.before is not None:
+            tokens = self.before(tokens)
+        for number, block in enumerate(self.trunk):
+            if not self.training or number not in self.left_out:
+                tokens = block(tokens)
+        return tokens.mean(dim=1)
+
+
+def test_features_of_no_view_are_an_error() -> None:
+    views = torch.randn(2, 1, 32, 48)
+    model = compress(LeavesBlocksOut(), Strategy(0.5)).train()
+    model.left_out = (0,)
+    with pytest.raises(RuntimeError, match="has not called its first block in train mode"):
+        model(views)
+    model.left_out = (1,)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing is left of the forward that failed
+        one, other = model(views)
+    assert not torch.equal(one, other)
+    model = compress(LeavesBlocksOut(nn.Dropout(0.0)), Strategy(0.5)).train()
+    model.left_out = (0,)
+    one, other = model(views)
+    assert not torch.equal(one, other)
+
+
+class OnTorchsEncoder(nn.Module):
+    """Blocks are those of nn.TransformerEncoder, which has a fast path in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image_size = 32
+        self.stem = nn.Conv2d(3, 32, 8, 8)
+        self.where = nn.Parameter(torch.randn(1, 16, 32))
+        layer = nn.TransformerEncoderLayer(32, 2, 64, 0.1, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, views: Tensor) -> Tensor:
+        return self.encoder(self.stem(views).flatten(2).mT + self.where)
+
+
+def test_torchs_own_encoder_keeps_its_fast_path_in_evaluation() -> None:
+    plain, views = OnTorchsEncoder().eval(), torch.randn(3, 3, 32, 32)
+    model = compress(copy.deepcopy(plain), Strategy(0.5, 16)).eval()
+    for enabled in (False, True):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            assert torch.equal(model(views), plain(views))
+    assert model.train()(views).shape == (3, 2, 32)
 
 
 def test_masks_are_refused_while_compressed() -> None:

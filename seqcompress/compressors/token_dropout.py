@@ -46,7 +46,7 @@ def random_subset(batch: int, num_patches: int, kept: int, *, seed: int | None, 
         Indices of the kept patches, in no particular order, int64 of shape (B, K).
     """
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-    scores = torch.rand(batch, num_patches, generator=generator, device=device)  # (B, N)
+    scores = torch.rand(batch, num_patches, generator=generator, device=device, dtype=torch.float32)  # (B, N)
     return scores.topk(kept, dim=1, sorted=False).indices  # (B, K)
 
 

@@ -89,13 +89,16 @@ class _LookAtCall(Hook):
         return value.new_zeros(()).expand(*value.shape[:2], *encoder.image_size)
 
 
-class _RefuseMaps(Hook):
+class _LookAtOutput(Hook):
     """Forward hook of the whole model: what it folds to a map is none, where patches are dropped or larger.
 
-    With it, the call is over that the one before has looked at.
+    Nor are features those of any view whose patches have not come to a block. With it, the call is over that the one
+    before has looked at.
     """
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self.embed.is_training and self.embed.trial is None:
+            self.embed.check_joined()
         encoder, selection = self.embed.encoder, self.embed.selection
         assert isinstance(encoder, AnyVisionTransformer)
         grid = None if selection is None else encoder.plain_grid(selection.view)
@@ -290,7 +293,7 @@ class AnyVisionTransformer(Encoder):
         for number in range(len(places)):
             remove_hooks(embed)
             add_pre_hook(self.model, _LookAtCall(embed))
-            add_forward_hook(self.model, _RefuseMaps(embed))
+            add_forward_hook(self.model, _LookAtOutput(embed))
             self.follow_positions(embed, rotary)
             join_at(embed, *places[number:])
             if any(difference(embed, blocks=False) is None for embed.blank_per_view in (False, True)):
@@ -424,7 +427,10 @@ class AnyVisionTransformer(Encoder):
         return makers.pop() if len(makers) == 1 else None
 
     def _places(self) -> list[nn.Module]:
-        """Modules that see a whole sequence before the first block does, in order, and that block."""
+        """Modules that see a whole sequence before the first block does, in order, and that block.
+
+        Not a block that is called by torch's own encoder: in eval mode, it leaves its fast path for a hook.
+        """
         tokens = self.num_prefix_tokens + math.prod(self._own_grid)
         seen: list[nn.Module] = []
 
@@ -433,6 +439,9 @@ class AnyVisionTransformer(Encoder):
                 seen.append(module)
 
         self._run_with(lambda module: module.register_forward_pre_hook(remember))
+        for number, module in enumerate(seen):
+            if isinstance(module, nn.TransformerEncoder) and module.layers[0] is self.blocks[0]:
+                return seen[: number + 1]
         return [*seen, self.blocks[0]]
 
     def _run_with(self, hook: Callable[[nn.Module], RemovableHandle]) -> tuple[tuple[Any, ...], dict[str, Any]]:

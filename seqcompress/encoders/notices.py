@@ -68,12 +68,12 @@ def look_for_training_in_eval(embed: CompressedPatchEmbed, tokens: Tensor) -> No
 
 def of_a_pass_without_gradients(embed: CompressedPatchEmbed) -> None:
     """A teacher that is a copy and was not compressed with its student, or one of two passes of a loss."""
-    if embed.is_copy and embed.drops_tokens and is_frozen(embed.encoder.model):
+    if embed.is_copy and embed.drops_tokens and (is_frozen(embed.encoder.model) or not embed.was_trained):
         if any(strategy.patch_size is not None for strategy in embed.compression.plan.strategies()):
             embed.warn_once(
                 "copy",
-                "a frozen copy of a compressed encoder runs without gradients, and so uncompressed, at patches of "
-                "its own size; if it is a teacher, pass both to compress(student, plan, teacher=...)",
+                "a copy of a compressed encoder runs without gradients, and so uncompressed, at patches of its own "
+                "size; if it is a teacher, pass both to compress(student, plan, teacher=...)",
             )
         return
     if "no gradients" in embed.warned or not embed.drops_tokens or embed.strategy == Strategy() or in_backward():

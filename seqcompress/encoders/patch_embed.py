@@ -68,6 +68,7 @@ _FRESH: dict[str, Any] = {  # what forwards and hosts leave behind, of which a c
     "small_views": None,
     "_plain_under": None,
     "_was_reached": False,
+    "was_trained": False,
     "_is_data_parallel": None,
 }
 
@@ -100,6 +101,7 @@ class CompressedPatchEmbed(StandIn):
     # The strategy in force as the last forward in train mode ran, if that was plain, and whether grad was enabled.
     _plain_under: tuple[Strategy, bool] | None
     _was_reached: bool  # whether a training forward has ever come here
+    was_trained: bool  # whether one with gradients has, since it was compressed or copied
     _is_data_parallel: bool | None  # whether no process computes parts of another's samples; None before it was asked
     small_views: Tensor | None  # views (B, C, H, W) in whose place the model was given blank ones of its own size
     selection: Selection | None  # of the last forward in train mode; None where that was the plain model's
@@ -348,7 +350,8 @@ class CompressedPatchEmbed(StandIn):
             self.warn_once(
                 "lost patches",
                 "the last forward did not come from its patch embedding to its first block: it failed in between, or "
-                "its features do not depend on the views, since another model has been given this patch embedding",
+                "its features do not depend on the views, since other views were embedded before these went on to the "
+                "blocks, or another model has been given this patch embedding",
             )
         if self.small_views is not None:
             views, self.small_views = self.small_views.to(views.dtype), None
@@ -423,6 +426,7 @@ class CompressedPatchEmbed(StandIn):
         if views.shape[1] != self.encoder.channels:
             raise ValueError(f"views must have {self.encoder.channels} channels, got the shape {tuple(views.shape)}")
         graph = _builds_graph(views, self.encoder.model)
+        self.was_trained = self.was_trained or graph
         compressing = graph or self.when == "train"
         if not compressing:
             notices.of_a_pass_without_gradients(self)
@@ -502,6 +506,20 @@ class CompressedPatchEmbed(StandIn):
         grid = self.encoder.grid((views.shape[2], views.shape[3]), patch)
         kept = self.trial.kept.pop(0) if len(self.trial.kept) > 1 else self.trial.kept[0]
         return select(views, grid, patch, patch, kept, (grid[0] * patch[0], grid[1] * patch[1]))
+
+    def check_joined(self) -> None:
+        """See to it, behind the blocks, that the patches of this forward have come to them.
+
+        Raises:
+            RuntimeError: they have not, so that its features are those of no view.
+        """
+        if self.joining.is_under_way and self.joining.has_patches:
+            self.joining.forget()
+            raise RuntimeError(
+                "a compressed encoder has not called its first block in train mode, where its patches meet their "
+                "positions (layer drop, block.forward or parts of a block in its place): call a module with all tokens "
+                "before the blocks, such as nn.Dropout(0.0), and compress(model, ...) again, or train it plain"
+            )
 
     def _check_places(self) -> None:
         """Raise RuntimeError unless the patches will meet their positions."""
