@@ -132,20 +132,6 @@ def test_the_readme_has_no_link_that_breaks_where_it_is_shown_alone():
     assert used | {"picture"} == set(defined)
 
 
-def test_the_figures_of_the_readme_stand_in_the_evidence():
-    evidence = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
-    table = re.search(
-        r"^\| small ViT.*?\n\n", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
-    )
-    _, _, *rows = table.group().strip().splitlines()
-    assert len(rows) >= 4
-    for row in rows:
-        what, plan, *figures = [cell.strip() for cell in row.strip("|").split("|")]
-        data, method, measure = what.split(", ")[:3]
-        names = {"CIFAR-10": "cifar10", "photographs": "imagenette"}
-        assert f"| {names[data]} | {method} | {plan} | {measure} | {' | '.join(figures)} |" in evidence
-
-
 def test_the_release_check_refuses_what_is_not_ready_and_says_why(tmp_path):
     """On a copy of what it reads."""
     names = ("pyproject.toml", "CITATION.cff", "CHANGELOG.md", "seqcompress/__init__.py", ".ci/release")

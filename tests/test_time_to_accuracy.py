@@ -344,6 +344,10 @@ def test_seeds_are_read_together_where_they_have_the_same_lengths(evidence: Simp
     assert both["accuracy"] == pytest.approx(0.05 * math.log(2e5), abs=1e-4)
     assert alone["accuracy"] == pytest.approx(0.05 * math.log(4e5), abs=1e-4)
     assert both["speedup_units"] == alone["speedup_units"] == pytest.approx(2)
+    *_, row = evidence.report.short_table([both, alone]).splitlines()  # the one with more seeds alone
+    assert "| 2.00x (" in row
+    assert "| 0, 1 |" in row
+    assert evidence.report.short_table([alone, both]).splitlines()[2:] == [row]
     point = evidence.report.Point
     curves = {seed: [point(1, 1, {}, length=length) for length in of] for seed, of in ((0, (1, 2)), (1, (2, 3)))}
     together = [sorted(plain) for plain, _ in evidence.report.groups(curves, curves)]
