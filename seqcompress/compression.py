@@ -130,6 +130,7 @@ def compress(
         embed = attached[0] if attached else encoder.attach(compression, drops_tokens=is_student, when=when_of)
         embed.compression, embed.drops_tokens, embed.when = compression, is_student, when_of
         embed.blank_per_view = blank_per_view[name]
+        embed.is_copy = embed.was_trained = False
         encoder.note_shapes()
     for given in (model, teacher):
         if given is not None:

@@ -512,7 +512,10 @@ def test_a_criterion_is_held_against_whole_runs_under_one_strategy(evidence: Sim
     for run in runs:
         run["settings"] = {**evidence.report._SINCE, **run["settings"]}
     names = ["base", "drop 0.5", "patch 8", "patch 16"]
-    found = {"checkpoint_of": runs[3]["settings"], "branches": dict.fromkeys(names)}
+    elsewhere = {**_run("patch 8", 0, 4e5, 0.9), "hardware": "another"}
+    elsewhere["settings"] = {**evidence.report._SINCE, **elsewhere["settings"]}
+    runs.append(elsewhere)
+    found = {"checkpoint_of": runs[3]["settings"], "branches": dict.fromkeys(names), "hardware": "h"}
     assert evidence.report.whole_runs(found, runs) == {"base": 0.3, "drop 0.5": 0.4, "patch 8": 0.5}
     asked = {"good": (1, 2, 3, 0), "bad": (3, 2, 1, 4)}
     found["criteria"] = {kind: dict(zip(names, values, strict=True)) for kind, values in asked.items()}
@@ -809,7 +812,13 @@ def test_what_criteria_predict_is_told_over_all_checkpoints(evidence: SimpleName
     rows = ({"knn": (rho, -1, 1), "linear": (0.5, -1, 1), "loss": (-rho, -1, 1)} for rho in (0.5, 0.7))
     settings = _run("none", 0, 1e5, 0.3)["settings"]
     found = [
-        {"correlation": {"cost": row, "rate": row}, "checkpoint_of": settings, "branches": {"base": {}}} for row in rows
+        {
+            "correlation": {"cost": row, "rate": row},
+            "checkpoint_of": settings,
+            "branches": {"base": {}},
+            "hardware": "h",
+        }
+        for row in rows
     ]
     assert evidence.report.predictions_table(found, []).splitlines()[2:] == [
         f"| {name} | 0.60 (0.50 to 0.70) | 0.50 (0.50 to 0.50) | -0.60 (-0.70 to -0.50) |  |"

@@ -28,9 +28,8 @@ from typing import Any
 import torch
 from images import Images
 from lightly.utils.scheduler import cosine_schedule
-from report import branches_table, choices_table
+from report import branches_table, choices_table, rank_correlation
 from run import CHECKPOINTS, RESULTS, Judge, Settings, Training, _data, _hardware, _write
-from scipy.stats import spearmanr
 from torch import Tensor
 
 import seqcompress
@@ -260,21 +259,15 @@ def correlations(
         draws: of the bootstrap.
     """
     names = sorted(reached)
-    value = _spearman([criterion[name] for name in names], [_mean(reached[name]) for name in names])
+    value = rank_correlation([criterion[name] for name in names], [_mean(reached[name]) for name in names])
     dice, found = random.Random(0), []
     while len(found) < draws:
         drawn = dice.choices(names, k=len(names))
         if len(set(drawn)) > 2:
             means = {name: _mean(dice.choices(reached[name], k=len(reached[name]))) for name in names}
-            found.append(_spearman([criterion[name] for name in drawn], [means[name] for name in drawn]))
+            found.append(rank_correlation([criterion[name] for name in drawn], [means[name] for name in drawn]))
     found = sorted(rho for rho in found if not math.isnan(rho)) or [math.nan]  # all have reached the same
     return value, found[round(0.025 * (len(found) - 1))], found[round(0.975 * (len(found) - 1))]
-
-
-def _spearman(one: Sequence[float], other: Sequence[float]) -> float:
-    if len(set(one)) < 2 or len(set(other)) < 2:
-        return math.nan
-    return float(spearmanr(one, other).statistic)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -411,7 +411,7 @@ def speedups_table(rows: Sequence[dict[str, Any]]) -> str:
     if not rows:
         return "No two curves of complete runs overlap yet, so no ratio can be read."
     what = ("data", "encoder", "method", "plan", "measure", "at accuracy", "M units", "seconds")
-    return _ratios_table((*what, "less budget", "of each seed", "less time", "paper, ImageNet-1k"), rows)
+    return _ratios_table((*what, "less budget", "less budget of each seed", "less time", "paper, ImageNet-1k"), rows)
 
 
 def short_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -428,7 +428,7 @@ def short_table(rows: Sequence[dict[str, Any]]) -> str:
 def by_length_table(rows: Sequence[dict[str, Any]]) -> str:
     """How speed-ups change with the length of the plain run."""
     what = ("data", "encoder", "method", "plan", "plain run", "measure", "at accuracy")
-    return _ratios_table((*what, "less budget", "of each seed", "less time"), rows)
+    return _ratios_table((*what, "less budget", "less budget of each seed", "less time"), rows)
 
 
 def _ratios_table(headings: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
@@ -448,7 +448,9 @@ def _ratios_table(headings: Sequence[str], rows: Iterable[Mapping[str, Any]]) ->
             "less budget": _times(row["speedup_units"], row["interval"]),
             "less time": _times(row["speedup_wall"], row["interval_wall"]),
             "seeds": ", ".join(map(str, row["seeds"])),
-            "of each seed": "; ".join(f"{seed}: {ratio:.2f}x" for seed, ratio in row["speedup_units_by_seed"].items()),
+            "less budget of each seed": "; ".join(
+                f"{seed}: {ratio:.2f}x" for seed, ratio in row["speedup_units_by_seed"].items()
+            ),
             "paper, ImageNet-1k": PAPER[row["method"]],
         }
         lines.append([cells[heading] for heading in headings])
@@ -511,17 +513,22 @@ def branches_table(found: Mapping[str, Any]) -> str:
     return "\n\n".join((intro, strategies, _table(_CRITERIA, correlations)))
 
 
-def predictions_table(branches: Sequence[Mapping[str, Any]], runs: Iterable[Mapping[str, Any]]) -> str:
+def predictions_table(branches: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any]]) -> str:
     """How well each criterion tells what helps: rank correlations, mean over checkpoints with their spread.
 
-    With what branches reached, and with k-NN at the end of whole runs under one strategy, where there are some.
+    With what branches reached, and with k-NN at the end of whole runs under one strategy each, where there are three of
+    them or more: few, and the same ones for checkpoints of one method.
     """
     wholes = [whole_runs(found, runs) for found in branches]
     rows = []
     for name in branches[0]["correlation"]:
         of = [(found, whole) for found, whole in zip(branches, wholes, strict=True) if name in found["correlation"]]
         cells = [_spread([found["correlation"][name][what][0] for found, _ in of], 2) for what in _JUDGED_BY]
-        told = [_rank_correlation(found["criteria"][name], whole) for found, whole in of if len(whole) > 2]
+        told = [
+            rank_correlation([found["criteria"][name][strategy] for strategy in whole], list(whole.values()))
+            for found, whole in of
+            if len(whole) > 2
+        ]
         rows.append([name, *cells, _spread(told, 2) if told else ""])
     return _table((*_CRITERIA, "with k-NN of whole runs"), rows)
 
@@ -530,14 +537,18 @@ def whole_runs(branches: Mapping[str, Any], runs: Iterable[Mapping[str, Any]]) -
     """k-NN of runs under one of the branches' strategies from beginning to end, otherwise as the checkpoint's run."""
     asked = {**_SINCE, **branches["checkpoint_of"], "plan": None}
     alike = [run for run in runs if {**run["settings"], "plan": None} == asked]
+    alike = [run for run in alike if (run["hardware"], run["threads"]) == (branches["hardware"], 1)]
     found = {run["settings"]["plan"]: run["accuracy"]["knn"] for run in alike}
     if "none" in found:
         found["base"] = found.pop("none")
     return {name: found[name] for name in branches["branches"] if name in found}
 
 
-def _rank_correlation(criterion: Mapping[str, float], reached: Mapping[str, float]) -> float:
-    return float(spearmanr([criterion[name] for name in reached], list(reached.values())).statistic)
+def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
+    """Spearman's; not a number where one of them has no order."""
+    if len(set(one)) < 2 or len(set(other)) < 2:
+        return math.nan
+    return float(spearmanr(one, other).statistic)
 
 
 def gradients_table(folder: Path) -> str:

@@ -473,6 +473,7 @@ def run(
             print(f"{settings.name}: {_told(training)}", flush=True)
         now = time.monotonic()
         if now > end or now - saved > save_every or training.steps_done >= last:
+            _wait_for(on, training.seconds)
             _save(training.state_dict(), checkpoint)
             saved = now
         if now > end:

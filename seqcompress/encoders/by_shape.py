@@ -92,13 +92,13 @@ class _LookAtCall(Hook):
 class _LookAtOutput(Hook):
     """Forward hook of the whole model: what it folds to a map is none, where patches are dropped or larger.
 
-    Nor are features those of any view whose patches have not come to a block. With it, the call is over that the one
-    before has looked at.
+    It also notes whether patches of this call have come to a block, and that the call is over which ``_LookAtCall`` has
+    looked at.
     """
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self.embed.is_training and self.embed.trial is None:
-            self.embed.check_joined()
+            self.embed.joining.end()
         encoder, selection = self.embed.encoder, self.embed.selection
         assert isinstance(encoder, AnyVisionTransformer)
         grid = None if selection is None else encoder.plain_grid(selection.view)
@@ -427,10 +427,7 @@ class AnyVisionTransformer(Encoder):
         return makers.pop() if len(makers) == 1 else None
 
     def _places(self) -> list[nn.Module]:
-        """Modules that see a whole sequence before the first block does, in order, and that block.
-
-        Not a block that is called by torch's own encoder: in eval mode, it leaves its fast path for a hook.
-        """
+        """Modules that see a whole sequence before the first block does, in order, and that block."""
         tokens = self.num_prefix_tokens + math.prod(self._own_grid)
         seen: list[nn.Module] = []
 
@@ -439,9 +436,6 @@ class AnyVisionTransformer(Encoder):
                 seen.append(module)
 
         self._run_with(lambda module: module.register_forward_pre_hook(remember))
-        for number, module in enumerate(seen):
-            if isinstance(module, nn.TransformerEncoder) and module.layers[0] is self.blocks[0]:
-                return seen[: number + 1]
         return [*seen, self.blocks[0]]
 
     def _run_with(self, hook: Callable[[nn.Module], RemovableHandle]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -48,7 +48,7 @@ class Join(Hook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         self.embed.check_mask(kwargs)
         if args and isinstance(args[0], (list, tuple)):
-            if self.embed.has_pending_patches:
+            if self.embed.has_waiting_patches:
                 raise ValueError(
                     "crops must be passed one by one to a compressed encoder that trains, got a "
                     f"{type(args[0]).__name__} of {len(args[0])} in one forward"

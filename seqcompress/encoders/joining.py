@@ -50,18 +50,39 @@ class Joining:
         self.forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_waiting": None, "_joined": None, "is_under_way": False, "_of_earlier": None}
+        return {**vars(self), "_of_earlier": None, "_waiting": None, "_joined": None, "is_under_way": False}
 
     def forget(self) -> None:
         """Nothing waits, nor is any of it to be joined."""
         self._waiting: _Waiting | None = None
         self._joined: int | None = None  # tokens of a view
         self.is_under_way = False
+        self._has_ended = False  # the call of the model in which they were embedded
 
     def begin(self) -> None:
         """A forward has begun whose patches will wait."""
         self.forget()
         self.is_under_way = True
+
+    def end(self) -> None:
+        """A call of the whole model is over. Patches that still wait may be joined in the next."""
+        if self.is_under_way:
+            self._has_ended = True
+
+    def check_ended(self) -> None:
+        """See to it, as others are embedded, that no call came to its end while patches of it were waiting.
+
+        Raises:
+            RuntimeError: one did, and its features were those of no view.
+        """
+        if self._has_ended:
+            self.forget()
+            raise RuntimeError(
+                "a compressed encoder's last call in train mode ended before its patches had come to its first block, "
+                "where they meet their positions (layer drop, block.forward or parts of a block in its place), so that "
+                "its features were of no view: call a module with all tokens before the blocks, such as "
+                "nn.Dropout(0.0), and compress(model, ...) again, or train it plain"
+            )
 
     @property
     def has_patches(self) -> bool:

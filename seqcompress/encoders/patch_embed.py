@@ -50,7 +50,7 @@ class Trial(NamedTuple):
     """A forward of a probe, and not of training."""
 
     kept: list[Tensor]  # (B, K) of each crop, in turn; of the last one, for all that follow
-    marked: bool  # whether to see to it that tokens of blank views are nothing but positions
+    is_marked: bool  # whether to see to it that tokens of blank views are nothing but positions
 
 
 class _Cut(NamedTuple):
@@ -96,7 +96,7 @@ class CompressedPatchEmbed(StandIn):
     joining: Joining  # what has been embedded and has not met its positions yet
     warned: set[str]  # of what, since a compressed encoder says everything once
     _compression: Compression
-    _is_copy: bool
+    is_copy: bool  # whether it was copied or unpickled together with its encoder, and not compressed since
     _mask: Tensor | None  # (B, P + N) of the forward that runs, if it is a masked one
     # The strategy in force as the last forward in train mode ran, if that was plain, and whether grad was enabled.
     _plain_under: tuple[Strategy, bool] | None
@@ -121,13 +121,13 @@ class CompressedPatchEmbed(StandIn):
             host=None,
             joining=Joining(encoder),
             warned=set(),
-            _is_copy=False,
+            is_copy=False,
             **_FRESH,
         )
         self.compression = compression
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), **_FRESH, "_is_copy": True}
+        return {**super().__getstate__(), **_FRESH, "is_copy": True}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -165,8 +165,8 @@ class CompressedPatchEmbed(StandIn):
         return any(partner.drops_tokens and partner.encoder.model.training for partner in self.partners())
 
     @property
-    def has_pending_patches(self) -> bool:
-        """Whether patches have been embedded that have not met their positions yet."""
+    def has_waiting_patches(self) -> bool:
+        """Whether patches have been embedded, in training, that have not met their positions yet."""
         return self.is_training and self.joining.has_patches
 
     @property
@@ -190,11 +190,6 @@ class CompressedPatchEmbed(StandIn):
     def partners(self) -> list[CompressedPatchEmbed]:
         """All embeddings that share this one's compression, itself included."""
         return list(self.compression.members)
-
-    @property
-    def is_copy(self) -> bool:
-        """Whether it was copied or unpickled together with its encoder."""
-        return self._is_copy
 
     @property
     def is_live(self) -> bool:
@@ -347,11 +342,12 @@ class CompressedPatchEmbed(StandIn):
         if torch.jit.is_tracing() or is_exporting():  # type: ignore[attr-defined, no-untyped-call]
             raise RuntimeError("a compressed encoder cannot be traced in train mode: eval() or restore(model) first")
         if self.joining.has_patches and self.trial is None:
+            self.joining.check_ended()
             self.warn_once(
                 "lost patches",
                 "the last forward did not come from its patch embedding to its first block: it failed in between, or "
-                "its features do not depend on the views, since other views were embedded before these went on to the "
-                "blocks, or another model has been given this patch embedding",
+                "its features depend on no view, since other views were embedded before these came to the blocks, or "
+                "another model has been given this patch embedding",
             )
         if self.small_views is not None:
             views, self.small_views = self.small_views.to(views.dtype), None
@@ -382,18 +378,18 @@ class CompressedPatchEmbed(StandIn):
         # Masks for a batch do fit where there is a blank for each view. Looked for once for each size of views, since
         # looking waits for the device.
         if self.trial is None and mask is not None:
-            marked = False
+            is_marked = False
         elif self.trial is None:
-            marked = blanks == len(tokens) > 1 and self.joining.must_look_at(selection.view) and has_values(tokens)
+            is_marked = blanks == len(tokens) > 1 and self.joining.must_look_at(selection.view) and has_values(tokens)
         else:
-            marked = self.trial.marked
-            blanks = max(2, blanks) if marked else blanks
+            is_marked = self.trial.is_marked
+            blanks = max(2, blanks) if is_marked else blanks
         return self.joining.wait(
             tokens,
             selection,
             blanks=blanks,
             per_view=self.blank_per_view,
-            is_marked=marked,
+            is_marked=is_marked,
             is_trial=self.trial is not None,
             mask=mask,
         )
@@ -506,20 +502,6 @@ class CompressedPatchEmbed(StandIn):
         grid = self.encoder.grid((views.shape[2], views.shape[3]), patch)
         kept = self.trial.kept.pop(0) if len(self.trial.kept) > 1 else self.trial.kept[0]
         return select(views, grid, patch, patch, kept, (grid[0] * patch[0], grid[1] * patch[1]))
-
-    def check_joined(self) -> None:
-        """See to it, behind the blocks, that the patches of this forward have come to them.
-
-        Raises:
-            RuntimeError: they have not, so that its features are those of no view.
-        """
-        if self.joining.is_under_way and self.joining.has_patches:
-            self.joining.forget()
-            raise RuntimeError(
-                "a compressed encoder has not called its first block in train mode, where its patches meet their "
-                "positions (layer drop, block.forward or parts of a block in its place): call a module with all tokens "
-                "before the blocks, such as nn.Dropout(0.0), and compress(model, ...) again, or train it plain"
-            )
 
     def _check_places(self) -> None:
         """Raise RuntimeError unless the patches will meet their positions."""
