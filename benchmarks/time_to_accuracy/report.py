@@ -36,6 +36,7 @@ DOCS = Path(__file__).parent.parent.parent / "docs"
 PAGES = (DOCS / "evidence.md", DOCS / "evidence-runs.md", DOCS.parent / "README.md")
 METRICS = {"knn": "k-NN", "linear": "linear probe"}
 METHODS = {"mocov3": "MoCo-v3", "simclr": "SimCLR", "dino": "DINO"}
+SMALLER_VIEWS = f"{DEFAULT}, scaled views"
 PAPER = {"mocov3": "4x", "simclr": "3.3x", "dino": "2.5x"}  # ImageNet-1k, as the abstract says
 
 _ACROSS = (("units", "millions of units"), ("seconds", "seconds"))  # what accuracies are drawn over
@@ -415,13 +416,13 @@ def speedups_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def short_table(rows: Sequence[dict[str, Any]]) -> str:
-    """The default plan's, those with the most seeds of each comparison."""
+    """The default plan's, with full and with smaller views: those with the most seeds of each comparison."""
     most: dict[Key, dict[str, Any]] = {}
     for row in rows:
-        if row["plan"] == DEFAULT:
-            key = row["dataset"], row["method"], row["encoder"], row["metric"]
+        if row["plan"] in (DEFAULT, SMALLER_VIEWS):
+            key = row["dataset"], row["method"], row["encoder"], row["plan"], row["metric"]
             most[key] = max(most.get(key, row), row, key=lambda row: len(row["seeds"]))
-    what = ("data", "encoder", "method", "measure", "at accuracy", "M units", "seconds")
+    what = ("data", "encoder", "method", "plan", "measure", "at accuracy", "M units", "seconds")
     return _ratios_table((*what, "less budget", "less time", "seeds", "paper, ImageNet-1k"), most.values())
 
 
@@ -643,7 +644,10 @@ def figures(runs: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
 
 
 def overview(runs: Sequence[dict[str, Any]], path: Path) -> None:
-    """k-NN over budget and over time, plain and at the default plan: a column for each comparison that has both."""
+    """k-NN over budget and over time, plain and at the default plan: a column for each comparison that has both.
+
+    Where there are runs at the default plan with smaller views, these, too.
+    """
     pyplot = _pyplot()
     shown = [(dict(key), plans) for key, plans in comparisons(runs).items() if {"none", DEFAULT} <= plans.keys()]
     shown.sort(key=lambda item: _row_order({**item[0], "encoder": encoder(item[0])}))
@@ -654,13 +658,15 @@ def overview(runs: Sequence[dict[str, Any]], path: Path) -> None:
     )
     for column, (settings, plans) in zip(grid.T, shown, strict=True):
         for axis, (what, label) in zip(column, _ACROSS, strict=True):
-            for plan in ("none", DEFAULT):
-                _draw(axis, plans[plan].values(), what, "knn", plan)
+            for number, plan in enumerate(("none", DEFAULT, SMALLER_VIEWS)):
+                if plan in plans:
+                    _draw(axis, plans[plan].values(), what, "knn", plan, color=f"C{number}")
             _scale(axis, label)
         column[0].set_title(f"{METHODS[settings['method']]}, {settings['dataset']}\n{encoder(settings)}", size="medium")
     for row in grid:
         row[0].set_ylabel("k-NN, %")
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    drawn = {label: line for axis in grid.flat for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
 
@@ -684,7 +690,9 @@ def _scale(axis: Any, label: str) -> None:
     axis.grid(alpha=0.3)
 
 
-def _draw(axis: Any, seeds: Iterable[Sequence[Point]], what: str, metric: str, plan: str) -> None:
+def _draw(
+    axis: Any, seeds: Iterable[Sequence[Point]], what: str, metric: str, plan: str, color: str | None = None
+) -> None:
     """The mean over seeds and how far they spread, no less than the standard error that the test images leave."""
     at: dict[float, list[Point]] = {}
     for curve in seeds:
@@ -698,7 +706,7 @@ def _draw(axis: Any, seeds: Iterable[Sequence[Point]], what: str, metric: str, p
     for mean, group, (first, *_) in zip(middle, values, points, strict=True):
         low.append(max(mean - min(group), 100 * first.error(metric)))
         high.append(max(max(group) - mean, 100 * first.error(metric)))
-    axis.errorbar(across, middle, yerr=[low, high], marker="o", capsize=3, label=_plan(plan))
+    axis.errorbar(across, middle, yerr=[low, high], marker="o", capsize=3, color=color, label=_plan(plan))
 
 
 def _seconds(run: dict[str, Any]) -> float:

@@ -135,10 +135,12 @@ def photographs() -> Iterator[Settings]:
     yield from _lengths(SMALL_PHOTOGRAPHS, (NONE,), (0.8,))
     yield from _lengths(SMALL_PHOTOGRAPHS, (DEFAULT,), (0.4,))
     yield from _lengths(SMALL_PHOTOGRAPHS, (SHORT, STAGED, FOUND, ONLINE), (0.2, 0.4))
-    yield from _lengths(replace(SMALL_PHOTOGRAPHS, views="scaled"), (DEFAULT,), (0.1, 0.2))
+    for seed in (0, 1, 2):
+        scaled = replace(SMALL_PHOTOGRAPHS, views="scaled", seed=seed)
+        yield from _lengths(scaled, (DEFAULT,), (0.1, 0.2, 0.05, 0.025))
     larger = replace(SMALL_PHOTOGRAPHS, **LARGER)
     yield from _lengths(larger, (NONE,), (0.2, 0.1))
-    yield from _lengths(larger, (DEFAULT,), (0.1, 0.05))
+    yield from _lengths(larger, (DEFAULT,), (0.1, 0.05, 0.025))
     for seed in (0, 1, 2):
         yield from _lengths(replace(SMALL_PHOTOGRAPHS, seed=seed), (DEFAULT,), (0.4,))
     for method in (CIFAR_SIMCLR, CIFAR_DINO):
