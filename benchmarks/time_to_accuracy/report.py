@@ -719,12 +719,13 @@ def _run_order(run: dict[str, Any]) -> tuple[str, int, str]:
 
 
 def _plan_of(settings: dict[str, Any]) -> str:
-    """The plan, by its name if it is the default, and whether views, and not the teacher, become shorter with it."""
+    """The plan, by its name if it is the default, and whether views, the batch, and not the teacher, follow it."""
     plan = settings["plan"]
     if plan == str(PRESETS[DEFAULT](double_patch(settings["patch_size"], settings["image_size"]))):
         plan = DEFAULT
     plan += ", scaled views" if settings.get("views", "full") == "scaled" else ""
-    return plan + (", teacher at full length" if settings.get("teacher", "scaled") == "full" else "")
+    plan += ", teacher at full length" if settings.get("teacher", "scaled") == "full" else ""
+    return plan + (f", batch that grows ({settings['grow']})" if settings.get("grow", "no") != "no" else "")
 
 
 def _plan(text: str) -> str:
