@@ -36,9 +36,10 @@ DOCS = Path(__file__).parent.parent.parent / "docs"
 PAGES = (DOCS / "evidence.md", DOCS / "evidence-runs.md", DOCS.parent / "README.md")
 METRICS = {"knn": "k-NN", "linear": "linear probe"}
 METHODS = {"mocov3": "MoCo-v3", "simclr": "SimCLR", "dino": "DINO"}
-SMALLER_VIEWS = f"{DEFAULT}, scaled views"
 PAPER = {"mocov3": "4x", "simclr": "3.3x", "dino": "2.5x"}  # ImageNet-1k, as the abstract says
 
+_SCALED_VIEWS = ", scaled views"  # behind a plan whose views become smaller
+_OF_SPEEDUP = ("data", "encoder", "method", "plan", "measure", "at accuracy", "M units", "seconds")
 _ACROSS = (("units", "millions of units"), ("seconds", "seconds"))  # what accuracies are drawn over
 _JUDGED_BY = (*METRICS, "loss")  # by what branches are judged
 _CRITERIA = ("criterion", "rank correlation with k-NN", "with the linear probe", "with the loss")
@@ -331,7 +332,8 @@ def runs_table(runs: Sequence[dict[str, Any]]) -> str:
         settings = sorted((name, value) for name, value in run["settings"].items() if name != "seed")
         same.setdefault((run["hardware"], *settings), []).append(run)
     order = sorted(
-        same.values(), key=lambda group: (*_run_order(group[0]), group[0]["settings"]["plan"], group[0]["units"])
+        same.values(),
+        key=lambda group: (*_run_order(group[0]["settings"]), group[0]["settings"]["plan"], group[0]["units"]),
     )
     for group in order:
         settings = group[0]["settings"]
@@ -411,19 +413,19 @@ def speedups_table(rows: Sequence[dict[str, Any]]) -> str:
     """Speed-ups at equal accuracy, beside the paper's."""
     if not rows:
         return "No two curves of complete runs overlap yet, so no ratio can be read."
-    what = ("data", "encoder", "method", "plan", "measure", "at accuracy", "M units", "seconds")
-    return _ratios_table((*what, "less budget", "less budget of each seed", "less time", "paper, ImageNet-1k"), rows)
+    ratios = ("less budget", "less budget of each seed", "less time", "paper, ImageNet-1k")
+    return _ratios_table((*_OF_SPEEDUP, *ratios), rows)
 
 
 def short_table(rows: Sequence[dict[str, Any]]) -> str:
     """The default plan's, with full and with smaller views: those with the most seeds of each comparison."""
     most: dict[Key, dict[str, Any]] = {}
     for row in rows:
-        if row["plan"] in (DEFAULT, SMALLER_VIEWS):
+        if row["plan"] in (DEFAULT, DEFAULT + _SCALED_VIEWS):
             key = row["dataset"], row["method"], row["encoder"], row["plan"], row["metric"]
             most[key] = max(most.get(key, row), row, key=lambda row: len(row["seeds"]))
-    what = ("data", "encoder", "method", "plan", "measure", "at accuracy", "M units", "seconds")
-    return _ratios_table((*what, "less budget", "less time", "seeds", "paper, ImageNet-1k"), most.values())
+    ratios = ("less budget", "less time", "seeds", "paper, ImageNet-1k")
+    return _ratios_table((*_OF_SPEEDUP, *ratios), most.values())
 
 
 def by_length_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -466,7 +468,7 @@ def tuning_table(runs: Sequence[dict[str, Any]]) -> str:
     order = sorted(
         runs,
         key=lambda run: (
-            *_run_order(run),
+            *_run_order(run["settings"]),
             *(run["settings"][name] for name in ("plan", "budget", *varied, *of_dino, "seed")),
             run["judged_images"],
         ),
@@ -650,7 +652,7 @@ def overview(runs: Sequence[dict[str, Any]], path: Path) -> None:
     """
     pyplot = _pyplot()
     shown = [(dict(key), plans) for key, plans in comparisons(runs).items() if {"none", DEFAULT} <= plans.keys()]
-    shown.sort(key=lambda item: _row_order({**item[0], "encoder": encoder(item[0])}))
+    shown.sort(key=lambda item: _run_order(item[0]))
     if not shown:
         return
     figure, grid = pyplot.subplots(
@@ -658,7 +660,7 @@ def overview(runs: Sequence[dict[str, Any]], path: Path) -> None:
     )
     for column, (settings, plans) in zip(grid.T, shown, strict=True):
         for axis, (what, label) in zip(column, _ACROSS, strict=True):
-            for number, plan in enumerate(("none", DEFAULT, SMALLER_VIEWS)):
+            for number, plan in enumerate(("none", DEFAULT, DEFAULT + _SCALED_VIEWS)):
                 if plan in plans:
                     _draw(axis, plans[plan].values(), what, "knn", plan, color=f"C{number}")
             _scale(axis, label)
@@ -713,8 +715,7 @@ def _seconds(run: dict[str, Any]) -> float:
     return run["seconds"]["cpu" if run["device"] == "cpu" and run["threads"] == 1 else "wall"]
 
 
-def _run_order(run: dict[str, Any]) -> tuple[str, int, str]:
-    settings = run["settings"]
+def _run_order(settings: dict[str, Any]) -> tuple[str, int, str]:
     return _row_order({**settings, "encoder": encoder(settings)})
 
 
@@ -723,7 +724,7 @@ def _plan_of(settings: dict[str, Any]) -> str:
     plan = settings["plan"]
     if plan == str(PRESETS[DEFAULT](double_patch(settings["patch_size"], settings["image_size"]))):
         plan = DEFAULT
-    plan += ", scaled views" if settings.get("views", "full") == "scaled" else ""
+    plan += _SCALED_VIEWS if settings.get("views", "full") == "scaled" else ""
     plan += ", teacher at full length" if settings.get("teacher", "scaled") == "full" else ""
     return plan + (f", batch that grows ({settings['grow']})" if settings.get("grow", "no") != "no" else "")
 

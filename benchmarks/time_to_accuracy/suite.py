@@ -57,7 +57,7 @@ IMAGENETTE_SIMCLR = replace(IMAGENETTE, method="simclr", hidden=2048)
 IMAGENETTE_DINO = replace(IMAGENETTE, method="dino", hidden=2048, prototypes=65536, momentum=0.996)
 PHOTOGRAPHS = {"dataset": "imagenette", "images": 9469, "image_size": 96, "patch_size": 12, "crop": 0.2}
 SMALL_PHOTOGRAPHS = replace(CIFAR, **PHOTOGRAPHS)
-LARGER = {"depth": 6, "width": 128, "heads": 4}
+LARGER_ENCODER = replace(SMALL_PHOTOGRAPHS, depth=6, width=128, heads=4)
 
 NONE = "none"
 DEFAULT = "0: drop 0.5, patch {0}; 0.98: base"  # spelled out, as a preset may change: short, and a full-length end
@@ -101,9 +101,6 @@ def cpu() -> Iterator[Settings]:
     yield from _lengths(CIFAR, (DEFAULT, FOUND), (0.8, 1.6))
     yield from _lengths(CIFAR, (*PEERS, *ENDS, STAGED, SHORT, *OTHERS, ONLINE), (0.4,))
     yield from _lengths(dino, (NONE,), (0.8,))
-    local = replace(dino, local_views=6)
-    yield from _lengths(local, (NONE,), (0.4, 0.2))
-    yield from _lengths(local, (DEFAULT,), (0.2, 0.1))
     yield from _lengths(dino, (EARLIER, FOUND), (0.1, 0.2, 0.05))
     yield from _lengths(CIFAR, (EARLIER,), (0.8,))
     for seed in (1, 2):
@@ -138,9 +135,8 @@ def photographs() -> Iterator[Settings]:
     for seed in (0, 1, 2):
         scaled = replace(SMALL_PHOTOGRAPHS, views="scaled", seed=seed)
         yield from _lengths(scaled, (DEFAULT,), (0.1, 0.2, 0.05, 0.025))
-    larger = replace(SMALL_PHOTOGRAPHS, **LARGER)
-    yield from _lengths(larger, (NONE,), (0.2, 0.1))
-    yield from _lengths(larger, (DEFAULT,), (0.1, 0.05, 0.025))
+    yield from _lengths(LARGER_ENCODER, (NONE,), (0.2, 0.1))
+    yield from _lengths(LARGER_ENCODER, (DEFAULT,), (0.1, 0.05, 0.025))
     for seed in (0, 1, 2):
         yield from _lengths(replace(SMALL_PHOTOGRAPHS, seed=seed), (DEFAULT,), (0.4,))
     for method in (CIFAR_SIMCLR, CIFAR_DINO):

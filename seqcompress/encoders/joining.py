@@ -49,8 +49,12 @@ class Joining:
         self._of_earlier: WeakIdKeyDictionary | None = None  # by the blank view's tokens that the first block was given
         self.forget()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_of_earlier": None, "_waiting": None, "_joined": None, "is_under_way": False}
+    def __getstate__(self) -> dict[str, Any]:  # what forwards leave behind, a copy has not
+        return {"_encoder": self._encoder, "_looked_at": self._looked_at}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _of_earlier=None)
+        self.forget()
 
     def forget(self) -> None:
         """Nothing waits, nor is any of it to be joined."""
@@ -60,8 +64,7 @@ class Joining:
         self._has_ended = False  # the call of the model in which they were embedded
 
     def begin(self) -> None:
-        """A forward has begun whose patches will wait."""
-        self.forget()
+        """A forward has begun whose patches will wait, after what was there before has been forgotten."""
         self.is_under_way = True
 
     def end(self) -> None:
@@ -100,9 +103,9 @@ class Joining:
         *,
         blanks: int,
         per_view: bool,
-        is_marked: bool = False,
-        is_trial: bool = False,
-        mask: Tensor | None = None,
+        is_marked: bool,
+        is_trial: bool,
+        mask: Tensor | None,
     ) -> Tensor:
         """Keep embedded patches (B, K, D) until ``join``.
 
